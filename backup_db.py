@@ -1,0 +1,3108 @@
+#!/usr/bin/env python3
+"""Back up one PostgreSQL database, verify a backup, or list the backups.
+
+A backup is a pair: DATABASE_ENVIRONMENT_TIMESTAMP.dump, written by pg_dump, and the
+.metadata.json beside it. It is published only when pg_restore has read the dump back to its
+last byte and found in it every row that the database held at that moment.
+
+The database is named in .env.local beside this script; .env.example has every variable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import enum
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from brain_core.config import DatabaseConfig
+
+# ---------------------------------------------------------------------------------------------
+# Constants
+# ---------------------------------------------------------------------------------------------
+
+SCRIPT_DIR = Path(__file__).resolve().parent
+DEFAULT_OUTPUT_DIR = SCRIPT_DIR / "db" / "backups"
+METADATA_VERSION = 1
+
+# Time limits, in seconds.
+LOCK_WAIT_SECONDS = 600  # in all, for tables that another session holds
+LOCK_RETRY_SECONDS = 1.0  # between two tries; nothing is held meanwhile
+SILENCE_SECONDS = 60  # without an answer, before asking whether the server is still there
+WATCH_SECONDS = 5  # between two looks at whether pg_dump waits for another session
+STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
+TICK_SECONDS = 0.1  # between two looks at anything else that is waited for
+
+# Our own wait for a table lock stays below PostgreSQL's deadlock_timeout (1 s by default): a
+# backup that waits longer while it holds other tables makes a migration the deadlock victim.
+LOCK_TIMEOUT_MS = 500
+DUMP_LOCK_TIMEOUT = "10s"
+DUMP_ATTEMPTS = 3
+
+# 1 MiB reads through a 1 MiB pipe: the fastest of the sizes measured (FACTS: 906 MB/s).
+BLOCK_BYTES = 1024 * 1024
+STDERR_TAIL_BYTES = 64 * 1024
+METADATA_MAX_BYTES = 256 * 1024 * 1024
+
+# Of the size of the last backup, and of the tables where there is none: the least that a dump
+# can be expected to need. Text compresses to 0.15 to 0.3 of its table, random bytes not at all.
+NEED_OF_LAST_BACKUP = 0.8
+NEED_OF_TABLES = 0.03
+FULL_DISK_BYTES = 64 * 1024
+
+# Where packages put the PostgreSQL tools, for the hint when PATH does not lead there (cron).
+TOOL_FOLDERS = (
+    "/usr/bin",
+    "/usr/local/bin",
+    "/usr/lib/postgresql/*/bin",
+    "/usr/pgsql-*/bin",
+    "/usr/local/pgsql/bin",
+    "/opt/homebrew/bin",
+    "/opt/homebrew/opt/postgresql@*/bin",
+    "/opt/homebrew/opt/libpq/bin",
+    "/usr/local/opt/postgresql@*/bin",
+    "/usr/local/opt/libpq/bin",
+    "/opt/local/lib/postgresql*/bin",
+    "/Applications/Postgres.app/Contents/Versions/*/bin",
+)
+
+
+# ---------------------------------------------------------------------------------------------
+# Exit codes and failures
+# ---------------------------------------------------------------------------------------------
+
+
+class ExitCode(enum.IntEnum):
+    """The exit codes of the contract; 0 is success, and a signal is its own."""
+
+    GENERAL = 1
+    CONFIGURATION = 2
+    CONNECTION = 3
+    PERMISSION = 4
+    DISK_SPACE = 5
+    TOOL = 6
+    CREATION = 7
+    VERIFICATION = 8
+
+    @property
+    def category(self) -> str:
+        """The words for this code in the first line of an error."""
+        return {
+            ExitCode.GENERAL: "General error",
+            ExitCode.CONFIGURATION: "Configuration error",
+            ExitCode.CONNECTION: "Database connection error",
+            ExitCode.PERMISSION: "Permission error",
+            ExitCode.DISK_SPACE: "Disk space error",
+            ExitCode.TOOL: "Tool error",
+            ExitCode.CREATION: "Backup creation error",
+            ExitCode.VERIFICATION: "Verification error",
+        }[self]
+
+
+class Failure(Exception):
+    """An expected failure: what a user, a server or a disk can cause.
+
+    `detail` says what happened, in the words of the tool that met it; `steps` what to do next.
+    Any other exception that leaves an operation, but OSError, is a bug.
+    """
+
+    def __init__(self, code: ExitCode, detail: str, *steps: str) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+        self.steps = steps
+
+
+class ServerError(Exception):
+    """What the server, or the way to it, answered instead of a result.
+
+    `sqlstate` is None where there is none to be had: libpq gives none for a failed connection.
+    """
+
+    def __init__(self, text: str, sqlstate: str | None = None, lost: bool = False) -> None:
+        super().__init__(text)
+        self.text = text
+        self.sqlstate = sqlstate
+        self.lost = lost
+
+
+class ArchiveError(Exception):
+    """A dump that pg_restore cannot read, or that does not read as pg_dump writes it."""
+
+
+class DumpFailed(Exception):
+    """pg_dump ended without a dump: its exit status, and its own words."""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(words)
+        self.status = status
+        self.words = words
+
+
+PERMISSION_ERRNOS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+}
+DISK_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
+
+
+def file_failure(error: OSError) -> Failure:
+    """The one place where an errno becomes an exit code."""
+    path = os.fspath(error.filename) if error.filename is not None else ""
+    text = os.fsdecode(path)
+    where = f"{display_path(Path(text))}: " if text else ""
+    folder = shlex.quote(printable(text)) if text else "the directory"
+    detail = f"{where}{error.strerror or error}"
+    if error.errno in DISK_SPACE_ERRNOS:
+        return Failure(
+            ExitCode.DISK_SPACE,
+            detail,
+            f"See what is full, blocks or inodes: df -h {folder}; df -i {folder}",
+            "Free space there, or write elsewhere: --output-dir DIR",
+        )
+    if error.errno in PERMISSION_ERRNOS:
+        return Failure(
+            ExitCode.PERMISSION,
+            detail,
+            f"See who may use it, as the user of this run ({current_user()}): ls -ld {folder}",
+            "Grant that user access, or use another directory: --output-dir DIR",
+        )
+    return Failure(
+        ExitCode.CREATION,
+        detail,
+        f"Check the file system and its limits: df -h {folder}; ulimit -f; dmesg | tail",
+        "Or write elsewhere: --output-dir DIR",
+    )
+
+
+def current_user() -> str:
+    """The operating system's name for the user of this run, or its number."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+# ---------------------------------------------------------------------------------------------
+# Signals
+# ---------------------------------------------------------------------------------------------
+
+TERMINATING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(BaseException):
+    """A terminating signal came: unwind, clean up, and die of it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def raise_interrupted(number: int, _frame: object) -> None:
+    """Signal handler: the first signal unwinds the run, a further one cannot disturb that."""
+    for other in TERMINATING_SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    raise Interrupted(number)
+
+
+def catch_signals() -> None:
+    """Turn terminating signals into Interrupted; one ignored from the start (nohup) stays so."""
+    for number in TERMINATING_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, raise_interrupted)
+
+
+@contextlib.contextmanager
+def postponed_signals() -> Iterator[None]:
+    """Let what is inside happen as a whole; a signal that comes meanwhile counts afterwards."""
+    came: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _frame: came.append(number))
+        for number in TERMINATING_SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+def die_of(number: int) -> None:
+    """End this process by the signal itself, so that a shell or cron sees what happened."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+# ---------------------------------------------------------------------------------------------
+# Text for people
+# ---------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """`text` on one line: what a terminal would not show as itself is escaped."""
+    if not text.isascii():  # bytes that Python could not decode stand in it as surrogates
+        with contextlib.suppress(UnicodeEncodeError):
+            text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def printable_lines(text: str) -> str:
+    """A tool's words as they are, but for what would not show; its lines stay lines."""
+    lines = text.strip().splitlines()
+    return "\n".join(printable(line.replace("\t", "    ")) for line in lines)
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def row_summary(rows: int, tables: int, large_objects: int = 0) -> str:
+    """`3727 rows in 4 tables`, and the large objects where there are any."""
+    summary = f"{plural(rows, 'row')} in {plural(tables, 'table')}"
+    return summary + (f", {plural(large_objects, 'large object')}" if large_objects else "")
+
+
+def format_size(size_bytes: int) -> str:
+    """Units of 1024 with one decimal, as the contract shows them."""
+    size = float(size_bytes)
+    for unit in ("B", "KB", "MB", "GB"):
+        if round(size, 1) < 1024:
+            return f"{size_bytes} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TB"
+
+
+def format_age(seconds: float) -> str:
+    """A time span in its largest unit: `3 hours`."""
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            return plural(int(seconds // length), unit)
+    return plural(max(0, int(seconds)), "second")
+
+
+def display_path(path: Path) -> str:
+    """`path` as the contract shows it: relative where it lies under the working directory."""
+    try:
+        here = os.getcwd()
+        absolute = os.path.abspath(path)
+    except FileNotFoundError:  # the working directory is gone
+        return printable(str(path))
+    if here != "/" and absolute.startswith(here + "/"):
+        absolute = absolute[len(here) + 1 :]
+    return printable(absolute)
+
+
+def shell_words(*words: str) -> str:
+    """A command as a person can paste it."""
+    return " ".join(printable(shlex.quote(word)) for word in words)
+
+
+# ---------------------------------------------------------------------------------------------
+# File names
+# ---------------------------------------------------------------------------------------------
+
+TIMESTAMP_PATTERN = r"\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}Z"
+DUMP_SUFFIX = ".dump"
+METADATA_SUFFIX = ".metadata.json"
+PARTIAL_SUFFIX = ".partial"
+BACKUP_NAME = re.compile(rf"(?P<prefix>.+)_(?P<timestamp>{TIMESTAMP_PATTERN})", re.DOTALL)
+
+
+def file_prefix(database: str, environment: str) -> str:
+    """The name of a backup's files up to the timestamp: safe, UTF-8, the same in any locale."""
+    encoded = "".join(
+        "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogateescape"))
+        if character in "/%"
+        or ord(character) < 32
+        or 127 <= ord(character) < 160
+        # Bytes that are no UTF-8 arrive as lone surrogates.
+        or "\ud800" <= character <= "\udfff"
+        or (index == 0 and character in ".-")
+        else character
+        for index, character in enumerate(database)
+    )
+    ending = "" if encoded.endswith(f"_{environment}") else f"_{environment}"
+    # The str that stands for these UTF-8 bytes in the file system's encoding, whatever it is.
+    return os.fsdecode((encoded + ending).encode("utf-8"))
+
+
+def file_timestamp(moment: datetime) -> str:
+    """The moment as a file name has it: colons are not for file names."""
+    return moment.strftime("%Y-%m-%dT%H-%M-%SZ")
+
+
+def iso_timestamp(moment: datetime) -> str:
+    """The moment as the metadata and the reports have it."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def parse_iso_timestamp(text: str) -> datetime:
+    """The inverse of `iso_timestamp`; ValueError for anything else."""
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+
+
+def metadata_path(dump: Path) -> Path:
+    """The metadata file that belongs to a dump."""
+    return dump.with_name(dump.name.removesuffix(DUMP_SUFFIX) + METADATA_SUFFIX)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables: their exact names, on the server, in the archive and in the metadata
+# ---------------------------------------------------------------------------------------------
+
+TableName = tuple[str, str]  # schema, table: as they are, unquoted
+
+QUOTED_OR_BARE = r'"(?:[^"]|"")+"|[^".\s]+'
+TABLE_KEY = re.compile(rf"(?:({QUOTED_OR_BARE})\.)?({QUOTED_OR_BARE})")
+COPY_HEADER = re.compile(
+    rf"COPY ({QUOTED_OR_BARE})\.({QUOTED_OR_BARE}) .*FROM stdin;\n".encode(), re.DOTALL
+)
+
+# Python's name of a server encoding where it is not PostgreSQL's own (PostgreSQL 18
+# documentation, "Character Set Support", table 23.3). Latin-1 stands for "these very bytes".
+CODECS = {
+    "SQL_ASCII": "latin-1",
+    "MULE_INTERNAL": "latin-1",
+    "EUC_TW": "latin-1",
+    "KOI8R": "koi8-r",
+    "KOI8U": "koi8-u",
+}
+
+
+def decode_name(raw: bytes, encoding: str) -> str:
+    """An identifier's bytes, in the server's encoding, as text.
+
+    Names from the catalog and names from the archive both come through here, so that what is
+    the same in bytes is the same in text, even where Python and PostgreSQL map an encoding
+    differently.
+    """
+    codec = CODECS.get(encoding) or re.sub(r"^WIN(\d+)$", r"cp\1", encoding)
+    try:
+        return raw.decode(codec)
+    except (LookupError, UnicodeDecodeError):
+        return raw.decode("latin-1")
+
+
+def unquote_identifier(identifier: str) -> str:
+    """`"a ""b"` to `a "b`; a bare identifier is itself."""
+    return identifier[1:-1].replace('""', '"') if identifier.startswith('"') else identifier
+
+
+def parse_table_key(key: str) -> TableName:
+    """The schema and name behind a key of `table_counts`; ValueError where it is none."""
+    match = TABLE_KEY.fullmatch(key)
+    if match is None:
+        raise ValueError(f"{key!r} is no table name")
+    schema, table = match.groups()
+    return unquote_identifier(schema or "public"), unquote_identifier(table)
+
+
+# ---------------------------------------------------------------------------------------------
+# Metadata
+# ---------------------------------------------------------------------------------------------
+
+
+class MetadataError(ValueError):
+    """Metadata that is missing, unreadable or ill-typed; the text names the key."""
+
+
+REQUIRED_KEYS: dict[str, type] = {
+    "backup_timestamp": str,
+    "environment": str,
+    "database_name": str,
+    "backup_file": str,
+    "backup_size_bytes": int,
+    "checksum_sha256": str,
+    "table_counts": dict,
+    "pg_dump_version": str,
+    "postgresql_version": str,
+}
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What stands in a `.metadata.json`. The fields with a default are not in every file."""
+
+    backup_timestamp: str
+    environment: str
+    database_name: str
+    backup_file: str
+    backup_size_bytes: int
+    checksum_sha256: str
+    table_counts: dict[str, int]
+    pg_dump_version: str
+    postgresql_version: str
+    metadata_version: int = METADATA_VERSION
+    database_size_bytes: int | None = None
+    compression: str | None = None
+    duration_seconds: float | None = None
+    large_object_count: int | None = None
+    verification: dict[str, Any] | None = None
+    not_included: list[str] = field(default_factory=list)
+    encoding: str | None = None
+    locale: dict[str, str | None] | None = None
+    extensions: dict[str, str] | None = None
+    roles: list[str] | None = None
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Metadata:
+        """Read and check a metadata file. Raises MetadataError, naming the key; OSError."""
+        with path.open("rb") as file:
+            text = file.read(METADATA_MAX_BYTES)
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise MetadataError(f"it is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise MetadataError("it is no JSON object")
+        for key, kind in REQUIRED_KEYS.items():
+            if key not in values:
+                raise MetadataError(f'the key "{key}" is missing')
+            value = values[key]
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise MetadataError(f'the key "{key}" is not of the right type')
+        return cls._checked(values)
+
+    @classmethod
+    def _checked(cls, values: dict[str, Any]) -> Metadata:
+        try:
+            parse_iso_timestamp(values["backup_timestamp"])
+        except ValueError:
+            raise MetadataError('the key "backup_timestamp" is no UTC time') from None
+        if not re.fullmatch(r"[0-9a-f]{64}", values["checksum_sha256"]):
+            raise MetadataError('the key "checksum_sha256" is no SHA-256')
+        if values["backup_size_bytes"] < 0:
+            raise MetadataError('the key "backup_size_bytes" is no size')
+        for table, rows in values["table_counts"].items():
+            if type(rows) is not int or rows < 0 or not TABLE_KEY.fullmatch(table):
+                raise MetadataError(f'the key "table_counts" is wrong at {table!r}')
+        # Of the further keys, those that are read below; one of another type counts as absent.
+        optional: dict[str, tuple[type, ...]] = {
+            "database_size_bytes": (int,),
+            "compression": (str,),
+            "large_object_count": (int,),
+            "verification": (dict,),
+        }
+        return cls(
+            **{key: values[key] for key in REQUIRED_KEYS},
+            **{
+                key: values[key]
+                for key, kinds in optional.items()
+                if type(values.get(key)) in kinds
+            },
+        )
+
+    @property
+    def moment(self) -> datetime:
+        """The time of the snapshot."""
+        return parse_iso_timestamp(self.backup_timestamp)
+
+    @property
+    def total_rows(self) -> int:
+        """The rows of all tables."""
+        return sum(self.table_counts.values())
+
+
+# ---------------------------------------------------------------------------------------------
+# Progress: one line on a terminal, nothing elsewhere
+# ---------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """One line on a terminal's stderr, redrawn in place; silent where stderr is no terminal."""
+
+    BAR_WIDTH = 20
+    REDRAW_SECONDS = 0.2
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        try:
+            self.enabled = stream is not None and stream.isatty()
+        except ValueError:  # closed
+            self.enabled = False
+        self._stream = stream
+        self._started = time.monotonic()
+        self._drawn_at = 0.0
+        self._fraction = 0.0
+
+    def show(self, phase: str, fraction: float | None = None, detail: str = "") -> None:
+        """Draw the line, at most a few times a second; the fraction never runs backwards."""
+        now = time.monotonic()
+        if not self.enabled or now - self._drawn_at < self.REDRAW_SECONDS:
+            return
+        self._drawn_at = now
+        elapsed = now - self._started
+        parts = [phase]
+        if fraction is not None:
+            self._fraction = max(self._fraction, min(fraction, 1.0))
+            filled = int(self._fraction * self.BAR_WIDTH)
+            parts.append(f"[{'#' * filled}{'-' * (self.BAR_WIDTH - filled)}]")
+            parts.append(f"{int(self._fraction * 100):3d} %")
+        parts += [detail] if detail else []
+        parts.append(f"{_clock(elapsed)} elapsed")
+        if self._fraction > 0.02 and fraction is not None:
+            parts.append(f"{_clock(elapsed * (1 / self._fraction - 1))} left")
+        self._write("  ".join(parts))
+
+    def clear(self) -> None:
+        """Take the line away, before anything else is printed."""
+        if self.enabled and self._drawn_at:
+            self._write("")
+
+    def _write(self, line: str) -> None:
+        assert self._stream is not None
+        try:
+            width = os.get_terminal_size(self._stream.fileno()).columns or 80
+            self._stream.write(f"\r{printable(line)[: width - 1]}\x1b[K")
+            self._stream.flush()
+        except (OSError, ValueError):
+            self.enabled = False
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+# ---------------------------------------------------------------------------------------------
+# External programs
+# ---------------------------------------------------------------------------------------------
+
+
+class Program:
+    """A PostgreSQL tool while it runs, in a session of its own, and the last it said on stderr.
+
+    As a context manager it never leaves the program running behind it. It is started from the
+    main thread, with no shell, and with exactly the environment given.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.DEVNULL,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        self.name = Path(argv[0]).name
+        with postponed_signals():  # or a signal between fork and here would leave it an orphan
+            try:
+                self.process = subprocess.Popen(
+                    argv,
+                    env=environment,
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=subprocess.PIPE,
+                    pass_fds=pass_fds,
+                    start_new_session=True,  # Ctrl-C is ours to pass on
+                )
+            except OSError as error:
+                raise Failure(
+                    ExitCode.TOOL,
+                    f"{printable(argv[0])} cannot be run: {error.strerror}",
+                    f"See whether it is a working program: {shell_words(argv[0], '--version')}",
+                ) from None
+        self._tail = b""
+        self._drain = threading.Thread(target=self._read_stderr, daemon=True)
+        self._drain.start()
+
+    def _read_stderr(self) -> None:
+        assert self.process.stderr is not None
+        while block := os.read(self.process.stderr.fileno(), 8192):
+            self._tail = (self._tail + block)[-STDERR_TAIL_BYTES:]
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        with postponed_signals():
+            self.stop()
+            for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+                if pipe is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        pipe.close()
+
+    def stop(self) -> None:
+        """End it: SIGTERM, by which pg_dump cancels its query, then SIGKILL."""
+        for ending, seconds in ((self.process.terminate, STOP_SECONDS), (self.process.kill, None)):
+            if self.process.poll() is None:
+                ending()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(seconds)
+        self._drain.join()
+
+    def status(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs. Never waits."""
+        return self.process.poll()
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """The exit status; None where `seconds` went by first."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    @property
+    def words(self) -> str:
+        """What the program, now ended, said on stderr, or how it ended without a word."""
+        self._drain.join()
+        said = printable_lines(self._tail.decode("utf-8", "backslashreplace"))
+        status = self.process.returncode
+        if status is not None and status < 0:
+            try:
+                name = signal.Signals(-status).name
+            except ValueError:
+                name = "unknown"
+            ended = f"{self.name} was ended by signal {-status} ({name})"
+            return f"{said}\n{ended}" if said else ended
+        return said or (f"{self.name} ended with exit status {status}" if status else "")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A PostgreSQL program that was found, and asked for its version."""
+
+    path: str
+    version: str
+    environment: Mapping[str, str] = field(repr=False)
+
+    @property
+    def major(self) -> int:
+        """17 for 17.10 and for 17beta1."""
+        digits = re.match(r"\d+", self.version)
+        return int(digits.group()) if digits else 0
+
+
+def tool_environment(settings: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """The environment of a child: this one's, without any connection setting or secret but
+    `settings`, and with messages in English.
+
+    PGCLUSTER stays: Debian's wrapper chooses the version of its tools by it.
+    """
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "PGCLUSTER" or not name.startswith(("PG", "DB_", "DEV_DB_"))
+    }
+    return (
+        inherited | {"LC_ALL": "C"} | {name: to_system(value) for name, value in settings.items()}
+    )
+
+
+def to_system(text: str) -> str:
+    """Text as this process passes it to the system, in any locale: its UTF-8 bytes."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def find_tool(name: str, environment: Mapping[str, str]) -> Tool:
+    """The program called `name` on PATH. Raises Failure with the PATH line that would find it."""
+    path = shutil.which(name)
+    if path is None:
+        raise missing_tool(name)
+    return ask_version(path, environment)
+
+
+def ask_version(path: str, environment: Mapping[str, str]) -> Tool:
+    """Run the tool for its version, in the environment that it will run in later."""
+    with Program([path, "--version"], environment, stdout=subprocess.PIPE) as program:
+        assert program.process.stdout is not None
+        said = program.process.stdout.read(4096).decode("utf-8", "backslashreplace")
+        status = program.wait()
+        # "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
+        match = re.search(r"\) (\d+[.\w]*)", said)
+        if status != 0 or match is None:
+            raise Failure(
+                ExitCode.TOOL,
+                f"{printable(path)} --version does not answer with a version: "
+                + (program.words or printable(said.strip()) or "no output"),
+                f"See what it is: {shell_words(path, '--version')}",
+                "Or put PostgreSQL's own tools first on PATH",
+            )
+    return Tool(path, match.group(1), environment)
+
+
+def missing_tool(name: str) -> Failure:
+    """The failure for a tool that is not on PATH, with the places where it does lie."""
+    steps = [path_hint(folder) for folder in tool_folders(name)[:1]]
+    blocked = [
+        folder for folder in os.get_exec_path() if os.path.isfile(os.path.join(folder, name))
+    ]
+    detail = f"{name} not found on PATH ({printable(os.environ.get('PATH', ''))})"
+    if blocked:
+        found = os.path.join(blocked[0], name)
+        detail = f"{printable(found)} is on PATH but may not be run by {current_user()}"
+        steps.append(f"Make it executable: {shell_words('chmod', '+x', found)}")
+    if not steps:
+        steps.append(install_hint(None))
+    return Failure(ExitCode.TOOL, detail, *steps)
+
+
+def tool_folders(name: str) -> list[str]:
+    """The usual folders that hold the tool, the newest version first."""
+    import glob
+
+    def version(folder: str) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", folder)]
+
+    found = {
+        folder
+        for pattern in TOOL_FOLDERS
+        for folder in glob.glob(pattern)
+        if os.access(os.path.join(folder, name), os.X_OK)
+    }
+    return sorted(found, key=version, reverse=True)
+
+
+def path_hint(folder: str) -> str:
+    """The line that makes cron, or a shell, find the tools in `folder`."""
+    return (
+        f"It is in {folder}. For cron, put this line above yours in the crontab: "
+        f"PATH={folder}:/usr/local/bin:/usr/bin:/bin"
+    )
+
+
+def install_hint(major: int | None) -> str:
+    """What to install, on the systems that people have."""
+    number = str(major) if major else "17"
+    return (
+        f"Install PostgreSQL's client tools, version {number} or newer: "
+        f"apt-get install postgresql-client-{number} (Debian, Ubuntu, from apt.postgresql.org), "
+        f"dnf install postgresql{number} (Red Hat), brew install postgresql@{number} (macOS)"
+    )
+
+
+def older_tool(tool: Tool, major: int, because: str) -> Failure:
+    """The failure for a tool that is too old, with a newer one where this machine has it."""
+    name = Path(tool.path).name
+    steps = []
+    for folder in tool_folders(name):
+        with contextlib.suppress(Failure):
+            if ask_version(os.path.join(folder, name), tool.environment).major >= major:
+                steps.append(path_hint(folder))
+                break
+    return Failure(
+        ExitCode.TOOL,
+        f"{printable(tool.path)} is version {tool.version}, {because}",
+        *steps,
+        install_hint(major),
+    )
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The two programs that a backup needs, and the compression that both can do."""
+
+    pg_dump: Tool
+    pg_restore: Tool
+    compression: str  # as pg_dump 16 writes it: zstd:3, gzip:4, none
+
+    @property
+    def compress_value(self) -> str:
+        """The value for `pg_dump --compress`, which before version 16 was a gzip level alone."""
+        if self.pg_dump.major >= 16:
+            return self.compression
+        return "0" if self.compression == "none" else self.compression.removeprefix("gzip:")
+
+
+def find_tools(config: DatabaseConfig) -> Tools:
+    """Both tools, of versions that fit, with the compression to use."""
+    pg_dump = find_tool("pg_dump", tool_environment(config.libpq))
+    # Without the password, which pg_restore has no use for; with the host and port, since
+    # Debian's wrapper chooses its version by them.
+    names = ("PGHOST", "PGPORT")
+    pg_restore = find_tool(
+        "pg_restore", tool_environment({name: config.libpq[name] for name in names})
+    )
+    if pg_restore.major < pg_dump.major:
+        raise older_tool(
+            pg_restore, pg_dump.major, f"too old for the archives of pg_dump {pg_dump.version}"
+        )
+    if not config.compress:
+        fits = pg_dump.major >= 16 and takes_compression(pg_dump, "zstd:3") is None
+        fits = fits and reads_compression(pg_restore, "zstd")
+        return Tools(pg_dump, pg_restore, "zstd:3" if fits else "gzip:4")
+    wanted = config.compress
+    wanted = {"0": "none"}.get(wanted, f"gzip:{wanted}" if wanted.isdigit() else wanted)
+    tools = Tools(pg_dump, pg_restore, wanted)
+    if refusal := takes_compression(pg_dump, tools.compress_value):
+        raise Failure(
+            ExitCode.CONFIGURATION,
+            f"BACKUP_COMPRESS is {config.compress!r}, which pg_dump {pg_dump.version} "
+            f"does not take:\n{refusal}",
+            f"Correct it {config.places['compress']}",
+            "Or leave it out: then zstd:3 is used where the tools have it, else gzip:4",
+        )
+    if not reads_compression(pg_restore, wanted):
+        raise unreadable_compression(pg_restore, wanted)
+    return tools
+
+
+def takes_compression(pg_dump: Tool, value: str) -> str | None:
+    """None where this build of pg_dump can compress so, else its words.
+
+    pg_dump checks the value, then creates its file, then connects (15 to 18, tried): whether
+    there is a file afterwards is the answer. No server is asked.
+    """
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="backup_db-") as folder:
+        file = os.path.join(folder, "probe")
+        argv = [pg_dump.path, "--format=custom", f"--compress={value}", f"--file={file}"]
+        nowhere = {name: text for name, text in pg_dump.environment.items() if name[:2] != "PG"}
+        with Program(argv, nowhere | {"PGHOST": folder, "PGDATABASE": "probe"}) as program:
+            program.wait()
+            return None if os.path.exists(file) else program.words
+
+
+COMPRESSION_NUMBERS = {"none": 0, "gzip": 1, "lz4": 2, "zstd": 3}
+
+
+def reads_compression(pg_restore: Tool, compression: str) -> bool:
+    """Whether this build of pg_restore can read archives compressed so.
+
+    It is shown the head of an empty archive, version 1.15 (PostgreSQL 16 source,
+    pg_backup_archiver.c, ReadHead): one that it cannot read later makes it warn now.
+    """
+    algorithm = compression.partition(":")[0]
+    if pg_restore.major < 16:
+        return algorithm in ("gzip", "none")
+    if algorithm not in COMPRESSION_NUMBERS:
+        return True  # a newer PostgreSQL's; the read-back will tell
+    integer_bytes, custom_format, no_entries = 4, 1, 0
+
+    def integer(number: int) -> bytes:
+        return b"\0" + number.to_bytes(integer_bytes, "little")
+
+    created = b"".join(map(integer, (0, 0, 0, 1, 0, 100, 0)))  # 2000-01-01 00:00:00
+    strings = integer(1) + b"x" + integer(2) + b"16" + integer(2) + b"16"
+    head = b"PGDMP" + bytes((1, 15, 0, integer_bytes, 8, custom_format))
+    head += bytes((COMPRESSION_NUMBERS[algorithm],)) + created + strings + integer(no_entries)
+    argv = [pg_restore.path, "--format=custom", "--list"]
+    with Program(argv, pg_restore.environment, stdin=subprocess.PIPE) as program:
+        send(program, head)
+        return program.wait() == 0 and not program.words
+
+
+def unreadable_compression(pg_restore: Tool, compression: str) -> Failure:
+    """The failure for a pg_restore that was built without the archive's compression."""
+    return Failure(
+        ExitCode.TOOL,
+        f"{printable(pg_restore.path)} ({pg_restore.version}) is built without "
+        f"{printable(compression.partition(':')[0])}, by which the backup is compressed",
+        *[path_hint(folder) for folder in tool_folders("pg_restore")[:1]],
+        "Install PostgreSQL's client tools from your distribution or apt.postgresql.org, "
+        "which are built with it",
+        "For new backups another compression will do: BACKUP_COMPRESS=gzip:4",
+    )
+
+
+def send(program: Program, data: bytes) -> None:
+    """Give the program its whole input. One that ended early says why by its exit status."""
+    assert program.process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        program.process.stdin.write(data)
+        program.process.stdin.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# The archive: its checksum, its table of contents, and every row in it
+# ---------------------------------------------------------------------------------------------
+
+
+def hash_file(path: Path, on_block: Callable[[int], None]) -> str:
+    """The SHA-256 of the file, as hexadecimal digits; `on_block` hears how many bytes are read."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(BLOCK_BYTES))
+    done = 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            done += count
+            on_block(done)
+    return digest.hexdigest()
+
+
+class BackgroundHash:
+    """`hash_file` beside other work: a context manager whose thread never outlives its block."""
+
+    class Stopped(Exception):
+        """The result is not wanted any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.done_bytes = 0
+        self._path = path
+        self._stopping = False
+        self._digest = ""
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self._digest = hash_file(self._path, self._note)
+        except OSError as error:
+            self._error = error
+        except self.Stopped:
+            pass
+
+    def _note(self, done_bytes: int) -> None:
+        self.done_bytes = done_bytes
+        if self._stopping:
+            raise self.Stopped
+
+    def __enter__(self) -> BackgroundHash:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._stopping = True
+        self._thread.join()
+
+    def result(self) -> str:
+        """The digest, waited for. Raises OSError."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._digest
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an archive yields when it is read to its end."""
+
+    rows: Mapping[TableName, int]
+    large_objects: int
+
+    @property
+    def total_rows(self) -> int:
+        """The rows of all tables."""
+        return sum(self.rows.values())
+
+
+class ScriptReader:
+    """Counts the rows in the SQL script that `pg_restore --data-only` writes, as it goes by.
+
+    Data lines are never looked into: COPY escapes every newline and every backslash within a
+    value, so that a row is a line and only the end of the data is the line `\\.` (PostgreSQL
+    documentation, "COPY", text format). Names are not escaped: a COPY statement may span lines,
+    and has ended only where its double quotes are even. Whatever else is in the script must be
+    what pg_restore is known to write there (15 to 18), or the archive counts as damaged.
+    """
+
+    END_OF_DATA = b"\n\\.\n"
+    HARMLESS = (
+        b"--",
+        b"SET ",
+        b"SELECT pg_catalog.set_config",
+        b"\\restrict ",
+        b"\\unrestrict ",
+        b"BEGIN;",
+        b"COMMIT;",
+        b"SELECT pg_catalog.lowrite(",
+        b"SELECT pg_catalog.lo_close(",
+    )
+    LARGE_OBJECT = b"SELECT pg_catalog.lo_open("
+    ENCODING = re.compile(rb"SET client_encoding = '(\w+)';\n")
+    LONGEST_LINE_BYTES = 16 * 1024 * 1024
+
+    def __init__(self) -> None:
+        self.rows_read = 0
+        self._encoding = "SQL_ASCII"
+        self._rows: dict[TableName, int] = {}
+        self._large_objects = 0
+        self._unread = b""
+        self._statement = b""  # a COPY statement that goes on in the next line
+        self._table: TableName | None = None  # whose data is being read
+
+    def feed(self, block: bytes) -> None:
+        """Read on. Raises ArchiveError for what pg_restore never writes."""
+        script = self._unread + block
+        position = 0
+        while True:
+            if self._table is not None:
+                end = script.find(self.END_OF_DATA, position)
+                # Keep the last bytes: the end of the data may lie across two blocks.
+                stop = end if end >= 0 else max(position, len(script) - len(self.END_OF_DATA) + 1)
+                rows = script.count(b"\n", position, stop)
+                self._rows[self._table] += rows
+                self.rows_read += rows
+                if end < 0:
+                    position = stop
+                    break
+                self._table = None
+                position = end + len(self.END_OF_DATA)
+            else:
+                end = script.find(b"\n", position)
+                if end < 0:
+                    break
+                self._read_line(script[position : end + 1])
+                # The newline before the first row is the one that ends the statement.
+                position = end if self._table is not None else end + 1
+        self._unread = script[position:]
+        if len(self._unread) > self.LONGEST_LINE_BYTES:
+            raise ArchiveError("a line that is no data and does not end")
+
+    def _read_line(self, line: bytes) -> None:
+        if self._statement or line.startswith(b"COPY "):
+            self._statement += line
+            if self._statement.count(b'"') % 2 == 0 and line.endswith(b" FROM stdin;\n"):
+                self._begin_table(self._statement)
+                self._statement = b""
+        elif line.startswith(self.LARGE_OBJECT):
+            self._large_objects += 1
+        elif match := self.ENCODING.fullmatch(line):
+            self._encoding = match.group(1).decode("ascii")
+        elif line != b"\n" and not line.startswith(self.HARMLESS):
+            raise ArchiveError(f"an unexpected line: {printable(line[:200].decode('latin-1'))}")
+
+    def _begin_table(self, statement: bytes) -> None:
+        match = COPY_HEADER.fullmatch(statement)
+        if match is None:
+            raise ArchiveError(f"an unexpected statement: {statement[:200]!r}")
+        schema, table = (
+            unquote_identifier(decode_name(raw, self._encoding)) for raw in match.groups()
+        )
+        self._table = (schema, table)
+        if self._table in self._rows:
+            raise ArchiveError(f"the table {schema}.{table} is in it twice")
+        self._rows[self._table] = 0
+
+    def finish(self) -> Contents:
+        """What was read. Raises ArchiveError where the script breaks off."""
+        if self._table is not None or self._statement or self._unread:
+            raise ArchiveError("it breaks off within a table")
+        return Contents(self._rows, self._large_objects)
+
+
+TOC_DATA_ENTRY = re.compile(rb"(\d+); \d+ \d+ (TABLE DATA|BLOBS) ")
+
+
+@dataclass(frozen=True)
+class TableOfContents:
+    """The entries of an archive that hold data, by their dump ids."""
+
+    tables: Sequence[bytes]
+    large_objects: Sequence[bytes]
+
+
+def read_table_of_contents(pg_restore: Tool, dump: Path) -> TableOfContents:
+    """`pg_restore --list`. Raises ArchiveError with pg_restore's words; a warning is one too."""
+    found: dict[bytes, list[bytes]] = {b"TABLE DATA": [], b"BLOBS": []}
+    argv = [pg_restore.path, "--format=custom", "--list", os.path.abspath(dump)]
+    with Program(argv, pg_restore.environment, stdout=subprocess.PIPE) as program:
+        assert program.process.stdout is not None
+        for line in program.process.stdout:
+            if match := TOC_DATA_ENTRY.match(line):
+                found[match.group(2)].append(match.group(1))
+        status = program.wait()
+        if status != 0 or program.words:
+            raise ArchiveError(program.words)
+    return TableOfContents(found[b"TABLE DATA"], found[b"BLOBS"])
+
+
+def read_contents(
+    pg_restore: Tool, dump: Path, toc: TableOfContents, on_rows: Callable[[int], None]
+) -> Contents:
+    """Let pg_restore decode every data entry of the archive, and count what it yields.
+
+    Streams: the memory it takes does not grow with the archive. Raises ArchiveError.
+    """
+    reader = ScriptReader()
+    argv = [pg_restore.path, "--format=custom", "--data-only", "--use-list=/dev/stdin", "--file=-"]
+    with Program(
+        [*argv, os.path.abspath(dump)],
+        pg_restore.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as program:
+        send(program, b"".join(entry + b";\n" for entry in (*toc.tables, *toc.large_objects)))
+        assert program.process.stdout is not None
+        pipe = program.process.stdout.fileno()
+        if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
+            with contextlib.suppress(OSError):  # a smaller pipe will do
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, BLOCK_BYTES)
+        while block := os.read(pipe, BLOCK_BYTES):
+            reader.feed(block)
+            on_rows(reader.rows_read)
+        status = program.wait()
+        if status != 0 or program.words:
+            raise ArchiveError(program.words)
+    contents = reader.finish()
+    if len(contents.rows) != len(toc.tables):
+        raise ArchiveError(
+            f"its table of contents lists the data of {plural(len(toc.tables), 'table')}, "
+            f"it holds that of {len(contents.rows)}"
+        )
+    return contents
+
+
+def compare_contents(
+    contents: Contents, table_counts: Mapping[str, int], large_object_count: int | None
+) -> list[str]:
+    """Every way in which the archive's contents differ from the counts, a sentence each."""
+    expected = {parse_table_key(key): (key, rows) for key, rows in table_counts.items()}
+    problems = []
+    for name, (key, rows) in expected.items():
+        if name not in contents.rows:
+            problems.append(
+                f"table {printable(key)}: not in the dump, {plural(rows, 'row')} expected"
+            )
+        elif contents.rows[name] != rows:
+            problems.append(
+                f"table {printable(key)}: {plural(contents.rows[name], 'row')} in the dump, "
+                f"{rows} expected"
+            )
+    for name, rows in contents.rows.items():
+        if name not in expected:
+            problems.append(f"table {printable('.'.join(name))}: in the dump, but not counted")
+    if len(expected) != len(table_counts):
+        problems.append("two keys of table_counts name the same table")
+    if contents.large_objects != (large_object_count or 0):
+        problems.append(
+            f"{plural(contents.large_objects, 'large object')} in the dump, "
+            f"{large_object_count or 0} expected"
+        )
+    return problems
+
+
+def list_problems(problems: Sequence[str], most: int = 10) -> str:
+    """The first problems, a line each, and how many more there are."""
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return "\n".join([*problems[:most], *more])
+
+
+# ---------------------------------------------------------------------------------------------
+# The server: one session, driven so that no wait is without an end
+# ---------------------------------------------------------------------------------------------
+
+
+class Session:
+    """One connection to the server, used asynchronously: a signal ends any wait at once, other
+    work is looked after meanwhile (`on_wait`), and a server that falls silent is noticed.
+
+    psycopg2 delivers no Python signal while it waits itself. Every method may raise ServerError.
+    """
+
+    def __init__(self, config: DatabaseConfig, database: str | None = None) -> None:
+        self.on_wait: Callable[[], None] = lambda: None
+        self._config = config
+        self._database = database or config.name
+        self._connection: Any = None
+        self._connect("UTF8")
+        if self.parameter("server_encoding") == "SQL_ASCII":
+            # No conversion there: any byte may come, and Latin-1 has a character for each.
+            self.close()
+            self._connect("LATIN1")
+
+    def _connect(self, client_encoding: str) -> None:
+        psycopg2 = import_psycopg2()
+        deadline = time.monotonic() + self._config.connect_seconds
+        try:
+            self._connection = psycopg2.connect(
+                "",  # everything else is in the environment
+                dbname=self._database,
+                client_encoding=client_encoding,
+                keepalives_idle=60,
+                keepalives_interval=10,
+                keepalives_count=6,
+                async_=True,
+            )
+            self._wait(deadline)
+        except UnicodeDecodeError as error:
+            # The server's own words, in an encoding that it does not name before a login.
+            raise ServerError(error.object.decode("latin-1")) from None
+        except (psycopg2.Error, ValueError) as error:
+            raise ServerError(str(error).strip()) from None
+
+    def query(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        """Run a statement, or several in one string, and return the rows of the last."""
+        self.send(statement, *values)
+        psycopg2 = import_psycopg2()
+        try:
+            self._wait(None)
+        except (psycopg2.Error, UnicodeError) as error:
+            raise self._translate(error) from None
+        return self._rows()
+
+    def send(self, statement: str, *values: object) -> None:
+        """Begin a query whose result is asked for later, by `answer`."""
+        psycopg2 = import_psycopg2()
+        try:
+            self._cursor = self._connection.cursor()
+            self._cursor.execute(statement, values or None)
+        except (psycopg2.Error, UnicodeError) as error:
+            raise self._translate(error) from None
+
+    def answer(self) -> list[tuple[Any, ...]] | None:
+        """The rows of the query sent; None while it runs. Never waits."""
+        psycopg2 = import_psycopg2()
+        try:
+            if self._connection.poll() != psycopg2.extensions.POLL_OK:
+                return None
+        except (psycopg2.Error, UnicodeError) as error:
+            raise self._translate(error) from None
+        return self._rows()
+
+    def _rows(self) -> list[tuple[Any, ...]]:
+        return self._cursor.fetchall() if self._cursor.description else []
+
+    def _wait(self, deadline: float | None) -> None:
+        """Wait for the server; with no deadline as long as there is a server to wait for."""
+        extensions = import_psycopg2().extensions
+        last_heard = time.monotonic()
+        while (state := self._connection.poll()) != extensions.POLL_OK:
+            readers = [self._connection] if state == extensions.POLL_READ else []
+            writers = [self._connection] if state == extensions.POLL_WRITE else []
+            ready = select.select(readers, writers, [], TICK_SECONDS)
+            self.on_wait()
+            now = time.monotonic()
+            if ready[0] or ready[1]:
+                last_heard = now
+            elif deadline is not None and now > deadline:
+                self.close()
+                raise ServerError(
+                    f'connection to server at "{self._config.host}", port {self._config.port} '
+                    "failed: timeout expired",
+                    lost=True,
+                )
+            elif deadline is None and now - last_heard > SILENCE_SECONDS:
+                self._probe()
+                last_heard = time.monotonic()
+
+    def _probe(self) -> None:
+        """See whether the server still answers; any answer will do, a refusal too."""
+        try:
+            Session(self._config, self._database).close()
+        except ServerError as error:
+            if error.lost:
+                self.close()
+                raise ServerError(
+                    f"no answer for {SILENCE_SECONDS} seconds, and then: {error.text}", lost=True
+                ) from None
+
+    def _translate(self, error: Exception) -> ServerError:
+        sqlstate = getattr(error, "pgcode", None)
+        text = getattr(error, "pgerror", None) or str(error)
+        lost = sqlstate is None and bool(self._connection.closed)
+        return ServerError(text.strip(), sqlstate, lost)
+
+    def parameter(self, name: str) -> str:
+        """A setting that the server reports by itself, such as server_encoding."""
+        return str(self._connection.get_parameter_status(name))
+
+    @property
+    def server_version(self) -> int:
+        """170010 for 17.10."""
+        return int(self._connection.server_version)
+
+    def cancel(self) -> None:
+        """End the query that runs, if the server can be told so within a second."""
+        canceller = threading.Thread(target=self._cancel_quietly, daemon=True)
+        canceller.start()
+        canceller.join(1.0)
+
+    def _cancel_quietly(self) -> None:
+        with contextlib.suppress(import_psycopg2().Error):
+            self._connection.cancel()
+
+    def close(self) -> None:
+        """Leave the server; locks and snapshot go with it."""
+        self._connection.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, exception_type: object, *_exception: object) -> None:
+        with postponed_signals():
+            if exception_type is not None and not self._connection.closed:
+                self.cancel()  # or a long count would run on in the server
+            self.close()
+
+
+def import_psycopg2() -> Any:
+    """psycopg2, where it is used: listing and verifying must work without it."""
+    try:
+        import psycopg2
+        import psycopg2.extensions
+    except ImportError as error:
+        raise missing_package(error) from None
+    return psycopg2
+
+
+def missing_package(error: ImportError) -> Failure:
+    """The failure for a run-time package that is not installed, or does not load."""
+    requirements = SCRIPT_DIR / "requirements.txt"
+    return Failure(
+        ExitCode.GENERAL,
+        f"a package is missing: {error} (python is {printable(sys.executable)})",
+        f"Install what the script needs: pip install -r {display_path(requirements)}",
+        "In cron, name the python that has it: /path/to/venv/bin/python3 backup_db.py",
+    )
+
+
+BEGIN_READING = """
+BEGIN ISOLATION LEVEL {isolation} READ ONLY;
+SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = 0;
+SET LOCAL idle_in_transaction_session_timeout = 0;
+SET LOCAL row_security = off;
+SET LOCAL search_path = '';
+"""
+
+
+def begin(session: Session, isolation: str) -> None:
+    """Begin a transaction that no setting of the role or the database can break."""
+    session.query(BEGIN_READING.format(isolation=isolation))
+    if session.server_version >= 170000:
+        session.query("SET LOCAL transaction_timeout = 0")
+
+
+def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
+    """Why there is no connection. The cause is looked up in the catalog, where another database
+    lets us in; the server's words are shown as they are, in whatever language."""
+    options = client_options(config)
+    name = config.name
+    known = _look_up_database(config)
+    check_name = f"Check database name {config.places['name']}"
+    if known == "missing":
+        return Failure(
+            ExitCode.CONNECTION,
+            error.text,
+            f"Verify database exists: psql -l {options}",
+            check_name,
+            f"Create database if needed: createdb {shell_words(name)} {options}",
+        )
+    if known == "closed":
+        return Failure(
+            ExitCode.CONNECTION,
+            error.text,
+            f"The database does not allow connections: {check_name}",
+            "Or allow them, as its owner: ALTER DATABASE … ALLOW_CONNECTIONS true",
+        )
+    if known == "no CONNECT" or "User does not have CONNECT privilege." in error.text:
+        return Failure(
+            ExitCode.PERMISSION,
+            error.text,
+            f"Grant it, as the owner of the database: GRANT CONNECT ON DATABASE "
+            f"{sql_identifier(name)} TO {sql_identifier(config.user or current_user())}",
+            f"Or back up as another role, set {config.places['user']}",
+        )
+    return Failure(
+        ExitCode.CONNECTION,
+        error.text,
+        f"See whether the server answers: pg_isready {client_options(config, user=False)}",
+        f"Check the host {config.places['host']}, and the port {config.places['port']}",
+        f"Check the user {config.places['user']}, and the password {config.places['password']}",
+        f"Verify database exists: psql -l {options}",
+    )
+
+
+def _look_up_database(config: DatabaseConfig) -> str:
+    """What the catalog says of the configured database, seen from the database `postgres`."""
+    try:
+        with Session(config, "postgres") as session:
+            found = session.query(
+                "SELECT datallowconn, has_database_privilege(oid, 'CONNECT')"
+                " FROM pg_catalog.pg_database WHERE datname = %s",
+                config.name,
+            )
+    except ServerError:
+        return "unknown"
+    if not found:
+        return "missing"
+    allowed, may_connect = found[0]
+    return "closed" if not allowed else "open" if may_connect else "no CONNECT"
+
+
+def client_options(config: DatabaseConfig, user: bool = True) -> str:
+    """The options by which psql reaches the configured server."""
+    options = shell_words("-h", config.host, "-p", str(config.port))
+    return f"{options} {shell_words('-U', config.user)}" if user and config.user else options
+
+
+def sql_identifier(name: str) -> str:
+    """A name quoted for SQL."""
+    return '"' + printable(name).replace('"', '""') + '"'
+
+
+def server_failure(error: ServerError, doing: str) -> Failure:
+    """What stopped us while `doing` something on the server, in the server's own words."""
+    if error.lost:
+        return Failure(
+            ExitCode.CREATION,
+            f"the connection to the server was lost while {doing}:\n{error.text}",
+            "See why in the server's log: a restart, a crash, or an administrator's command",
+            "Then run the backup again",
+        )
+    if error.sqlstate == "42501":  # insufficient_privilege
+        return Failure(
+            ExitCode.PERMISSION,
+            f"while {doing}: {error.text}",
+            "Grant the role what it lacks, or back up as another role",
+        )
+    if error.sqlstate == "53200":  # out_of_memory: the lock table is full
+        return Failure(
+            ExitCode.CREATION,
+            f"while {doing}: {error.text}",
+            "Raise max_locks_per_transaction in postgresql.conf, and restart the server",
+        )
+    return Failure(
+        ExitCode.CREATION, f"while {doing}: {error.text}", "See the server's log for the cause"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The server: what is in the database, and what this role may read of it
+# ---------------------------------------------------------------------------------------------
+
+# The relations that pg_dump reads: not those of extensions, but for their configuration tables
+# (PostgreSQL documentation, "Extension Configuration Tables").
+DUMPED_RELATIONS = """
+  SELECT c.oid, c.relkind, c.relpersistence, n.oid AS nsoid, n.nspname, c.relname,
+         x.extcondition[array_position(x.extconfig, c.oid)] AS condition
+    FROM pg_catalog.pg_class c
+    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    LEFT JOIN pg_catalog.pg_depend m
+      ON m.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND m.objid = c.oid
+     AND m.objsubid = 0 AND m.deptype = 'e'
+     AND m.refclassid = 'pg_catalog.pg_extension'::pg_catalog.regclass
+    LEFT JOIN pg_catalog.pg_extension x ON c.oid = ANY (x.extconfig)
+   WHERE c.relkind IN ('r', 'p', 'S')
+     AND (x.oid IS NOT NULL OR (m.objid IS NULL AND n.nspname !~ '^pg_'
+                                AND n.nspname <> 'information_schema'))
+"""
+
+# What pg_dump would fail on, each row alone enough: tried by granting and revoking one by one.
+UNREADABLE = f"""
+WITH rel AS ({DUMPED_RELATIONS})
+SELECT 'schema', pg_catalog.quote_ident(nspname), nsoid
+  FROM (SELECT DISTINCT nspname, nsoid FROM rel) s
+ WHERE NOT pg_catalog.has_schema_privilege(nsoid, 'USAGE')
+UNION ALL
+SELECT CASE relkind WHEN 'S' THEN 'sequence' ELSE 'table' END,
+       pg_catalog.quote_ident(nspname) || '.' || pg_catalog.quote_ident(relname), oid
+  FROM rel WHERE NOT pg_catalog.has_table_privilege(oid, 'SELECT')
+UNION ALL
+SELECT 'row security', pg_catalog.quote_ident(nspname) || '.' || pg_catalog.quote_ident(relname), oid
+  FROM rel WHERE relkind = 'r' AND pg_catalog.row_security_active(oid)
+UNION ALL
+SELECT 'large object', l.oid::text, l.oid FROM pg_catalog.pg_largeobject_metadata l
+ WHERE NOT EXISTS (
+         SELECT FROM pg_catalog.aclexplode(
+                  COALESCE(l.lomacl, pg_catalog.acldefault('L', l.lomowner))) a
+          WHERE a.privilege_type = 'SELECT'
+            AND (a.grantee = 0 OR pg_catalog.pg_has_role(a.grantee, 'USAGE')))
+   AND NOT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
+ORDER BY 1, 3
+"""
+
+GRANTS = {
+    "schema": ("Let it use the schemas", "GRANT USAGE ON SCHEMA {} TO {}"),
+    "table": ("Let it read the tables", "GRANT SELECT ON TABLE {} TO {}"),
+    "sequence": ("Let it read the sequences", "GRANT SELECT ON SEQUENCE {} TO {}"),
+    "large object": ("Let it read the large objects", "GRANT SELECT ON LARGE OBJECT {} TO {}"),
+}
+
+
+def check_privileges(session: Session) -> None:
+    """Raise Failure with everything that pg_dump could not read as this role."""
+    unreadable = session.query(UNREADABLE)
+    if not unreadable:
+        return
+    role = str(session.query("SELECT pg_catalog.quote_ident(current_user)")[0][0])
+    names: dict[str, list[str]] = {}
+    for kind, name, _oid in unreadable:
+        names.setdefault(kind, []).append(printable(name))
+    steps = [
+        f"{purpose}: {grant.format(', '.join(names[kind]), printable(role))};"
+        for kind, (purpose, grant) in GRANTS.items()
+        if kind in names
+    ]
+    if names.keys() - {"large object", "row security"}:
+        steps.append(f"Or all tables, for good: GRANT pg_read_all_data TO {printable(role)};")
+    if "row security" in names:
+        steps.append(
+            f"Let it see every row, as a superuser: ALTER ROLE {printable(role)} BYPASSRLS;"
+        )
+    lines = [f"{kind}: {', '.join(found)}" for kind, found in names.items()]
+    raise Failure(
+        ExitCode.PERMISSION,
+        f"role {printable(role)} cannot read all of the database; a backup would be incomplete\n"
+        + "\n".join(lines),
+        *steps,
+    )
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose rows pg_dump writes."""
+
+    oid: int
+    sql_name: str  # as SQL wants it, quoted where needed
+    condition: str  # of an extension's configuration table: the rows that pg_dump takes
+    schema: str
+    name: str
+    schema_is_quoted: bool
+    name_is_quoted: bool
+
+    @property
+    def key(self) -> str:
+        """The table in the metadata: bare in schema public, quoted where SQL needs it."""
+
+        def quote(name: str, is_quoted: bool) -> str:
+            return '"' + name.replace('"', '""') + '"' if is_quoted else name
+
+        name = quote(self.name, self.name_is_quoted)
+        if self.schema == "public":
+            return name
+        return f"{quote(self.schema, self.schema_is_quoted)}.{name}"
+
+    @property
+    def count_expression(self) -> str:
+        """The number of its rows in the dump. pg_dump reads a table by itself, without those
+        that inherit from it, but for a configuration table with a condition."""
+        only = "" if self.condition else "ONLY "
+        return f"(SELECT pg_catalog.count(*) FROM {only}{self.sql_name} {self.condition})"
+
+
+# Unlogged tables hold nothing on a standby, and pg_dump leaves them out there. Object ids grow,
+# so that their order is the order of creation.
+DUMPED_TABLES = f"""
+WITH rel AS ({DUMPED_RELATIONS})
+SELECT oid::bigint, pg_catalog.quote_ident(nspname), pg_catalog.quote_ident(relname),
+       COALESCE(condition, ''),
+       pg_catalog.convert_to(nspname::text, pg_catalog.getdatabaseencoding()),
+       pg_catalog.convert_to(relname::text, pg_catalog.getdatabaseencoding())
+  FROM rel WHERE relkind = 'r' AND NOT (relpersistence = 'u' AND pg_catalog.pg_is_in_recovery())
+ ORDER BY oid
+"""
+
+
+def list_tables(session: Session) -> list[Table]:
+    """The tables whose rows pg_dump will write, in the order in which they were created."""
+    encoding = session.parameter("server_encoding")
+    return [
+        Table(
+            oid=oid,
+            sql_name=f"{schema}.{name}",
+            condition=condition,
+            schema=decode_name(bytes(raw_schema), encoding),
+            name=decode_name(bytes(raw_name), encoding),
+            schema_is_quoted=schema.startswith('"'),
+            name_is_quoted=name.startswith('"'),
+        )
+        for oid, schema, name, condition, raw_schema, raw_name in session.query(DUMPED_TABLES)
+    ]
+
+
+@dataclass(frozen=True)
+class DatabaseFacts:
+    """What the metadata says of the database, read in the snapshot."""
+
+    name: str
+    size_bytes: int
+    server_version: str
+    encoding: str
+    locale: dict[str, str | None]
+    extensions: dict[str, str]
+    roles: list[str]
+    large_objects: int
+    not_included: list[str]
+
+
+# Columns that only newer servers have come through to_jsonb: absent, they are NULL.
+DATABASE_FACTS = """
+SELECT pg_catalog.current_database(), pg_catalog.pg_database_size(d.oid),
+       d.datcollate, d.datctype, pg_catalog.to_jsonb(d) ->> 'datlocprovider',
+       COALESCE(pg_catalog.to_jsonb(d) ->> 'datlocale', pg_catalog.to_jsonb(d) ->> 'daticulocale'),
+       (SELECT pg_catalog.count(*) FROM pg_catalog.pg_largeobject_metadata)
+  FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()
+"""
+
+EXTENSIONS = "SELECT extname, extversion FROM pg_catalog.pg_extension ORDER BY extname"
+
+# Owners and grantees of all that is in the database, and of the database. The bootstrap
+# superuser (oid 10) is in no dependency but in most archives.
+ROLES = """
+SELECT rolname FROM pg_catalog.pg_roles r
+ WHERE r.oid = 10 OR r.oid IN (
+       SELECT s.refobjid FROM pg_catalog.pg_shdepend s, pg_catalog.pg_database d
+        WHERE d.datname = pg_catalog.current_database()
+          AND s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass
+          AND (s.dbid = d.oid OR (s.classid = 'pg_catalog.pg_database'::pg_catalog.regclass
+                                  AND s.objid = d.oid)))
+ ORDER BY rolname
+"""
+
+# What pg_dump leaves out and exits 0: (sentence, names or NULL, how many).
+NOT_INCLUDED = """
+SELECT 'data of foreign tables',
+       pg_catalog.string_agg(c.oid::pg_catalog.regclass::text, ', ' ORDER BY c.oid), 0
+  FROM pg_catalog.pg_class c WHERE c.relkind = 'f'
+UNION ALL
+SELECT 'data of unlogged tables, which a standby does not have',
+       pg_catalog.string_agg(c.oid::pg_catalog.regclass::text, ', ' ORDER BY c.oid), 0
+  FROM pg_catalog.pg_class c
+ WHERE c.relkind = 'r' AND c.relpersistence = 'u' AND pg_catalog.pg_is_in_recovery()
+UNION ALL
+SELECT 'tables in the schema information_schema',
+       pg_catalog.string_agg(c.oid::pg_catalog.regclass::text, ', ' ORDER BY c.oid), 0
+  FROM pg_catalog.pg_class c
+ WHERE c.relkind IN ('r', 'p') AND c.oid >= 16384
+   AND c.relnamespace = 'information_schema'::pg_catalog.regnamespace
+UNION ALL
+SELECT 'subscriptions, which only a superuser can back up', NULL, pg_catalog.count(*)
+  FROM pg_catalog.pg_subscription s JOIN pg_catalog.pg_database d ON d.oid = s.subdbid
+ WHERE d.datname = pg_catalog.current_database()
+   AND NOT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
+UNION ALL
+SELECT 'options of user mappings, which only a superuser can back up', NULL, pg_catalog.count(*)
+  FROM pg_catalog.pg_user_mappings
+ WHERE NOT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
+"""
+
+
+def describe_database(session: Session) -> DatabaseFacts:
+    """Everything that the metadata says of the database, but for the tables."""
+    name, size_bytes, collate, ctype, provider, locale, large_objects = session.query(
+        DATABASE_FACTS
+    )[0]
+    providers = {None: "libc", "c": "libc", "i": "icu", "b": "builtin", "d": "default"}
+    major, minor = divmod(session.server_version, 10000)
+    return DatabaseFacts(
+        name=name,
+        size_bytes=size_bytes,
+        server_version=f"{major}.{minor}",
+        encoding=session.parameter("server_encoding"),
+        locale={
+            "collate": collate,
+            "ctype": ctype,
+            "provider": providers.get(provider, provider),
+            **({"locale": locale} if locale else {}),
+        },
+        extensions=dict(session.query(EXTENSIONS)),
+        roles=[role for (role,) in session.query(ROLES)],
+        large_objects=large_objects,
+        not_included=[
+            f"{what} ({names or count})"
+            for what, names, count in session.query(NOT_INCLUDED)
+            if names or count
+        ],
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The server: locks first, then the snapshot, then the counts in it
+# ---------------------------------------------------------------------------------------------
+
+# lock_not_available, deadlock_detected, undefined_table, invalid_schema_name
+LOCK_RETRY_SQLSTATES = {"55P03", "40P01", "42P01", "3F000"}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A moment of the database that pg_dump can be given, with every table held still."""
+
+    id: str
+    tables: Sequence[Table]
+
+
+def take_snapshot(session: Session, progress: Progress) -> Snapshot:
+    """Lock the tables, then export a snapshot that sees them as they stay.
+
+    TRUNCATE and an ALTER TABLE that rewrites are not MVCC-safe (PostgreSQL documentation,
+    "Caveats" of concurrency control): a table that is locked only after the snapshot can be
+    dumped as empty, and counted as empty, with exit status 0. So the locks come before the
+    transaction sees anything, and the list of tables is read again behind them.
+
+    Raises Failure, naming the session that holds a table, after LOCK_WAIT_SECONDS.
+    """
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    while True:
+        begin(session, "READ COMMITTED")
+        tables = list_tables(session)
+        session.query("COMMIT")
+        try:
+            begin(session, "REPEATABLE READ")
+            if tables:
+                session.query(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
+                names = ", ".join(f"ONLY {table.sql_name}" for table in tables)
+                session.query(f"LOCK TABLE {names} IN ACCESS SHARE MODE")
+                session.query("SET LOCAL lock_timeout = 0")
+            snapshot = str(session.query("SELECT pg_catalog.pg_export_snapshot()")[0][0])
+            if list_tables(session) == tables:
+                return Snapshot(snapshot, tables)
+            session.query("ROLLBACK")
+            waits_for = "the set of tables changes all the time"
+        except ServerError as error:
+            if error.sqlstate not in LOCK_RETRY_SQLSTATES:
+                raise
+            session.query("ROLLBACK")  # every lock goes: we never wait while we hold some
+            waits_for = find_lock_holder(session, tables) or error.text
+        if time.monotonic() > deadline:
+            raise Failure(
+                ExitCode.CREATION,
+                f"the tables could not be locked for reading within {LOCK_WAIT_SECONDS} seconds: "
+                f"{waits_for}",
+                "Let that session finish, or end it: SELECT pg_terminate_backend(PID)",
+                "Then run the backup again, or at an hour without migrations",
+            )
+        pause(LOCK_RETRY_SECONDS, lambda: progress.show(f"Waiting: {waits_for}"))
+
+
+def pause(seconds: float, tick: Callable[[], None]) -> None:
+    """Sleep, but look after other things meanwhile."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        tick()
+        time.sleep(min(left, TICK_SECONDS))
+
+
+LOCK_HOLDER = """
+SELECT l.relation::pg_catalog.regclass::text, l.pid, a.usename, a.application_name, a.query
+  FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+ WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.relation = ANY (%s::oid[])
+   AND l.database = (SELECT oid FROM pg_catalog.pg_database
+                      WHERE datname = pg_catalog.current_database())
+ ORDER BY l.granted DESC, a.xact_start LIMIT 1
+"""
+
+
+def find_lock_holder(session: Session, tables: Iterable[Table]) -> str | None:
+    """Who holds one of the tables, as a sentence; None where nobody does any more."""
+    found = session.query(LOCK_HOLDER, [table.oid for table in tables])
+    if not found:
+        return None
+    relation, *who = found[0]
+    return f"{describe_session(*who)} holds the table {printable(relation)}"
+
+
+def describe_session(pid: int, user: str | None, application: str | None, query: str | None) -> str:
+    """`session 4711 (alice, psql: ALTER TABLE …)`, with what this role may know of it."""
+    text = printable(" ".join((query or "").split()))
+    text = text if len(text) <= 80 else text[:79] + "…"
+    about = ", ".join(
+        part for part in (printable(user or ""), printable(application or "")) if part
+    )
+    about += f": {text}" if text else ""
+    return f"session {pid}" + (f" ({about})" if about else "")
+
+
+# Tables of up to this many bytes are counted many in one statement, larger ones each alone.
+COUNT_BATCH_BYTES = 64 * 1024 * 1024
+COUNT_BATCH_TABLES = 50
+
+
+def table_sizes(session: Session, tables: Sequence[Table]) -> dict[int, int]:
+    """The bytes of each table, by oid. Only with the locks held: it takes a lock itself."""
+    return dict(
+        session.query(
+            "SELECT o, COALESCE(pg_catalog.pg_table_size(o::oid::pg_catalog.regclass), 0)"
+            " FROM pg_catalog.unnest(%s::bigint[]) o",
+            [table.oid for table in tables],
+        )
+    )
+
+
+def count_rows(
+    session: Session, tables: Sequence[Table], sizes: Mapping[int, int], counted: dict[int, int]
+) -> None:
+    """Count the rows of every table, exactly, in the session's snapshot, into `counted`.
+
+    A count locks the indexes of its table until the savepoint is rolled back: thousands of
+    tables would else exhaust the server's lock table.
+    """
+    session.query("SAVEPOINT counting")
+    for batch in count_batches(tables, sizes):
+        counts = " UNION ALL ".join(
+            f"SELECT {table.oid}::bigint, {table.count_expression}" for table in batch
+        )
+        counted.update(session.query(f"ROLLBACK TO SAVEPOINT counting; {counts}"))
+
+
+def count_batches(tables: Sequence[Table], sizes: Mapping[int, int]) -> Iterator[list[Table]]:
+    """The tables, in groups that are worth one statement each."""
+    batch: list[Table] = []
+    size_bytes = 0
+    for table in tables:
+        size_bytes += sizes[table.oid]
+        if batch and (size_bytes > COUNT_BATCH_BYTES or len(batch) == COUNT_BATCH_TABLES):
+            yield batch
+            batch, size_bytes = [], sizes[table.oid]
+        batch.append(table)
+    if batch:
+        yield batch
+
+
+BLOCKERS_OF = """
+SELECT b.pid, b.usename, b.application_name, b.query
+  FROM pg_catalog.pg_stat_activity a
+ CROSS JOIN LATERAL pg_catalog.unnest(pg_catalog.pg_blocking_pids(a.pid)) AS blocking (pid)
+  JOIN pg_catalog.pg_stat_activity b ON b.pid = blocking.pid
+ WHERE a.application_name = %s
+ ORDER BY b.xact_start LIMIT 1
+"""
+
+
+def find_blocker(session: Session, application_name: str) -> str | None:
+    """The session that keeps the one with this application name waiting for a lock."""
+    # Within a transaction the view shows what it showed first, until it is told to look again.
+    session.query("SELECT pg_catalog.pg_stat_clear_snapshot()")
+    found = session.query(BLOCKERS_OF, application_name)
+    return describe_session(*found[0]) if found else None
+
+
+# ---------------------------------------------------------------------------------------------
+# The dump: pg_dump beside the counts, and what it means when it fails
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dumped:
+    """A finished dump, not yet read back, and what the database held at that moment."""
+
+    facts: DatabaseFacts
+    moment: datetime
+    tables: Sequence[Table]
+    counts: Mapping[int, int]
+    warnings: str
+
+    @property
+    def table_counts(self) -> dict[str, int]:
+        """As the metadata has them: in the order in which the tables were created."""
+        return {table.key: self.counts[table.oid] for table in self.tables}
+
+
+def dump_database(
+    config: DatabaseConfig,
+    tools: Tools,
+    lock: DatabaseLock,
+    partial: PartialBackup,
+    progress: Progress,
+) -> Dumped:
+    """Dump the database into the partial file, and count its rows in the same snapshot.
+
+    DDL that slipped in before pg_dump took its own locks (a view dropped, an ALTER TABLE queued
+    behind us) makes pg_dump fail before it writes: then all is let go and begun again.
+    """
+    for attempt in range(1, DUMP_ATTEMPTS + 1):
+        try:
+            session = Session(config)
+        except ServerError as error:
+            raise connection_failure(config, error) from None
+        doing = "reading the catalog"
+        try:
+            with session:
+                refuse_older_dump(tools.pg_dump, session.server_version)
+                begin(session, "READ COMMITTED")
+                check_privileges(session)
+                session.query("COMMIT")
+                doing = "locking the tables"
+                snapshot = take_snapshot(session, progress)
+                doing = "counting the rows"
+                try:
+                    return dump_snapshot(config, tools, session, snapshot, lock, partial, progress)
+                except DumpFailed as failed:
+                    cause = find_cause(config, failed, session, partial)
+                    retry = failed.status == 1 and partial.size_bytes == 0
+                    if cause is not None or not retry or attempt == DUMP_ATTEMPTS:
+                        raise cause or dump_failure(failed) from None
+        except ServerError as error:
+            raise server_failure(error, doing) from None
+    raise AssertionError("the last attempt returns or raises")
+
+
+def refuse_older_dump(pg_dump: Tool, server_version: int) -> None:
+    """pg_dump refuses a server of a later major version than its own."""
+    major = server_version // 10000
+    if pg_dump.major < major:
+        raise older_tool(pg_dump, major, f"too old for the server, which is version {major}")
+
+
+def dump_snapshot(
+    config: DatabaseConfig,
+    tools: Tools,
+    session: Session,
+    snapshot: Snapshot,
+    lock: DatabaseLock,
+    partial: PartialBackup,
+    progress: Progress,
+) -> Dumped:
+    """Run pg_dump on the snapshot while our session counts in it. Raises DumpFailed."""
+    facts = describe_database(session)
+    sizes = table_sizes(session, snapshot.tables)
+    large_objects_size = session.query("SELECT pg_catalog.pg_table_size('pg_largeobject')")[0][0]
+    check_disk_space(partial.directory, config, facts, sum(sizes.values()) + large_objects_size)
+    moment = partial.claim_name()
+    application_name = f"backup_db {os.getpid()} {partial.name}"[:63]
+    argv = [
+        tools.pg_dump.path,
+        "--format=custom",
+        "--no-password",
+        "--no-sync",  # we do it ourselves, before we read the file back
+        f"--snapshot={snapshot.id}",
+        f"--encoding={facts.encoding}",
+        f"--lock-wait-timeout={DUMP_LOCK_TIMEOUT}",
+        f"--compress={tools.compress_value}",
+        f"--file={partial.dump}",
+    ]
+    environment = {**tools.pg_dump.environment, "PGAPPNAME": to_system(application_name)}
+    counted: dict[int, int] = {}
+    with Program(argv, environment, pass_fds=[lock.descriptor]) as pg_dump:
+        lock.note(f"pg_dump {pg_dump.process.pid}")
+        watch = DumpWatch(config, session, pg_dump, application_name, snapshot, sizes, partial)
+        with watch:
+            session.on_wait = lambda: watch.look(counted, progress)
+            count_rows(session, snapshot.tables, sizes, counted)
+            session.on_wait = lambda: None
+            while pg_dump.wait(TICK_SECONDS) is None:
+                watch.look(counted, progress)
+                watch.look_for_blocker(progress)
+        check_dump_status(pg_dump)
+        warnings = pg_dump.words
+    return Dumped(facts, moment, snapshot.tables, counted, warnings)
+
+
+def check_dump_status(pg_dump: Program) -> None:
+    """Raise DumpFailed if pg_dump ended without success."""
+    if status := pg_dump.status():
+        raise DumpFailed(status, pg_dump.words)
+
+
+class DumpWatch:
+    """Looks after a running pg_dump: whether it failed, waits for a lock, and how far it is."""
+
+    LOOK_SECONDS = 0.5
+
+    def __init__(
+        self,
+        config: DatabaseConfig,
+        session: Session,
+        pg_dump: Program,
+        application_name: str,
+        snapshot: Snapshot,
+        sizes: Mapping[int, int],
+        partial: PartialBackup,
+    ) -> None:
+        self._config = config
+        self._session = session
+        self._pg_dump = pg_dump
+        self._application_name = application_name
+        self._partial = partial
+        self._blocked_since: float | None = None
+        self._next_look = time.monotonic() + WATCH_SECONDS
+        self._database = snapshot
+        self._sizes = sizes
+
+    def __enter__(self) -> DumpWatch:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        pass
+
+    def look(self, counted: Mapping[int, int], progress: Progress) -> None:
+        """Raise DumpFailed as soon as pg_dump has failed; else show how far it is."""
+        check_dump_status(self._pg_dump)
+        progress.show("Dumping", None, f"{format_size(self._partial.size_bytes)} written")
+
+    def look_for_blocker(self, progress: Progress) -> None:
+        """Raise Failure when another session has kept pg_dump waiting for too long.
+
+        --lock-wait-timeout does not cover every lock: pg_dump waits for ever behind an
+        uncommitted REFRESH MATERIALIZED VIEW (15 to 18, tried).
+        """
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + WATCH_SECONDS
+        blocker = find_blocker(self._session, self._application_name)
+        if blocker is None:
+            self._blocked_since = None
+            return
+        progress.show(f"Waiting: {blocker} blocks pg_dump")
+        self._blocked_since = self._blocked_since or now
+        if now - self._blocked_since > LOCK_WAIT_SECONDS:
+            raise Failure(
+                ExitCode.CREATION,
+                f"pg_dump was kept waiting for a lock for more than {LOCK_WAIT_SECONDS} seconds: "
+                f"{blocker} blocks it",
+                "Let that session finish, or end it: SELECT pg_terminate_backend(PID)",
+                "Then run the backup again, or at an hour without migrations",
+            )
+
+
+OUTPUT_FILE_ERROR = re.compile(
+    r"could not (?:write to|open) output file.*: (?P<reason>[^:\n]+)$", re.M
+)
+
+
+def find_cause(
+    config: DatabaseConfig, failed: DumpFailed, session: Session, partial: PartialBackup
+) -> Failure | None:
+    """Why pg_dump failed: settled by looking again at the file, the server and the privileges.
+
+    The only words of pg_dump's that count are its own on its output file, whose end is the text
+    of the errno (in English: LC_ALL=C). None where nothing explains it.
+    """
+    if match := OUTPUT_FILE_ERROR.search(failed.words):
+        for number in (
+            *DISK_SPACE_ERRNOS,
+            *PERMISSION_ERRNOS,
+            errno.EFBIG,
+            errno.EIO,
+            errno.ENOENT,
+        ):
+            if match.group("reason") == os.strerror(number):
+                failure = file_failure(OSError(number, os.strerror(number), str(partial.directory)))
+                return Failure(failure.code, failed.words, *failure.steps)
+    if failed.status == -signal.SIGXFSZ:
+        failure = file_failure(OSError(errno.EFBIG, "", str(partial.directory)))
+        return Failure(
+            failure.code, f"{failed.words}: the limit on file sizes was reached", *failure.steps
+        )
+    if is_disk_full(partial.directory):
+        failure = file_failure(OSError(errno.ENOSPC, "", str(partial.directory)))
+        return Failure(failure.code, failed.words, *failure.steps)
+    if failed.status < 0:
+        return None
+    try:
+        with Session(config) as again:
+            begin(again, "READ COMMITTED")
+            check_privileges(again)
+    except Failure as failure:
+        return Failure(failure.code, f"{failed.words}\n{failure.detail}", *failure.steps)
+    except ServerError as error:
+        return find_lost_connection(config, failed, session, error)
+    return None
+
+
+def find_lost_connection(
+    config: DatabaseConfig, failed: DumpFailed, session: Session, error: ServerError
+) -> Failure:
+    """pg_dump failed, and no second connection is to be had: is the server gone, or full?"""
+    session.close()
+    try:
+        Session(config).close()
+    except ServerError as gone:
+        lost = ServerError(f"{failed.words}\n{gone.text}", lost=True)
+        return server_failure(lost, "dumping")
+    role = sql_identifier(config.user or current_user())
+    return Failure(
+        ExitCode.CONNECTION,
+        error.text,
+        "A backup needs two connections at once, one of them for pg_dump",
+        f"Allow the role more: ALTER ROLE {role} CONNECTION LIMIT 3; or the database: "
+        f"ALTER DATABASE {sql_identifier(config.name)} CONNECTION LIMIT …",
+    )
+
+
+def dump_failure(failed: DumpFailed) -> Failure:
+    """pg_dump failed, and nothing here explains it: its own words are all there is."""
+    steps = ["See the server's log for the time of this run"]
+    if failed.status == -signal.SIGKILL:
+        steps.insert(
+            0, "See whether the system ran out of memory: dmesg | grep -i 'killed process'"
+        )
+    return Failure(ExitCode.CREATION, failed.words, *steps, "Then run the backup again")
+
+
+# ---------------------------------------------------------------------------------------------
+# Files: the directory, its lock, partial files, and how a backup is published
+# ---------------------------------------------------------------------------------------------
+
+
+def make_directory(directory: Path) -> None:
+    """Make the output directory, for its owner alone; one that is there stays as it is."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise file_failure(error) from None
+
+
+class DatabaseLock:
+    """That one run at a time backs up a database into a directory.
+
+    flock() on a hidden file that is never deleted. pg_dump inherits the descriptor: should this
+    process be killed, the lock is held until pg_dump has ended too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.descriptor = -1
+
+    def __enter__(self) -> DatabaseLock:
+        self.descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._held() from None
+            os.ftruncate(self.descriptor, 0)
+            self.note(f"pid {os.getpid()}")
+            self.note(f"started {iso_timestamp(datetime.now(timezone.utc))}")
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        os.close(self.descriptor)
+
+    def note(self, line: str) -> None:
+        """Add a line for whoever finds the lock held."""
+        os.write(self.descriptor, f"{line}\n".encode())
+
+    def _held(self) -> Failure:
+        text = os.pread(self.descriptor, 1000, 0).decode("utf-8", "replace")
+        notes = dict(line.split(" ", 1) for line in text.splitlines() if " " in line)
+        pid, started = printable(notes.get("pid", "?")), printable(notes.get("started", "?"))
+        dump_pid = printable(notes.get("pg_dump", ""))
+        if dump_pid and not is_running(pid) and is_running(dump_pid):
+            return Failure(
+                ExitCode.GENERAL,
+                f"pg_dump (process {dump_pid}) of a backup of this database that was killed "
+                f"(process {pid}, started {started}) is still running",
+                f"Wait until it has ended, or stop it: kill {dump_pid}",
+            )
+        return Failure(
+            ExitCode.GENERAL,
+            f"another backup of this database is running: process {pid}, started {started}",
+            f"Wait until it has ended; look at it: ps -fp {pid}",
+        )
+
+
+def is_running(pid: str) -> bool:
+    """Whether a process with this number is there."""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def sweep(directory: Path, prefix: str) -> None:
+    """Remove what a killed run of this database left; only with the lock held.
+
+    That is its partial files, and metadata that it published when its dump still was partial.
+    """
+    partial = re.compile(
+        rf"\.(?P<stem>{re.escape(prefix)}_{TIMESTAMP_PATTERN})"
+        rf"(?P<suffix>{re.escape(DUMP_SUFFIX)}|{re.escape(METADATA_SUFFIX)}){re.escape(PARTIAL_SUFFIX)}"
+    )
+    for name in os.listdir(directory):
+        if match := partial.fullmatch(name):
+            dump = directory / (match.group("stem") + DUMP_SUFFIX)
+            if match.group("suffix") == DUMP_SUFFIX and not os.path.lexists(dump):
+                metadata_path(dump).unlink(missing_ok=True)
+            (directory / name).unlink(missing_ok=True)
+
+
+class PartialBackup:
+    """The two hidden files of a run, until both are whole and bear their names.
+
+    Nothing that is not whole is ever visible: `publish` renames both, and whatever ends the run
+    before that removes both.
+    """
+
+    def __init__(self, directory: Path, prefix: str) -> None:
+        self.directory = directory
+        self._prefix = prefix
+        self.name = ""
+
+    @property
+    def dump(self) -> Path:
+        """Where pg_dump writes."""
+        return self._hidden(DUMP_SUFFIX)
+
+    @property
+    def metadata(self) -> Path:
+        """Where the metadata is written."""
+        return self._hidden(METADATA_SUFFIX)
+
+    @property
+    def published_dump(self) -> Path:
+        """What the dump is called when it is published."""
+        return self.directory / (self.name + DUMP_SUFFIX)
+
+    def _hidden(self, suffix: str) -> Path:
+        return self.directory / f".{self.name}{suffix}{PARTIAL_SUFFIX}"
+
+    def __enter__(self) -> PartialBackup:
+        self.name = f"{self._prefix}_{file_timestamp(datetime.now(timezone.utc))}"
+        with postponed_signals():
+            try:
+                for path in (self.dump, self.metadata):
+                    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            except BaseException:
+                self._remove()
+                raise
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        with postponed_signals():
+            self._remove()
+
+    def _remove(self) -> None:
+        for path in (self.dump, self.metadata):
+            # A directory that is gone or read-only by now must not hide why the run failed; what
+            # stays is hidden, and the next run sweeps it.
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    @property
+    def size_bytes(self) -> int:
+        """How much of the dump is written."""
+        try:
+            return self.dump.stat().st_size
+        except OSError:
+            return 0
+
+    def claim_name(self) -> datetime:
+        """Name the backup by this second, or by the next whose name is free."""
+        while True:
+            moment = datetime.now(timezone.utc).replace(microsecond=0)
+            name = f"{self._prefix}_{file_timestamp(moment)}"
+            dump = self.directory / (name + DUMP_SUFFIX)
+            if not os.path.lexists(dump) and not os.path.lexists(metadata_path(dump)):
+                break
+            time.sleep((moment + timedelta(seconds=1) - datetime.now(timezone.utc)).total_seconds())
+        with postponed_signals():
+            old = (self.dump, self.metadata)
+            self.name = name
+            for path, new_path in zip(old, (self.dump, self.metadata)):
+                path.rename(new_path)
+        return moment
+
+    def write_metadata(self, metadata: Metadata) -> None:
+        """Write the metadata beside the dump, down to the disk."""
+        with self.metadata.open("w", encoding="utf-8") as file:
+            file.write(metadata.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def publish(self) -> Path:
+        """Give both files their names, the metadata first: a dump that can be seen is described.
+
+        No signal comes between. Raises OSError, and then nothing is published.
+        """
+        dump = self.published_dump
+        metadata = metadata_path(dump)
+        with postponed_signals():
+            for path in (metadata, dump):
+                if os.path.lexists(path):  # not of our making, since we hold the lock
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            self.metadata.rename(metadata)
+            try:
+                sync_directory(self.directory)
+                self.dump.rename(dump)
+            except OSError:
+                metadata.unlink(missing_ok=True)
+                raise
+            sync_directory(self.directory)
+        return dump
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file that another program wrote down to the disk, and out of the page cache, so
+    that whoever reads it next reads the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring the names in a directory down to the disk, where its file system can."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files: the space on the disk, and the backups that are there
+# ---------------------------------------------------------------------------------------------
+
+
+def is_disk_full(directory: Path) -> bool:
+    """Whether the file system has neither room nor, where it counts them, inodes."""
+    try:
+        disk = os.statvfs(directory)
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < FULL_DISK_BYTES or (
+        disk.f_files > 0 and disk.f_favail == 0
+    )
+
+
+def check_disk_space(
+    directory: Path, config: DatabaseConfig, facts: DatabaseFacts, tables_bytes: int
+) -> None:
+    """Refuse only what can hardly fit: a nightly backup must not be refused where it would have
+    fitted, and a disk that fills on the way is handled there."""
+    last = max(
+        (
+            backup
+            for backup in find_backups(directory)
+            if backup.is_verified and backup.belongs_to(facts.name, config.environment.value)
+        ),
+        key=lambda backup: backup.timestamp,
+        default=None,
+    )
+    need = NEED_OF_TABLES * tables_bytes
+    basis = f"{format_size(tables_bytes)} of tables"
+    if last is not None and last.metadata is not None and last.metadata.database_size_bytes:
+        growth = facts.size_bytes / last.metadata.database_size_bytes
+        need = NEED_OF_LAST_BACKUP * growth * last.metadata.backup_size_bytes
+        basis = f"the last backup had {format_size(last.metadata.backup_size_bytes)}"
+    disk = os.statvfs(directory)
+    free = disk.f_bavail * disk.f_frsize
+    if free < need:
+        failure = file_failure(OSError(errno.ENOSPC, "", str(directory)))
+        raise Failure(
+            failure.code,
+            f"{display_path(directory)}: {format_size(free)} free, at least "
+            f"{format_size(int(need))} needed ({basis})",
+            *failure.steps,
+        )
+
+
+@dataclass(frozen=True)
+class Backup:
+    """A `.dump` in a directory, with what can be known of it without reading it."""
+
+    dump: Path
+    size_bytes: int | None
+    metadata: Metadata | None
+    status: str
+
+    VERIFIED = "✓ Verified"
+
+    @property
+    def is_verified(self) -> bool:
+        """Verified when it was made, and of the same size since."""
+        return self.status == self.VERIFIED
+
+    def belongs_to(self, database: str, environment: str) -> bool:
+        """Whether it is of this database and environment, by its metadata, and named so."""
+        return (
+            self.metadata is not None
+            and self.metadata.database_name == database
+            and self.metadata.environment == environment
+        )
+
+    @property
+    def timestamp(self) -> str:
+        """Its time in ISO 8601, from the metadata or else from the file name, or `-`."""
+        if self.metadata is not None:
+            return self.metadata.backup_timestamp
+        match = BACKUP_NAME.fullmatch(self.dump.name.removesuffix(DUMP_SUFFIX))
+        if match is None:
+            return "-"
+        date, clock = match.group("timestamp").split("T")
+        return f"{date}T{clock.replace('-', ':')}"
+
+    @property
+    def environment(self) -> str:
+        """`dev` or `prod`, from the metadata or else from the file name, or `-`."""
+        if self.metadata is not None:
+            return self.metadata.environment
+        match = BACKUP_NAME.fullmatch(self.dump.name.removesuffix(DUMP_SUFFIX))
+        ending = re.search(r"_(dev|prod)$", match.group("prefix")) if match else None
+        return ending.group(1) if ending else "-"
+
+    @property
+    def database(self) -> str:
+        """The database, from the metadata, or else what the file name begins with, or `-`."""
+        if self.metadata is not None:
+            return self.metadata.database_name
+        match = BACKUP_NAME.fullmatch(self.dump.name.removesuffix(DUMP_SUFFIX))
+        return match.group("prefix") if match else "-"
+
+
+def find_backups(directory: Path) -> list[Backup]:
+    """Every backup in the directory, broken ones too, in no order. Raises OSError for the
+    directory; whatever is wrong with a file is in its status."""
+    names = set(os.listdir(directory))
+    return [
+        read_backup(directory / name)
+        for name in names
+        if name.endswith(DUMP_SUFFIX) and not name.startswith(".")
+    ]
+
+
+def read_backup(dump: Path) -> Backup:
+    """One backup, from its metadata and the size of its dump."""
+    try:
+        size_bytes: int | None = dump.stat().st_size
+    except OSError:
+        size_bytes = None
+    try:
+        metadata = Metadata.read(metadata_path(dump))
+    except FileNotFoundError:
+        return Backup(dump, size_bytes, None, "✗ No metadata")
+    except (OSError, MetadataError):
+        return Backup(dump, size_bytes, None, "✗ Bad metadata")
+    if size_bytes != metadata.backup_size_bytes:
+        return Backup(dump, size_bytes, metadata, "✗ Size mismatch")
+    status = Backup.VERIFIED if metadata.verification else "✗ Not verified"
+    return Backup(dump, size_bytes, metadata, status)
+
+
+# ---------------------------------------------------------------------------------------------
+# Operations: create, verify, list, remove
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CreationReport:
+    """A backup that was published."""
+
+    dump: Path
+    metadata: Metadata
+    keep: int | None
+    warnings: str
+
+
+def create_backup(choice: str, output_dir: Path, progress: Progress) -> CreationReport:
+    """Make, verify and publish a backup: the whole run, in order.
+
+    Raises Failure or OSError; then what was there before is untouched, and nothing else is.
+    """
+    started = time.monotonic()
+    config = load_configuration(choice)
+    tools = find_tools(config)
+    make_directory(output_dir)
+    prefix = file_prefix(config.name, config.environment.value)
+    with DatabaseLock(output_dir / f".{prefix}.lock") as lock:
+        sweep(output_dir, prefix)
+        with PartialBackup(output_dir, prefix) as partial:
+            dumped = dump_database(config, tools, lock, partial, progress)
+            sync_file(partial.dump)
+            size_bytes, checksum, contents = read_back(tools.pg_restore, dumped, partial, progress)
+            metadata = Metadata(
+                backup_timestamp=iso_timestamp(dumped.moment),
+                environment=config.environment.value,
+                database_name=dumped.facts.name,
+                backup_file=printable(partial.published_dump.name),
+                backup_size_bytes=size_bytes,
+                checksum_sha256=checksum,
+                table_counts=dumped.table_counts,
+                pg_dump_version=tools.pg_dump.version,
+                postgresql_version=dumped.facts.server_version,
+                database_size_bytes=dumped.facts.size_bytes,
+                compression=tools.compression,
+                duration_seconds=round(time.monotonic() - started, 3),
+                large_object_count=dumped.facts.large_objects,
+                verification={
+                    "verified_at": iso_timestamp(datetime.now(timezone.utc)),
+                    "rows_read_back": contents.total_rows,
+                    "tables_read_back": len(contents.rows),
+                    "large_objects_read_back": contents.large_objects,
+                    "pg_restore_version": tools.pg_restore.version,
+                },
+                not_included=dumped.facts.not_included,
+                encoding=dumped.facts.encoding,
+                locale=dumped.facts.locale,
+                extensions=dumped.facts.extensions,
+                roles=dumped.facts.roles,
+            )
+            partial.write_metadata(metadata)
+            published = partial.publish()
+    return CreationReport(published, metadata, config.keep, dumped.warnings)
+
+
+def load_configuration(choice: str) -> DatabaseConfig:
+    """The settings for `choice`, which from here on are this process's libpq settings too."""
+    from brain_core.config import ConfigurationError, load_config, read_settings
+
+    try:
+        config = load_config(choice, read_settings(os.environ, SCRIPT_DIR))
+    except ConfigurationError as error:
+        raise Failure(
+            ExitCode.CONFIGURATION, printable(str(error)), *map(printable, error.steps)
+        ) from None
+    except ImportError as error:
+        raise missing_package(error) from None
+    for name in [name for name in os.environ if name.startswith("PG") and name != "PGCLUSTER"]:
+        del os.environ[name]
+    os.environ.update({name: to_system(value) for name, value in config.libpq.items()})
+    return config
+
+
+def read_back(
+    pg_restore: Tool, dumped: Dumped, partial: PartialBackup, progress: Progress
+) -> tuple[int, str, Contents]:
+    """Read the dump from the disk to its end: its size, SHA-256 and contents.
+
+    Raises Failure where it does not hold exactly the rows that were counted.
+    """
+    counts = dumped.table_counts
+    total_rows = sum(counts.values())
+    size_bytes = partial.size_bytes
+
+    def show(rows: int) -> None:
+        progress.show("Verifying", rows / total_rows if total_rows else None)
+
+    try:
+        with BackgroundHash(partial.dump) as checksum:
+            toc = read_table_of_contents(pg_restore, partial.dump)
+            contents = read_contents(pg_restore, partial.dump, toc, show)
+            problems = compare_contents(contents, counts, dumped.facts.large_objects)
+            digest = checksum.result()
+            if checksum.done_bytes != size_bytes:
+                problems.append(f"{size_bytes} bytes written, {checksum.done_bytes} read back")
+    except ArchiveError as error:
+        problems = [str(error)]
+    if not problems:
+        return size_bytes, digest, contents
+    detail = "the new dump does not hold what the database held\n" + list_problems(problems)
+    if is_disk_full(partial.directory):
+        failure = file_failure(OSError(errno.ENOSPC, "", str(partial.directory)))
+        raise Failure(failure.code, f"the disk is full: {detail}", *failure.steps)
+    raise Failure(
+        ExitCode.VERIFICATION,
+        detail,
+        "Run the backup again",
+        "If it fails again, check the disk and the memory of this machine: dmesg | tail -50",
+        f"Keep the last good backup: {shell_words('python3', 'backup_db.py', '--list')}",
+    )
+
+
+@dataclass
+class VerificationReport:
+    """What the three checks of a backup found. `problems` is empty when all passed."""
+
+    dump: Path
+    checksum: str = "not read"
+    structure: str = "not read"
+    contents: str = "not read"
+    size_bytes: int | None = None
+    timestamp: str = ""
+    problems: list[str] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)
+
+
+def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
+    """Check a backup's checksum, structure and contents, with nothing but its two files.
+
+    Raises Failure for what keeps the checks from being made (files, tools), OSError.
+    """
+    report = VerificationReport(dump)
+    metadata = load_verified_metadata(report)
+    if metadata is None:
+        return report
+    pg_restore = find_tool("pg_restore", tool_environment())
+    total = report.size_bytes or 1
+
+    if report.size_bytes != metadata.backup_size_bytes:
+        report.checksum = (
+            f"✗ Mismatch (expected {metadata.backup_size_bytes} bytes, found {report.size_bytes})"
+        )
+    else:
+        checksum = hash_file(dump, lambda done: progress.show("Checksum", done / total / 2))
+        if checksum == metadata.checksum_sha256:
+            report.checksum = f"✓ Match ({checksum[:12]}...)"
+        else:
+            report.checksum = f"✗ Mismatch (expected {metadata.checksum_sha256[:12]}..., found {checksum[:12]}...)"
+    intact = report.checksum.startswith("✓")
+    if not intact:
+        report.problems.append("the dump is not the file that was verified when it was made")
+        report.steps += [
+            "Do not rely on this dump: its bytes have changed since it was made",
+            "Compare it with a copy elsewhere, and check the disk that it lies on: dmesg | tail -50",
+            "Choose another backup: python3 backup_db.py --list",
+        ]
+    try:
+        toc = read_table_of_contents(pg_restore, dump)
+    except ArchiveError as error:
+        if intact:
+            refuse_unfit_restore(pg_restore, metadata)
+        report.structure = f"✗ Invalid ({first_line(str(error))})"
+        report.problems.append(str(error))
+        return report
+    report.structure = "✓ Valid (pg_restore --list succeeded)"
+    if intact:
+        check_contents(pg_restore, toc, metadata, report, progress)
+    return report
+
+
+def load_verified_metadata(report: VerificationReport) -> Metadata | None:
+    """The metadata of the dump to verify; None, with the report filled in, where there is none."""
+    dump = report.dump
+    again = ["See which backups there are: python3 backup_db.py --list"]
+    if dump.name.endswith(METADATA_SUFFIX):
+        other = dump.with_name(dump.name.removesuffix(METADATA_SUFFIX) + DUMP_SUFFIX)
+        again.insert(0, f"Name the dump: python3 backup_db.py --verify {shell_words(str(other))}")
+    try:
+        status = dump.stat()
+    except FileNotFoundError:
+        report.problems.append(f"there is no file {display_path(dump)}")
+        report.steps += again
+        return None
+    if not stat.S_ISREG(status.st_mode) or not dump.name.endswith(DUMP_SUFFIX):
+        report.problems.append(f"{display_path(dump)} is no {DUMP_SUFFIX} file")
+        report.steps += again
+        return None
+    report.size_bytes = status.st_size
+    os.close(os.open(dump, os.O_RDONLY))
+    path = metadata_path(dump)
+    try:
+        metadata = Metadata.read(path)
+    except FileNotFoundError:
+        report.problems.append(f"there is no metadata file {display_path(path)}")
+    except MetadataError as error:
+        report.problems.append(f"{display_path(path)} cannot be used: {printable(str(error))}")
+    else:
+        report.timestamp = metadata.backup_timestamp
+        return metadata
+    report.steps += [
+        "Bring the metadata file back from the place that this backup was copied to or from",
+        "What the dump alone can tell: pg_restore --file=/dev/null " + shell_words(str(dump)),
+    ]
+    return None
+
+
+def check_contents(
+    pg_restore: Tool,
+    toc: TableOfContents,
+    metadata: Metadata,
+    report: VerificationReport,
+    progress: Progress,
+) -> None:
+    """Read the whole archive and compare it with the counts, into the report."""
+    expected = metadata.total_rows
+
+    def show(rows: int) -> None:
+        progress.show("Contents", 0.5 + (rows / expected / 2 if expected else 0.5))
+
+    try:
+        contents = read_contents(pg_restore, report.dump, toc, show)
+    except ArchiveError as error:
+        report.contents = f"✗ Invalid ({first_line(str(error))})"
+        report.problems.append(str(error))
+        return
+    problems = compare_contents(contents, metadata.table_counts, metadata.large_object_count)
+    found = row_summary(contents.total_rows, len(contents.rows), contents.large_objects)
+    if not problems:
+        report.contents = f"✓ Match ({found})"
+        return
+    wanted = row_summary(expected, len(metadata.table_counts), metadata.large_object_count or 0)
+    report.contents = f"✗ Mismatch (expected {wanted}, found {found})"
+    report.problems.append(list_problems(problems))
+
+
+def refuse_unfit_restore(pg_restore: Tool, metadata: Metadata) -> None:
+    """Raise Failure where it is pg_restore that is unfit for an archive that is intact."""
+    digits = re.match(r"\d+", metadata.pg_dump_version)
+    if digits and pg_restore.major < int(digits.group()):
+        raise older_tool(
+            pg_restore,
+            int(digits.group()),
+            f"too old for this backup, which pg_dump {printable(metadata.pg_dump_version)} made",
+        )
+    if metadata.compression and not reads_compression(pg_restore, metadata.compression):
+        raise unreadable_compression(pg_restore, metadata.compression)
+
+
+def first_line(text: str) -> str:
+    """The first line of a tool's words."""
+    return text.partition("\n")[0]
+
+
+def list_backups(output_dir: Path) -> list[Backup]:
+    """The backups in the directory, the newest first. Raises Failure, OSError."""
+    try:
+        backups = find_backups(output_dir)
+    except FileNotFoundError:
+        raise Failure(
+            ExitCode.GENERAL,
+            f"there is no directory {display_path(output_dir)}",
+            "Name the one that has the backups: --output-dir DIR",
+            "Or make the first backup: python3 backup_db.py",
+        ) from None
+    return sorted(backups, key=lambda backup: (backup.timestamp, backup.dump.name), reverse=True)
+
+
+def remove_old_backups(report: CreationReport, warn: Callable[[str], None]) -> list[Path]:
+    """Remove all but the newest `keep` verified backups of the same database and environment.
+
+    The dump goes first: metadata alone is no backup to anyone. The one just made always stays,
+    even where the clock was set back. What cannot be removed is a warning.
+    """
+    if report.keep is None:
+        return []
+    made = report.metadata
+    prefix = BACKUP_NAME.fullmatch(report.dump.name.removesuffix(DUMP_SUFFIX))
+    assert prefix is not None
+    others = [
+        backup
+        for backup in find_backups(report.dump.parent)
+        if backup.is_verified
+        and backup.belongs_to(made.database_name, made.environment)
+        and backup.dump != report.dump
+        and (name := BACKUP_NAME.fullmatch(backup.dump.name.removesuffix(DUMP_SUFFIX)))
+        and name.group("prefix") == prefix.group("prefix")
+    ]
+    others.sort(key=lambda backup: backup.timestamp, reverse=True)
+    removed = []
+    for backup in others[report.keep - 1 :]:
+        try:
+            backup.dump.unlink()
+            removed.append(backup.dump)
+            metadata_path(backup.dump).unlink()
+        except OSError as error:
+            warn(
+                f"{display_path(Path(os.fsdecode(error.filename)))} was not removed: {error.strerror}"
+            )
+    return removed
+
+
+# ---------------------------------------------------------------------------------------------
+# Reports: what a person reads
+# ---------------------------------------------------------------------------------------------
+
+
+def write_lines(stream: IO[str] | None, lines: Iterable[str]) -> None:
+    """Print, whatever has become of the stream: what was done stays done."""
+    if stream is None:
+        return
+    try:
+        stream.write("".join(f"{line}\n" for line in lines))
+        stream.flush()
+    except (OSError, ValueError):
+        # Closed, full or broken. Python would try again at its end, and exit with 120.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def describe_tables(table_counts: Mapping[str, int]) -> str:
+    """`4 (150 conversations, 3420 messages, …)`: in the order of creation, at most six."""
+    if not table_counts:
+        return "0"
+    shown = set(sorted(table_counts, key=lambda key: table_counts[key], reverse=True)[:6])
+    parts = [f"{rows} {printable(key)}" for key, rows in table_counts.items() if key in shown]
+    if len(table_counts) > len(parts):
+        parts.append(f"and {len(table_counts) - len(parts)} more")
+    return f"{len(table_counts)} ({', '.join(parts)})"
+
+
+def creation_lines(report: CreationReport) -> list[str]:
+    """The contract's success output."""
+    made = report.metadata
+    read = row_summary(made.total_rows, len(made.table_counts), made.large_object_count or 0)
+    return [
+        "✓ Backup created successfully",
+        "",
+        f"Backup File: {display_path(report.dump)}",
+        f"Metadata:    {display_path(metadata_path(report.dump))}",
+        f"Size:        {format_size(made.backup_size_bytes)}",
+        f"Environment: {made.environment}",
+        f"Database:    {printable(made.database_name)}",
+        f"Tables:      {describe_tables(made.table_counts)}",
+        f"Checksum:    {made.checksum_sha256[:12]}...",
+        f"Verified:    ✓ Integrity check passed ({read} read back)",
+    ]
+
+
+def verification_lines(report: VerificationReport) -> list[str]:
+    """The contract's verification output, below its first line."""
+    size = "not read" if report.size_bytes is None else format_size(report.size_bytes)
+    return [
+        f"File:        {display_path(report.dump)}",
+        f"Checksum:    {report.checksum}",
+        f"Structure:   {report.structure}",
+        f"Contents:    {report.contents}",
+        f"Size:        {size}",
+        f"Timestamp:   {report.timestamp or 'not read'}",
+    ]
+
+
+def display_width(text: str) -> int:
+    """The columns that the text takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(
+        0
+        if unicodedata.combining(character)
+        else 2
+        if unicodedata.east_asian_width(character) in "WF"
+        else 1
+        for character in text
+    )
+
+
+LIST_COLUMNS = (
+    ("Timestamp", 25),
+    ("Environment", 13),
+    ("Database", 20),
+    ("Size", 10),
+    ("Status", 0),
+)
+
+
+def list_lines(backups: Sequence[Backup], output_dir: Path, now: datetime) -> list[str]:
+    """The contract's table; below it the totals, and how old the newest backups are."""
+    folder = display_path(output_dir).rstrip("/") + "/"
+    if not backups:
+        return [f"No backup files in {folder}"]
+    rows = [
+        (
+            backup.timestamp,
+            printable(backup.environment),
+            printable(backup.database),
+            "-" if backup.size_bytes is None else format_size(backup.size_bytes),
+            backup.status,
+        )
+        for backup in backups
+    ]
+    widths = [
+        max(least, *(display_width(row[column]) + 2 for row in rows)) if least else 0
+        for column, (_title, least) in enumerate(LIST_COLUMNS)
+    ]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (cell + " " * (width - display_width(cell)) for cell, width in zip(cells, widths))
+        return "".join(padded)
+
+    total = sum(backup.size_bytes or 0 for backup in backups)
+    return [
+        f"Backup Files ({folder}):",
+        "",
+        line([title for title, _width in LIST_COLUMNS]),
+        *map(line, rows),
+        "",
+        f"{plural(len(backups), 'backup')}, {format_size(total)} in all",
+        *newest_lines(backups, now),
+    ]
+
+
+def newest_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
+    """For each environment the age of its newest verified backup."""
+    for environment in dict.fromkeys(backup.environment for backup in backups):
+        newest = next(
+            (
+                backup.metadata
+                for backup in backups
+                if backup.environment == environment and backup.is_verified
+            ),
+            None,
+        )
+        if newest is not None:
+            age = format_age((now - newest.moment).total_seconds())
+            yield f"Newest verified {printable(environment)} backup: {age} old"
+        elif environment != "-":
+            yield f"Newest verified {printable(environment)} backup: none"
+
+
+def failure_lines(what: str, failure: Failure) -> list[str]:
+    """`✗ Backup failed: …`, the tool's own words, and what to do."""
+    return [f"✗ {what}: {failure.code.category}", "", *problem_lines(failure.detail, failure.steps)]
+
+
+def problem_lines(detail: str, steps: Sequence[str]) -> list[str]:
+    """The two parts below the headline of every failure."""
+    lines = [f"Error: {detail}"]
+    if steps:
+        lines += ["", "Troubleshooting:"]
+        lines += [f"  {number}. {step}" for number, step in enumerate(steps, 1)]
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The contract's options, and nothing else."""
+    parser = argparse.ArgumentParser(
+        prog="backup_db.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--env",
+        choices=("dev", "prod", "auto"),
+        default="auto",
+        metavar="ENV",
+        help="the environment to back up: dev, prod or auto (default: auto, which is what "
+        "ENV_MODE says, else dev if DEV_DB_NAME is set, else prod)",
+    )
+    parser.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        help="where the backups lie (default: db/backups/ beside this script)",
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--verify",
+        metavar="FILE",
+        help="verify this .dump: its checksum, its structure and every row in it",
+    )
+    mode.add_argument("--list", action="store_true", help="list the backups, newest first")
+    return parser
+
+
+def run_creation(choice: str, output_dir: Path, progress: Progress) -> int:
+    """Default mode: make a backup and report it."""
+    try:
+        report = create_backup(choice, output_dir, progress)
+    finally:
+        progress.clear()
+    if report.warnings:
+        write_lines(sys.stderr, [f"Warning: {report.warnings}"])
+    write_lines(sys.stdout, creation_lines(report))
+    removed = remove_old_backups(report, lambda text: write_lines(sys.stderr, [f"Warning: {text}"]))
+    lines = [f"Removed:     {', '.join(map(display_path, removed))}"] if removed else []
+    if report.metadata.not_included:
+        lines.append(f"Not included: {printable('; '.join(report.metadata.not_included))}")
+    write_lines(sys.stdout, lines)
+    return 0
+
+
+def run_verification(dump: Path, progress: Progress) -> int:
+    """`--verify`: check a backup and report it."""
+    try:
+        report = verify_backup(dump, progress)
+    finally:
+        progress.clear()
+    lines = verification_lines(report)
+    if not report.problems:
+        write_lines(sys.stdout, ["✓ Backup verification passed", "", *lines])
+        return 0
+    steps = report.steps or [
+        "Do not rely on this dump alone: restore it into an empty database and compare",
+        "Choose another backup: python3 backup_db.py --list",
+    ]
+    lines += ["", *problem_lines("\n".join(report.problems), steps)]
+    write_lines(sys.stderr, ["✗ Backup verification failed", "", *lines])
+    return ExitCode.VERIFICATION
+
+
+def run_listing(output_dir: Path) -> int:
+    """`--list`: show the backups."""
+    backups = list_backups(output_dir)
+    write_lines(sys.stdout, list_lines(backups, output_dir, datetime.now(timezone.utc)))
+    return 0
+
+
+def prepare_process() -> None:
+    """What must hold before anything else: files are private, standard streams exist and never
+    fail on a character, signals unwind."""
+    os.umask(0o077)
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # started with a standard stream closed: no file of ours may get its number
+    os.close(descriptor)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    catch_signals()
+
+
+def run(options: argparse.Namespace, progress: Progress) -> int:
+    """Run the mode that was asked for. Raises Failure or OSError."""
+    output_dir = DEFAULT_OUTPUT_DIR
+    if options.output_dir is not None:
+        output_dir = Path(options.output_dir).expanduser()
+    if options.list:
+        return run_listing(output_dir)
+    if options.verify is not None:
+        return run_verification(Path(options.verify), progress)
+    return run_creation(options.env, output_dir, progress)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line: whatever was raised becomes a message and an exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    for option, value in (("--output-dir", options.output_dir), ("--verify", options.verify)):
+        if value == "":
+            parser.error(f"argument {option}: expected a path, not an empty text")
+    what = "Backup failed"
+    if options.list:
+        what = "Listing failed"
+    elif options.verify is not None:
+        what = "Backup verification failed"
+    progress = Progress(sys.stderr)
+    try:
+        prepare_process()
+        return run(options, progress)
+    except Failure as error:
+        failure = error
+    except OSError as error:
+        failure = file_failure(error)
+    except Interrupted as interrupted:
+        progress.clear()
+        write_lines(
+            sys.stderr, [f"✗ Stopped by {interrupted}: what was published before is untouched"]
+        )
+        die_of(interrupted.number)
+    except Exception:
+        import traceback
+
+        write_lines(
+            sys.stderr,
+            [f"✗ {what}: a bug in backup_db.py; please report it with the lines below", ""],
+        )
+        write_lines(sys.stderr, traceback.format_exc().splitlines())
+        return ExitCode.GENERAL
+    write_lines(sys.stderr, failure_lines(what, failure))
+    return failure.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

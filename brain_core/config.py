@@ -1,0 +1,253 @@
+"""Which database to back up: read from the environment and the .env files.
+
+Nothing here prints, exits, or touches `os.environ`: the environment and the folder of the
+.env files come in as arguments, a frozen record or a `ConfigurationError` goes out.
+
+Sources, strongest first: the process environment, `.env.local`, `.env`.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+ENV_FILES = (".env.local", ".env")
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 5432
+DEFAULT_CONNECT_SECONDS = 10
+
+# libpq reads these too, and lets them win over the host, the database or the encoding that the
+# settings name (PostgreSQL documentation, "Environment Variables" and "The Connection Service
+# File"): with PGSERVICE set, pg_dump dumps the service's database and exits 0.
+OVERRIDING_LIBPQ_VARIABLES = ("PGSERVICE", "PGSERVICEFILE", "PGHOSTADDR", "PGCLIENTENCODING")
+
+SAMPLE_COMMAND = "python3 tests/sample.py"
+
+
+class ConfigurationError(ValueError):
+    """A setting is missing or invalid; `steps` say what to do about it."""
+
+    def __init__(self, problem: str, *steps: str) -> None:
+        super().__init__(problem)
+        self.steps = steps
+
+
+class Environment(enum.Enum):
+    """The two kinds of database that the settings tell apart."""
+
+    DEV = "dev"
+    PROD = "prod"
+
+    @property
+    def variable_prefix(self) -> str:
+        """What stands before `DB_NAME` in the variables of this environment."""
+        return "DEV_" if self is Environment.DEV else ""
+
+
+ENV_MODES = {
+    "development": Environment.DEV,
+    "dev": Environment.DEV,
+    "production": Environment.PROD,
+    "prod": Environment.PROD,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every variable that is set, with the name of the place that it comes from."""
+
+    values: Mapping[str, str]
+    sources: Mapping[str, str]
+    folder: Path
+
+    def first(self, *names: str) -> tuple[str, str] | None:
+        """The first of `names` that is set, as (name, value); None where none is."""
+        return next(((name, self.values[name]) for name in names if name in self.values), None)
+
+    def place(self, name: str) -> str:
+        """`name`, behind the place where it is set, or is to be set: "in .env.local: DB_NAME"."""
+        return f"in {self.sources.get(name, ENV_FILES[0])}: {name}"
+
+
+@dataclass(frozen=True)
+class DatabaseConfig:
+    """One database and the way to it. An empty field is left to libpq's own default."""
+
+    environment: Environment
+    name: str
+    host: str
+    port: int
+    user: str
+    password: str = field(repr=False)
+    compress: str
+    keep: int | None
+    connect_seconds: int
+    # Where each field comes from: field name to "in .env.local: DEV_DB_NAME".
+    places: Mapping[str, str]
+    # Every PG* variable that libpq is to see, the connection settings included.
+    libpq: Mapping[str, str] = field(repr=False)
+
+
+def read_settings(environ: Mapping[str, str], folder: Path) -> Settings:
+    """Merge the environment with the .env files in `folder`; an empty variable counts as unset.
+
+    Raises ConfigurationError for a file that cannot be parsed, OSError for one that cannot be
+    read, ModuleNotFoundError where there is a file but no python-dotenv to read it.
+    """
+    # Python decodes the environment in the locale's encoding; names and passwords are UTF-8.
+    surroundings = {
+        name: os.fsencode(value).decode("utf-8", "surrogateescape")
+        for name, value in environ.items()
+    }
+    layers = [("the environment", surroundings)]
+    layers += [(name, _read_env_file(folder / name)) for name in ENV_FILES]
+    values: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    for source, layer in layers:
+        for name, value in layer.items():
+            if value and name not in values:
+                values[name], sources[name] = value, source
+    return Settings(MappingProxyType(values), MappingProxyType(sources), folder)
+
+
+def _read_env_file(path: Path) -> dict[str, str]:
+    """The variables of one .env file, taken literally; nothing where there is no such file."""
+    try:
+        # utf-8-sig: an editor's byte order mark is no part of the first name.
+        stream = path.open(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return {}
+    except IsADirectoryError:
+        raise ConfigurationError(
+            f"{path} is a directory, not a file", f"Remove or rename it: {path}"
+        ) from None
+    with stream:
+        from dotenv.parser import parse_stream  # a bare machine with no .env file needs no package
+
+        try:
+            bindings = list(parse_stream(stream))
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(
+                f"{path} is not UTF-8 text: {error}", f"Save it as UTF-8: {path}"
+            ) from None
+    values: dict[str, str] = {}
+    for binding in bindings:
+        if binding.error or "\0" in (binding.value or ""):
+            # The line itself is not shown: it may be the one with the password.
+            raise ConfigurationError(
+                f"line {binding.original.line} of {path} cannot be parsed",
+                f"Write it as NAME=value, a value with spaces or quotes in single quotes: {path}",
+                "See .env.example for every variable",
+            )
+        if binding.key is not None and binding.value is not None:
+            values[binding.key] = binding.value
+    return values
+
+
+def detect_environment(settings: Settings) -> Environment:
+    """What `--env auto` means: ENV_MODE, else the environment whose database name is set."""
+    if mode := settings.values.get("ENV_MODE"):
+        try:
+            return ENV_MODES[mode.strip().lower()]
+        except KeyError:
+            raise ConfigurationError(
+                f"ENV_MODE is {mode!r}; it must be one of: {', '.join(ENV_MODES)}",
+                f"Correct it {settings.place('ENV_MODE')}",
+                "Or name the environment: --env dev or --env prod",
+            ) from None
+    for environment in Environment:
+        if f"{environment.variable_prefix}DB_NAME" in settings.values:
+            return environment
+    raise ConfigurationError(
+        "no database is configured: none of ENV_MODE, DEV_DB_NAME and DB_NAME is set",
+        f"Copy the example: cp {settings.folder / '.env.example'} {settings.folder / ENV_FILES[0]}",
+        f"Set DEV_DB_NAME (development) or DB_NAME (production), and DB_HOST, DB_PORT, DB_USER, "
+        f"DB_PASSWORD, in {settings.folder / ENV_FILES[0]}",
+        f"Or see it work on a throw-away server first: {SAMPLE_COMMAND}",
+    )
+
+
+def load_config(choice: str, settings: Settings) -> DatabaseConfig:
+    """The database that `choice` (`dev`, `prod` or `auto`) means.
+
+    Raises ConfigurationError naming the variable that is missing or invalid.
+    """
+    environment = detect_environment(settings) if choice == "auto" else Environment(choice)
+    prefix = environment.variable_prefix
+    places: dict[str, str] = {}
+
+    def lookup(field_name: str, *libpq_names: str) -> str:
+        """DEV_DB_X, then DB_X, then libpq's own variable."""
+        name = f"DB_{field_name.upper()}"
+        found = settings.first(*dict.fromkeys([prefix + name, name]), *libpq_names)
+        places[field_name] = settings.place(found[0] if found else prefix + name)
+        return found[1] if found else ""
+
+    name_variable = f"{prefix}DB_NAME"
+    places["name"] = settings.place(name_variable)
+    if name_variable not in settings.values:
+        raise ConfigurationError(
+            f"{name_variable} is not set: it names the database to back up "
+            f"in the {environment.value} environment",
+            f"Set {name_variable} in {settings.folder / ENV_FILES[0]} (see .env.example)",
+            "Or back up the other environment: "
+            f"--env {'prod' if environment is Environment.DEV else 'dev'}",
+        )
+    name = settings.values[name_variable]
+    places["compress"] = settings.place("BACKUP_COMPRESS")
+    host = lookup("host", "PGHOST") or DEFAULT_HOST
+    port = _parse_port(lookup("port", "PGPORT"), places["port"])
+    user = lookup("user", "PGUSER")
+    password = lookup("password", "PGPASSWORD")
+    own = {"PGHOST": host, "PGPORT": str(port), "PGDATABASE": name}
+    own |= {"PGUSER": user} if user else {}
+    own |= {"PGPASSWORD": password} if password else {}
+    timeout = settings.values.get("PGCONNECT_TIMEOUT", "")
+    connect_seconds = int(timeout) if timeout.isdecimal() else 0
+    connect_seconds = connect_seconds or DEFAULT_CONNECT_SECONDS  # libpq's own 0 waits for ever
+    own["PGCONNECT_TIMEOUT"] = str(connect_seconds)
+    inherited = {
+        variable: value
+        for variable, value in settings.values.items()
+        if variable.startswith("PG") and variable not in OVERRIDING_LIBPQ_VARIABLES
+    }
+    return DatabaseConfig(
+        environment=environment,
+        name=name,
+        host=host,
+        port=port,
+        user=user,
+        password=password,
+        compress=settings.values.get("BACKUP_COMPRESS", ""),
+        keep=_parse_keep(settings),
+        connect_seconds=connect_seconds,
+        places=MappingProxyType(places),
+        libpq=MappingProxyType(inherited | own),
+    )
+
+
+def _parse_port(text: str, place: str) -> int:
+    if not text:
+        return DEFAULT_PORT
+    if text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= 65535:
+        return int(text)
+    raise ConfigurationError(
+        f"the port is {text!r}; it must be a number from 1 to 65535", f"Correct it {place}"
+    )
+
+
+def _parse_keep(settings: Settings) -> int | None:
+    text = settings.values.get("BACKUP_KEEP")
+    if text is None:
+        return None
+    if text.isascii() and text.isdigit() and len(text) <= 9 and int(text) >= 1:
+        return int(text)
+    raise ConfigurationError(
+        f"BACKUP_KEEP is {text!r}; it must be a number of backups, 1 or more",
+        f"Correct it {settings.place('BACKUP_KEEP')}",
+        "Or leave it out: then every backup is kept",
+    )
