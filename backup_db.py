@@ -142,7 +142,7 @@ class ServerError(Exception):
 
     def __init__(self, text: str, sqlstate: str | None = None, lost: bool = False) -> None:
         super().__init__(text)
-        self.text = text
+        self.text = printable_lines(text)
         self.sqlstate = sqlstate
         self.lost = lost
 
@@ -565,8 +565,12 @@ class Progress:
         self._drawn_at = 0.0
         self._fraction = 0.0
 
-    def show(self, phase: str, fraction: float | None = None, detail: str = "") -> None:
-        """Draw the line, at most a few times a second; the fraction never runs backwards."""
+    def show(self, phase: str, fraction: float | None = None, *details: str) -> None:
+        """Draw the line, a few times a second at most.
+
+        `fraction` is that of the whole run; it never runs backwards. `details` come in the order
+        of their worth: a narrow terminal shows the first ones.
+        """
         now = time.monotonic()
         if not self.enabled or now - self._drawn_at < self.REDRAW_SECONDS:
             return
@@ -578,22 +582,24 @@ class Progress:
             filled = int(self._fraction * self.BAR_WIDTH)
             parts.append(f"[{'#' * filled}{'-' * (self.BAR_WIDTH - filled)}]")
             parts.append(f"{int(self._fraction * 100):3d} %")
-        parts += [detail] if detail else []
-        parts.append(f"{_clock(elapsed)} elapsed")
-        if self._fraction > 0.02 and fraction is not None:
-            parts.append(f"{_clock(elapsed * (1 / self._fraction - 1))} left")
-        self._write("  ".join(parts))
+            if self._fraction > 0.02:
+                parts.append(f"{_clock(elapsed * (1 / self._fraction - 1))} left")
+        self._draw([*parts, f"{_clock(elapsed)} elapsed", *details])
 
     def clear(self) -> None:
         """Take the line away, before anything else is printed."""
         if self.enabled and self._drawn_at:
-            self._write("")
+            self._draw([""])
 
-    def _write(self, line: str) -> None:
+    def _draw(self, parts: list[str]) -> None:
+        """The parts that fit on one line, in place of what is there."""
         assert self._stream is not None
         try:
-            width = os.get_terminal_size(self._stream.fileno()).columns or 80
-            self._stream.write(f"\r{printable(line)[: width - 1]}\x1b[K")
+            room = (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1
+            parts = [printable(part) for part in parts]
+            while len(parts) > 1 and len("  ".join(parts)) > room:
+                parts.pop()
+            self._stream.write(f"\r{'  '.join(parts)[:room]}\x1b[K")
             self._stream.flush()
         except (OSError, ValueError):
             self.enabled = False
@@ -1193,9 +1199,11 @@ def compare_contents(
                 f"table {printable(key)}: {plural(contents.rows[name], 'row')} in the dump, "
                 f"{rows} expected"
             )
-    for name, rows in contents.rows.items():
-        if name not in expected:
-            problems.append(f"table {printable('.'.join(name))}: in the dump, but not counted")
+    problems += [
+        f"table {printable('.'.join(name))}: in the dump, but not counted"
+        for name in contents.rows
+        if name not in expected
+    ]
     if len(expected) != len(table_counts):
         problems.append("two keys of table_counts name the same table")
     if contents.large_objects != (large_object_count or 0):
@@ -1237,23 +1245,25 @@ class Session:
 
     def _connect(self, client_encoding: str) -> None:
         psycopg2 = import_psycopg2()
-        deadline = time.monotonic() + self._config.connect_seconds
+        way = ""
         try:
             self._connection = psycopg2.connect(
                 "",  # everything else is in the environment
                 dbname=self._database,
                 client_encoding=client_encoding,
+                fallback_application_name="backup_db",
                 keepalives_idle=60,
                 keepalives_interval=10,
                 keepalives_count=6,
                 async_=True,
             )
-            self._wait(deadline)
+            way = self._config.way  # libpq says it by itself only where it connects at one go
+            self._wait(time.monotonic() + self._config.connect_seconds)
         except UnicodeDecodeError as error:
             # The server's own words, in an encoding that it does not name before a login.
-            raise ServerError(error.object.decode("latin-1")) from None
+            raise ServerError(way + error.object.decode("latin-1")) from None
         except (psycopg2.Error, ValueError) as error:
-            raise ServerError(str(error).strip()) from None
+            raise ServerError(f"{way}{error}") from None
 
     def query(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         """Run a statement, or several in one string, and return the rows of the last."""
@@ -1301,11 +1311,7 @@ class Session:
                 last_heard = now
             elif deadline is not None and now > deadline:
                 self.close()
-                raise ServerError(
-                    f'connection to server at "{self._config.host}", port {self._config.port} '
-                    "failed: timeout expired",
-                    lost=True,
-                )
+                raise ServerError(f"{self._config.way}timeout expired", lost=True)
             elif deadline is None and now - last_heard > SILENCE_SECONDS:
                 self._probe()
                 last_heard = time.monotonic()
@@ -1499,7 +1505,7 @@ def server_failure(error: ServerError, doing: str) -> Failure:
 # The relations that pg_dump reads: not those of extensions, but for their configuration tables
 # (PostgreSQL documentation, "Extension Configuration Tables").
 DUMPED_RELATIONS = """
-  SELECT c.oid, c.relkind, c.relpersistence, n.oid AS nsoid, n.nspname, c.relname,
+  SELECT c.oid, c.relkind, c.relpersistence, c.reltuples, n.oid AS nsoid, n.nspname, c.relname,
          x.extcondition[array_position(x.extconfig, c.oid)] AS condition
     FROM pg_catalog.pg_class c
     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -1524,7 +1530,8 @@ SELECT CASE relkind WHEN 'S' THEN 'sequence' ELSE 'table' END,
        pg_catalog.quote_ident(nspname) || '.' || pg_catalog.quote_ident(relname), oid
   FROM rel WHERE NOT pg_catalog.has_table_privilege(oid, 'SELECT')
 UNION ALL
-SELECT 'row security', pg_catalog.quote_ident(nspname) || '.' || pg_catalog.quote_ident(relname), oid
+SELECT 'row security',
+       pg_catalog.quote_ident(nspname) || '.' || pg_catalog.quote_ident(relname), oid
   FROM rel WHERE relkind = 'r' AND pg_catalog.row_security_active(oid)
 UNION ALL
 SELECT 'large object', l.oid::text, l.oid FROM pg_catalog.pg_largeobject_metadata l
@@ -1585,6 +1592,8 @@ class Table:
     name: str
     schema_is_quoted: bool
     name_is_quoted: bool
+    # For the progress line only; it changes without the table being another.
+    estimated_rows: int = field(compare=False)
 
     @property
     def key(self) -> str:
@@ -1613,7 +1622,8 @@ WITH rel AS ({DUMPED_RELATIONS})
 SELECT oid::bigint, pg_catalog.quote_ident(nspname), pg_catalog.quote_ident(relname),
        COALESCE(condition, ''),
        pg_catalog.convert_to(nspname::text, pg_catalog.getdatabaseencoding()),
-       pg_catalog.convert_to(relname::text, pg_catalog.getdatabaseencoding())
+       pg_catalog.convert_to(relname::text, pg_catalog.getdatabaseencoding()),
+       reltuples::bigint
   FROM rel WHERE relkind = 'r' AND NOT (relpersistence = 'u' AND pg_catalog.pg_is_in_recovery())
  ORDER BY oid
 """
@@ -1631,8 +1641,9 @@ def list_tables(session: Session) -> list[Table]:
             name=decode_name(bytes(raw_name), encoding),
             schema_is_quoted=schema.startswith('"'),
             name_is_quoted=name.startswith('"'),
+            estimated_rows=rows,
         )
-        for oid, schema, name, condition, raw_schema, raw_name in session.query(DUMPED_TABLES)
+        for oid, schema, name, condition, raw_schema, raw_name, rows in session.query(DUMPED_TABLES)
     ]
 
 
@@ -1781,21 +1792,15 @@ def take_snapshot(session: Session, progress: Progress) -> Snapshot:
             session.query("ROLLBACK")  # every lock goes: we never wait while we hold some
             waits_for = find_lock_holder(session, tables) or error.text
         if time.monotonic() > deadline:
-            raise Failure(
-                ExitCode.CREATION,
-                f"the tables could not be locked for reading within {LOCK_WAIT_SECONDS} seconds: "
-                f"{waits_for}",
-                "Let that session finish, or end it: SELECT pg_terminate_backend(PID)",
-                "Then run the backup again, or at an hour without migrations",
-            )
-        pause(LOCK_RETRY_SECONDS, lambda: progress.show(f"Waiting: {waits_for}"))
+            raise waited_too_long(f"the tables could not be locked for reading: {waits_for}")
+        pause(LOCK_RETRY_SECONDS, progress, f"Waiting: {waits_for}")
 
 
-def pause(seconds: float, tick: Callable[[], None]) -> None:
-    """Sleep, but look after other things meanwhile."""
+def pause(seconds: float, progress: Progress, what: str) -> None:
+    """Sleep, and keep the progress line alive."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
-        tick()
+        progress.show(what)
         time.sleep(min(left, TICK_SECONDS))
 
 
@@ -1989,16 +1994,23 @@ def dump_snapshot(
     ]
     environment = {**tools.pg_dump.environment, "PGAPPNAME": to_system(application_name)}
     counted: dict[int, int] = {}
-    with Program(argv, environment, pass_fds=[lock.descriptor]) as pg_dump:
+    with (
+        Program(argv, environment, pass_fds=[lock.descriptor]) as pg_dump,
+        DumpProgress(config, application_name, snapshot, sizes, progress) as dump_progress,
+    ):
         lock.note(f"pg_dump {pg_dump.process.pid}")
-        watch = DumpWatch(config, session, pg_dump, application_name, snapshot, sizes, partial)
-        with watch:
-            session.on_wait = lambda: watch.look(counted, progress)
-            count_rows(session, snapshot.tables, sizes, counted)
-            session.on_wait = lambda: None
-            while pg_dump.wait(TICK_SECONDS) is None:
-                watch.look(counted, progress)
-                watch.look_for_blocker(progress)
+
+        def look_after() -> None:
+            check_dump_status(pg_dump)
+            dump_progress.show(counted, partial.size_bytes)
+
+        session.on_wait = look_after
+        count_rows(session, snapshot.tables, sizes, counted)
+        session.on_wait = lambda: None
+        blocker_watch = BlockerWatch(session, application_name)
+        while pg_dump.wait(TICK_SECONDS) is None:
+            blocker = blocker_watch.look()
+            dump_progress.show(counted, partial.size_bytes, blocker)
         check_dump_status(pg_dump)
         warnings = pg_dump.words
     return Dumped(facts, moment, snapshot.tables, counted, warnings)
@@ -2010,70 +2022,139 @@ def check_dump_status(pg_dump: Program) -> None:
         raise DumpFailed(status, pg_dump.words)
 
 
-class DumpWatch:
-    """Looks after a running pg_dump: whether it failed, waits for a lock, and how far it is."""
+class BlockerWatch:
+    """Notices when another session keeps pg_dump waiting for a lock.
+
+    --lock-wait-timeout does not cover every lock: pg_dump waits for ever behind an uncommitted
+    REFRESH MATERIALIZED VIEW (15 to 18, tried).
+    """
+
+    def __init__(self, session: Session, application_name: str) -> None:
+        self._session = session
+        self._application_name = application_name
+        self._blocker: str | None = None
+        self._blocked_since = 0.0
+        self._next_look = time.monotonic() + WATCH_SECONDS
+
+    def look(self) -> str | None:
+        """Who blocks pg_dump now. Raises Failure once it has lasted LOCK_WAIT_SECONDS."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return self._blocker
+        self._next_look = now + WATCH_SECONDS
+        blocked_before = self._blocker is not None
+        self._blocker = find_blocker(self._session, self._application_name)
+        if self._blocker is None or not blocked_before:
+            self._blocked_since = now
+        elif now - self._blocked_since > LOCK_WAIT_SECONDS:
+            raise waited_too_long(f"pg_dump waits for a lock: {self._blocker} blocks it")
+        return self._blocker
+
+
+def waited_too_long(what: str) -> Failure:
+    """The failure for a lock that another session has held too long."""
+    return Failure(
+        ExitCode.CREATION,
+        f"gave up after {LOCK_WAIT_SECONDS} seconds: {what}",
+        "Let that session finish, or end it: psql -c 'SELECT pg_terminate_backend(NUMBER)'",
+        "Then run the backup again, at an hour without migrations",
+    )
+
+
+DUMP_SHARE = 0.8  # of the whole run, as the progress line counts it; the rest is the read-back
+
+# PostgreSQL 14 documentation, "COPY Progress Reporting".
+COPY_PROGRESS = """
+SELECT p.relid::bigint, p.tuples_processed
+  FROM pg_catalog.pg_stat_progress_copy p JOIN pg_catalog.pg_stat_activity a ON a.pid = p.pid
+ WHERE a.application_name = %s AND p.datname = pg_catalog.current_database()
+"""
+
+
+class DumpProgress:
+    """Shows, on a terminal, which table pg_dump is in and how far.
+
+    pg_dump writes the tables' data in the order of their schemas and names: those before the
+    one that it is in are done. The server is asked through a connection of its own, made only
+    for a terminal, and only once pg_dump must have its own; without it there is no percentage.
+    """
 
     LOOK_SECONDS = 0.5
 
     def __init__(
         self,
         config: DatabaseConfig,
-        session: Session,
-        pg_dump: Program,
         application_name: str,
         snapshot: Snapshot,
         sizes: Mapping[int, int],
-        partial: PartialBackup,
+        progress: Progress,
     ) -> None:
         self._config = config
-        self._session = session
-        self._pg_dump = pg_dump
         self._application_name = application_name
-        self._partial = partial
-        self._blocked_since: float | None = None
-        self._next_look = time.monotonic() + WATCH_SECONDS
-        self._database = snapshot
+        self._progress = progress
+        self._session: Session | None = None
+        self._asking = False
+        self._next_look = time.monotonic() + 2 * self.LOOK_SECONDS
+        self._tables = {table.oid: table for table in snapshot.tables}
         self._sizes = sizes
+        self._total = sum(sizes.values()) or 1
+        self._before: dict[int, int] = {}
+        done = 0
+        for table in sorted(snapshot.tables, key=lambda table: (table.schema, table.name)):
+            self._before[table.oid] = done
+            done += sizes[table.oid]
+        self._fraction: float | None = None
+        self._table = ""
 
-    def __enter__(self) -> DumpWatch:
+    def __enter__(self) -> DumpProgress:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        pass
+        if self._session is not None:
+            self._session.close()
 
-    def look(self, counted: Mapping[int, int], progress: Progress) -> None:
-        """Raise DumpFailed as soon as pg_dump has failed; else show how far it is."""
-        check_dump_status(self._pg_dump)
-        progress.show("Dumping", None, f"{format_size(self._partial.size_bytes)} written")
-
-    def look_for_blocker(self, progress: Progress) -> None:
-        """Raise Failure when another session has kept pg_dump waiting for too long.
-
-        --lock-wait-timeout does not cover every lock: pg_dump waits for ever behind an
-        uncommitted REFRESH MATERIALIZED VIEW (15 to 18, tried).
-        """
-        now = time.monotonic()
-        if now < self._next_look:
+    def show(self, counted: Mapping[int, int], size_bytes: int, blocker: str | None = None) -> None:
+        """Draw the line, from what is known by now."""
+        if not self._progress.enabled:
             return
-        self._next_look = now + WATCH_SECONDS
-        blocker = find_blocker(self._session, self._application_name)
-        if blocker is None:
-            self._blocked_since = None
+        if blocker is not None:
+            self._progress.show(f"Waiting: {blocker} blocks pg_dump")
             return
-        progress.show(f"Waiting: {blocker} blocks pg_dump")
-        self._blocked_since = self._blocked_since or now
-        if now - self._blocked_since > LOCK_WAIT_SECONDS:
-            raise Failure(
-                ExitCode.CREATION,
-                f"pg_dump was kept waiting for a lock for more than {LOCK_WAIT_SECONDS} seconds: "
-                f"{blocker} blocks it",
-                "Let that session finish, or end it: SELECT pg_terminate_backend(PID)",
-                "Then run the backup again, or at an hour without migrations",
-            )
+        try:
+            self._ask(counted)
+        except ServerError:
+            self._next_look = float("inf")  # only the percentage is lost
+        self._progress.show(
+            "Dumping", self._fraction, f"{format_size(size_bytes)} written", self._table
+        )
+
+    def _ask(self, counted: Mapping[int, int]) -> None:
+        """Look where pg_dump is: ask, go on, and take the answer when it is there."""
+        if self._asking and self._session is not None:
+            rows = self._session.answer()
+            if rows is not None:
+                self._asking = False
+                for oid, done_rows in rows[:1]:
+                    self._note(oid, done_rows, counted)
+        elif time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + self.LOOK_SECONDS
+            if self._session is None:
+                self._session = Session(self._config)
+            self._session.send(COPY_PROGRESS, self._application_name)
+            self._asking = True
+
+    def _note(self, oid: int, done_rows: int, counted: Mapping[int, int]) -> None:
+        if oid not in self._tables:
+            return
+        table, size = self._tables[oid], self._sizes[oid]
+        rows = counted.get(oid) or table.estimated_rows
+        within = min(done_rows / rows, 1.0) if rows > 0 else 0.0
+        self._fraction = DUMP_SHARE * (self._before[oid] + within * size) / self._total
+        self._table = f"{table.key} ({format_size(size)})"
 
 
 OUTPUT_FILE_ERROR = re.compile(
-    r"could not (?:write to|open) output file.*: (?P<reason>[^:\n]+)$", re.M
+    r"could not (?:write to|open) output file.*: (?P<reason>[^:\n]+)$", re.MULTILINE
 )
 
 
@@ -2312,7 +2393,7 @@ class PartialBackup:
         with postponed_signals():
             old = (self.dump, self.metadata)
             self.name = name
-            for path, new_path in zip(old, (self.dump, self.metadata)):
+            for path, new_path in zip(old, (self.dump, self.metadata), strict=True):
                 path.rename(new_path)
         return moment
 
@@ -2592,7 +2673,8 @@ def read_back(
     size_bytes = partial.size_bytes
 
     def show(rows: int) -> None:
-        progress.show("Verifying", rows / total_rows if total_rows else None)
+        done = rows / total_rows if total_rows else 1.0
+        progress.show("Verifying", DUMP_SHARE + (1 - DUMP_SHARE) * done, f"{rows} rows read back")
 
     try:
         with BackgroundHash(partial.dump) as checksum:
@@ -2660,7 +2742,7 @@ def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
         report.problems.append("the dump is not the file that was verified when it was made")
         report.steps += [
             "Do not rely on this dump: its bytes have changed since it was made",
-            "Compare it with a copy elsewhere, and check the disk that it lies on: dmesg | tail -50",
+            "Compare it with a copy elsewhere, and check the disk it lies on: dmesg | tail -50",
             "Choose another backup: python3 backup_db.py --list",
         ]
     try:
@@ -2802,9 +2884,8 @@ def remove_old_backups(report: CreationReport, warn: Callable[[str], None]) -> l
             removed.append(backup.dump)
             metadata_path(backup.dump).unlink()
         except OSError as error:
-            warn(
-                f"{display_path(Path(os.fsdecode(error.filename)))} was not removed: {error.strerror}"
-            )
+            path = display_path(Path(os.fsdecode(error.filename)))
+            warn(f"{path} was not removed: {error.strerror}")
     return removed
 
 
@@ -2914,7 +2995,10 @@ def list_lines(backups: Sequence[Backup], output_dir: Path, now: datetime) -> li
     ]
 
     def line(cells: Sequence[str]) -> str:
-        padded = (cell + " " * (width - display_width(cell)) for cell, width in zip(cells, widths))
+        padded = (
+            cell + " " * (width - display_width(cell))
+            for cell, width in zip(cells, widths, strict=True)
+        )
         return "".join(padded)
 
     total = sum(backup.size_bytes or 0 for backup in backups)
@@ -3091,7 +3175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stderr, [f"✗ Stopped by {interrupted}: what was published before is untouched"]
         )
         die_of(interrupted.number)
-    except Exception:
+    except Exception:  # noqa: BLE001 - a bug, shown as one: there is nobody else to tell
         import traceback
 
         write_lines(
