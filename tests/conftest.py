@@ -1,0 +1,136 @@
+"""Fixtures: servers, databases, private copies of the script."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+from cluster import Cluster, installation
+from environment import PROJECT
+from sample import DATABASE, load_sample
+from support import SERVERS, Database, Project, new_database
+
+# -- servers and databases ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def clusters() -> Iterator[Callable[[int], Cluster]]:
+    """A server of each version, the sample database in it; started when it is first asked for."""
+    running: dict[int, Cluster] = {}
+    with contextlib.ExitStack() as stack:
+
+        def cluster_of(major: int) -> Cluster:
+            if major not in running:
+                running[major] = stack.enter_context(Cluster(installation(major)))
+                load_sample(running[major])
+            return running[major]
+
+        yield cluster_of
+
+
+@pytest.fixture(scope="session")
+def cluster(clusters: Callable[[int], Cluster]) -> Cluster:
+    return clusters(17)
+
+
+@pytest.fixture(scope="session", params=SERVERS, ids="postgresql-{}".format)
+def each_cluster(request: pytest.FixtureRequest, clusters: Callable[[int], Cluster]) -> Cluster:
+    """For the tests that depend on PostgreSQL's version."""
+    return clusters(request.param)
+
+
+@pytest.fixture
+def database(cluster: Cluster) -> Iterator[Database]:
+    """An empty database."""
+    with new_database(cluster) as new:
+        yield new
+
+
+@pytest.fixture
+def sample_database(cluster: Cluster) -> Iterator[Database]:
+    """A copy of the sample database, for the test to do with as it likes."""
+    with new_database(cluster, f"--template={DATABASE}") as new:
+        yield new
+
+
+# -- copies of the script -------------------------------------------------------------------------
+
+
+class MakeProject(Protocol):
+    def __call__(
+        self,
+        database: Database | None = None,
+        *,
+        settings: Mapping[str, str] | None = None,
+        constants: Mapping[str, object] | None = None,
+    ) -> Project: ...
+
+
+@pytest.fixture
+def make_project(tmp_path: Path, cluster: Cluster) -> MakeProject:
+    """A private copy of the script, whose .env.local leads to `database` and says `settings`."""
+
+    def make(
+        database: Database | None = None,
+        *,
+        settings: Mapping[str, str] | None = None,
+        constants: Mapping[str, object] | None = None,
+    ) -> Project:
+        bin_dir = (database.cluster if database else cluster).bin_dir
+        directory = tmp_path / f"project-{len(list(tmp_path.glob('project-*')))}"
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(PROJECT / "brain_core", directory / "brain_core", ignore=ignore)
+        shutil.copy(PROJECT / "backup_db.py", directory)
+        project = Project(
+            directory,
+            {
+                "PATH": f"{directory / 'fakes'}:{bin_dir}:/usr/bin:/bin",
+                "HOME": str(directory / "home"),
+            },
+            bin_dir,
+        )
+        project.fakes.mkdir()
+        (directory / "home").mkdir()
+        project.configure({**(database.settings() if database else {}), **(settings or {})})
+        project.rewrite(constants or {})
+        return project
+
+    return make
+
+
+@pytest.fixture
+def project(make_project: MakeProject, sample_database: Database) -> Project:
+    """A private copy of the script, set up for the sample database."""
+    return make_project(sample_database)
+
+
+# -- a run of no tests is no success --------------------------------------------------------------
+
+
+class ExecutedTests:
+    """Fails the run in which every test was skipped; pytest does so where none was collected."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.count += report.when == "call" and not report.skipped
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if not self.count and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if not self.count:
+            terminalreporter.write_line("No test was executed: that is no success.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A worker sees only its own share of the tests.
+    if not hasattr(config, "workerinput") and not config.option.collectonly:
+        config.pluginmanager.register(ExecutedTests())

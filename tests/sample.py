@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""Show backup_db.py at work: python3 tests/sample.py
+
+Starts a PostgreSQL server of its own, loads the sample database of db/sample/ and types what a
+user would: back up, verify, list, restore. It works in a directory of its own, so that no settings
+or backups of yours are read or touched, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+import environment
+from cluster import Cluster, ClusterError, installation
+
+SERVER_VERSION = 17 if sys.platform == "linux" else 18
+DATABASE, RESTORED = "project_chat_dev", "project_chat_restored"
+USER, PASSWORD = "chat", "sample"
+
+# What the caller's environment may say about the caller's own databases.
+ABOUT_DATABASES = re.compile(r"(DEV_)?DB_|PG|BACKUP_|ENV_MODE$")
+
+TABLES = """
+SELECT relname FROM pg_class
+ WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace ORDER BY oid
+"""
+
+
+class SampleFailure(Exception):
+    """A command did not do what the sample is here to show."""
+
+
+class Interrupted(BaseException):
+    """A signal that ends the sample; its number is the argument."""
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def copy_project(directory: Path, settings: Mapping[str, str]) -> None:
+    """The script as a user has it, with a .env.local that leads to the sample database."""
+    shutil.copytree(environment.PROJECT / "brain_core", directory / "brain_core")
+    for name in ("backup_db.py", "requirements.txt"):
+        shutil.copy(environment.PROJECT / name, directory)
+    env_local = directory / ".env.local"
+    env_local.touch(mode=0o600)
+    env_local.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+
+
+def load_sample(cluster: Cluster) -> None:
+    """The sample database, as an application has one: with an owner who is no superuser."""
+    cluster.psql(f"CREATE ROLE {USER} LOGIN CREATEDB PASSWORD '{PASSWORD}'")
+    cluster.create_database(DATABASE, f"--owner={USER}")
+    load_rows(cluster, DATABASE, USER)
+
+
+def load_rows(cluster: Cluster, database: str, user: str) -> None:
+    for name in ("schema.sql", "seed.sql"):
+        sql = (environment.PROJECT / "db" / "sample" / name).read_text(encoding="utf-8")
+        cluster.psql(sql, database, user)
+
+
+def type_command(command: str, directory: Path, environ: Mapping[str, str]) -> None:
+    print(f"$ {command}", flush=True)
+    with subprocess.Popen(shlex.split(command), cwd=directory, env=environ) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    print(flush=True)
+    if status:
+        raise SampleFailure(f"`{command}` exited with {status}.")
+
+
+def compare_row_counts(cluster: Cluster) -> None:
+    """Original and copy, counted by the server: the script has no part in this."""
+    print(f"{'Table':<20}  {'Original':>8}  {'Restored':>8}")
+    differing = []
+    for table in cluster.psql(TABLES, DATABASE).splitlines():
+        count = f'SELECT count(*) FROM "{table}"'
+        original, restored = cluster.psql(count, DATABASE), cluster.psql(count, RESTORED)
+        print(f"{table:<20}  {original:>8}  {restored:>8}")
+        if original != restored:
+            differing.append(table)
+    if differing:
+        raise SampleFailure(f"Restored with other row counts: {', '.join(differing)}.")
+
+
+def show(cluster: Cluster) -> None:
+    directory = cluster.directory / "project"
+    directory.mkdir()
+    settings = cluster.environment(DATABASE, USER, PASSWORD)
+    copy_project(directory, settings)
+    load_sample(cluster)
+
+    # The server's own tools come first: what else is on PATH may be older than the server.
+    environ = {k: v for k, v in os.environ.items() if not ABOUT_DATABASES.match(k)}
+    folders = (environment.PYTHON.parent, cluster.bin_dir, environ.get("PATH", os.defpath))
+    environ["PATH"] = os.pathsep.join(map(str, folders))
+
+    type_command("cat .env.local", directory, environ)
+    type_command("python3 backup_db.py", directory, environ)
+    (dump,) = (directory / "db" / "backups").glob("*.dump")
+    dump = dump.relative_to(directory)
+    type_command(f"python3 backup_db.py --verify {dump}", directory, environ)
+    type_command("python3 backup_db.py --list", directory, environ)
+
+    libpq = {
+        f"PG{name}": settings[f"DEV_DB_{name}"] for name in ("HOST", "PORT", "USER", "PASSWORD")
+    }
+    print("$ export", *(f"{name}={value}" for name, value in libpq.items()))
+    environ |= libpq
+    type_command(f"createdb {RESTORED}", directory, environ)
+    restore = f"pg_restore --dbname={RESTORED} --jobs=2 --exit-on-error {dump}"
+    type_command(restore, directory, environ)
+    compare_row_counts(cluster)
+
+
+def main() -> int:
+    try:
+        python = environment.python_for("sample")
+        if Path(sys.prefix) != environment.VENV:
+            os.execv(python, [python, __file__])
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, interrupt)
+        with Cluster(installation(SERVER_VERSION)) as cluster:
+            show(cluster)
+        print(
+            "\nThe server and its files are gone again. For your own database, copy .env.example to"
+        )
+        print(
+            ".env.local and fill it in; then run python3 backup_db.py. README.md says how to go on."
+        )
+    except (environment.EnvironmentFailure, ClusterError, SampleFailure) as failure:
+        print(f"\n✗ {failure}", file=sys.stderr)
+        return 1
+    except Interrupted as interrupted:
+        return 128 + int(interrupted.args[0])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""How the tests run the script as a user types it, and the oracles that they judge it by."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import stat
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from cluster import Cluster
+
+# The PostgreSQL versions for the tests that depend on the version.
+SERVERS = tuple(map(int, os.environ.get("BACKUP_TEST_SERVERS", "17").split()))
+
+# More than any run of the script on a small database takes, on a busy machine too.
+RUN_SECONDS = 120
+
+# A prefix for a command that root runs: file permissions bind it all the same, as they do others.
+UNPRIVILEGED = (
+    ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
+)
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Poll until `condition` holds, and fail where it never does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"still not so after {seconds} seconds"
+        time.sleep(0.01)
+
+
+# -- the script -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run of the script came to."""
+
+    command: str
+    returncode: int
+    stdout: str
+    stderr: str
+
+    def __str__(self) -> str:
+        outputs = f"--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}\n---"
+        return f"\n$ {self.command}\nexit code {self.returncode}\n{outputs}"
+
+    def succeeded(self) -> Result:
+        assert self.returncode == 0, f"expected success, not{self}"
+        assert "Traceback" not in self.stderr, f"a bug:{self}"
+        return self
+
+    def failed_with(self, code: int, category: str | None = None) -> Result:
+        """A failure that the script foresaw; it speaks on stderr alone."""
+        assert self.returncode == code, f"expected exit code {code}, not{self}"
+        assert "Traceback" not in self.stderr, f"a bug:{self}"
+        assert not self.stdout, f"expected nothing on stdout, not{self}"
+        if category:
+            headline = rf"^✗ (Backup|Backup verification|Listing) failed: {re.escape(category)}$"
+            assert re.search(headline, self.stderr, re.M), f"expected {category}, not{self}"
+        return self
+
+
+@dataclass(frozen=True)
+class Project:
+    """A private copy of the script, with settings and backups of its own.
+
+    `environ` is made from scratch: nothing of this machine leaks in. What a test puts into `fakes`
+    comes first on its PATH, then the programs of PostgreSQL in `bin_dir`.
+    """
+
+    directory: Path
+    environ: Mapping[str, str]
+    bin_dir: Path
+
+    @property
+    def backups(self) -> Path:
+        return self.directory / "db" / "backups"
+
+    @property
+    def fakes(self) -> Path:
+        return self.directory / "fakes"
+
+    def dumps(self) -> list[Path]:
+        return sorted(self.backups.glob("*.dump"))
+
+    def configure(self, settings: Mapping[str, str]) -> None:
+        """Write .env.local, in single quotes: any value stands for itself, newlines included."""
+        lines = []
+        for name, value in settings.items():
+            quoted = value.replace("\\", r"\\").replace("'", r"\'")
+            lines.append(f"{name}='{quoted}'\n")
+        (self.directory / ".env.local").write_text("".join(lines), encoding="utf-8")
+
+    def rewrite(self, constants: Mapping[str, object]) -> None:
+        """Give top-level constants of this copy other values.
+
+        So limits of minutes are met in seconds, and none of the logic is patched.
+        """
+        paths = (self.directory / "backup_db.py", self.directory / "brain_core" / "config.py")
+        for name, value in constants.items():
+            assignment = re.compile(rf"^{name}(: [^=\n]+)? = .*$", re.MULTILINE)
+            found = 0
+            for path in paths:
+                line = f"{name} = {value!r}".replace("\\", r"\\")
+                text, count = assignment.subn(line, path.read_text(encoding="utf-8"))
+                path.write_text(text, encoding="utf-8")
+                found += count
+            assert found == 1, f"{name} is assigned {found} times at the top level"
+
+    def fake(self, program: str, script: str) -> None:
+        """Put a shell script in the place of a program; in it, "$real" is the program itself."""
+        path = self.fakes / program
+        path.write_text(f"#!/bin/sh\nreal='{self.bin_dir / program}'\n{script}\n", encoding="utf-8")
+        path.chmod(0o755)
+
+    def start(
+        self,
+        *arguments: str | Path,
+        env: Mapping[str, str] = NOTHING,
+        cwd: Path | None = None,
+        prefix: Sequence[str] = (),
+    ) -> subprocess.Popen[bytes]:
+        """Start the script; `env` is added to `environ`, `prefix` is a program that runs it.
+
+        (Such as UNPRIVILEGED, or `nohup`, or `prlimit --fsize=1000`.)
+        """
+        return subprocess.Popen(
+            [*prefix, sys.executable, self.directory / "backup_db.py", *arguments],
+            cwd=cwd or self.directory,
+            env={**self.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(
+        self,
+        *arguments: str | Path,
+        env: Mapping[str, str] = NOTHING,
+        cwd: Path | None = None,
+        prefix: Sequence[str] = (),
+    ) -> Result:
+        return finish(self.start(*arguments, env=env, cwd=cwd, prefix=prefix))
+
+    def back_up(self, *arguments: str | Path) -> Path:
+        """The dump of a new backup in the usual place."""
+        before = self.dumps()
+        self.run(*arguments).succeeded()
+        (dump,) = set(self.dumps()) - set(before)
+        return dump
+
+
+def finish(process: subprocess.Popen[bytes], seconds: float = RUN_SECONDS) -> Result:
+    """Wait for a script that was started. One that does not end is killed, and what it said shown."""
+    with process:
+        try:
+            outputs = process.communicate(timeout=seconds)
+            ended = True
+        except subprocess.TimeoutExpired:
+            process.kill()
+            outputs = process.communicate()
+            ended = False
+    assert isinstance(process.args, list)
+    stdout, stderr = (output.decode("utf-8", "backslashreplace") for output in outputs)
+    result = Result(" ".join(map(str, process.args)), process.returncode, stdout, stderr)
+    assert ended, f"did not end within {seconds} seconds:{result}"
+    return result
+
+
+# -- databases, and whether a restored one is the same --------------------------------------------
+
+# A query for each table, materialized view, sequence and the large objects: name and contents.
+# `ROW(x.*)` whatever the columns are called; the rows in the order of their digests.
+CONTENTS = r"""
+SELECT CASE WHEN c.relkind = 'S'
+            THEN format('SELECT %1$L, last_value, is_called FROM %2$I.%3$I', c.oid::regclass, n.nspname, c.relname)
+            ELSE format('SELECT %1$L, count(*), md5(string_agg(row, '''' ORDER BY row))'
+                        ' FROM (SELECT md5(ROW(x.*)::text) AS row FROM ONLY %2$I.%3$I AS x) AS rows',
+                        c.oid::regclass, n.nspname, c.relname) END
+  FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+ WHERE c.relkind IN ('r', 'm', 'S') AND c.relispopulated
+       AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+ ORDER BY n.nspname COLLATE "C", c.relname COLLATE "C"
+\gexec
+SELECT 'large object', oid, md5(lo_get(oid)) FROM pg_largeobject_metadata ORDER BY oid
+"""
+
+
+@dataclass(frozen=True)
+class Database:
+    cluster: Cluster
+    name: str
+
+    def psql(self, sql: str, user: str = "postgres") -> str:
+        return self.cluster.psql(sql, self.name, user)
+
+    def settings(
+        self, user: str = "postgres", password: str = "", prefix: str = "DEV_"
+    ) -> dict[str, str]:
+        """The variables that lead the script here."""
+        return self.cluster.environment(self.name, user, password, prefix)
+
+    def encoding(self) -> str:
+        return self.psql("SHOW server_encoding")
+
+    def contents(self) -> list[str]:
+        """Every table's rows, as a digest, every sequence and every large object: a line each."""
+        return self.psql(CONTENTS).splitlines()
+
+    def schema(self) -> list[str]:
+        """All that is not data, as pg_dump writes it."""
+        script = self.cluster.run(
+            "pg_dump", "--schema-only", f"--encoding={self.encoding()}", database=self.name
+        )
+        # These two hold a key that is another one every time.
+        return [line for line in script.splitlines() if not re.match(r"\\(un)?restrict ", line)]
+
+
+@contextlib.contextmanager
+def new_database(cluster: Cluster, *createdb_options: str) -> Iterator[Database]:
+    name = f"chat_{uuid.uuid4().hex[:12]}"
+    cluster.create_database(name, *createdb_options)
+    try:
+        yield Database(cluster, name)
+    finally:
+        cluster.drop_database(name)
+
+
+@contextlib.contextmanager
+def restored(dump: Path, cluster: Cluster, encoding: str = "UTF8") -> Iterator[Database]:
+    """The dump, restored by the cluster's own pg_restore into a database that was empty."""
+    with new_database(cluster, "--template=template0", f"--encoding={encoding}") as database:
+        cluster.run("pg_restore", "--exit-on-error", f"--dbname={database.name}", str(dump))
+        yield database
+
+
+def assert_restores(dump: Path, original: Database) -> None:
+    """The one proof of a backup: restored, it is equal to the original in all of its parts."""
+    with restored(dump, original.cluster, original.encoding()) as copy:
+        assert copy.schema() == original.schema()
+        assert copy.contents() == original.contents()
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def contents_of(directory: Path) -> dict[str, str]:
+    """All below `directory`, path to mode and content, to be compared with what it is later."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        mode = path.lstat().st_mode
+        content = ""
+        if stat.S_ISLNK(mode):
+            content = os.readlink(path)
+        elif stat.S_ISREG(mode):
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[str(path.relative_to(directory))] = f"{stat.filemode(mode)} {content}"
+    return found
+
+
+@contextlib.contextmanager
+def small_disk(options: str) -> Iterator[Path]:
+    """A tmpfs with mount options such as `size=1m` or `nr_inodes=5,mode=500`.
+
+    It is mounted in a mount namespace of its own, and seen through /proc: so it is gone when the
+    process that holds it is, and takes no root where the kernel gives namespaces to everybody.
+    """
+    script = 'mount -t tmpfs -o "$0" tmpfs /tmp && echo mounted && exec cat'
+    as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
+    command = ["unshare", *as_root, "--mount", "sh", "-c", script, options]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin
+        assert holder.stdout
+        assert holder.stdout.readline() == b"mounted\n", (
+            f"This test needs a small tmpfs, and `{' '.join(command)}` gave none: run it as root."
+        )
+        try:
+            yield Path(f"/proc/{holder.pid}/root/tmp")
+        finally:
+            holder.stdin.close()
