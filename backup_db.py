@@ -51,6 +51,7 @@ LOCK_WAIT_SECONDS = 600  # in all, for tables that another session holds
 LOCK_RETRY_SECONDS = 1.0  # between two tries; nothing is held meanwhile
 SILENCE_SECONDS = 60  # without an answer, before asking whether the server is still there
 WATCH_SECONDS = 5  # between two looks at whether pg_dump waits for another session
+TOOL_SECONDS = 30  # for a tool to tell its version
 STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
 CANCEL_SECONDS = 0.5  # for telling the server that a query is not wanted any more
 TICK_SECONDS = 0.1  # between two looks at anything else that is waited for
@@ -698,7 +699,8 @@ class Program:
         SIGKILL."""
         for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, None)):
             if self.status() is None:
-                os.killpg(self.process.pid, number)
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # it just ended
+                    os.killpg(self.process.pid, number)
                 self.wait(seconds)
         self._drain.join(STOP_SECONDS)
 
@@ -716,7 +718,7 @@ class Program:
     @property
     def words(self) -> str:
         """What the program, now ended, said on stderr, or how it ended without a word."""
-        self._drain.join()
+        self._drain.join(STOP_SECONDS)  # something that it started may hold its stderr open
         said = printable_lines(self._tail.decode("utf-8", "backslashreplace"))
         status = self.process.returncode
         if status is not None and status < 0:
@@ -772,8 +774,14 @@ def ask_version(path: str, environment: Mapping[str, str]) -> Tool:
     """Run the tool for its version, in the environment that it will run in later."""
     with Program([path, "--version"], environment, stdout=subprocess.PIPE) as program:
         assert program.process.stdout is not None
+        status = program.wait(TOOL_SECONDS)
+        if status is None:
+            raise Failure(
+                ExitCode.TOOL,
+                f"{printable(path)} --version has not answered within {TOOL_SECONDS} seconds",
+                f"See what it does: {shell_words(path, '--version')}",
+            )
         said = program.process.stdout.read(4096).decode("utf-8", "backslashreplace")
-        status = program.wait()
         # "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
         match = re.search(r"\) (\d+[.\w]*)", said)
         if status != 0 or match is None:

@@ -88,8 +88,7 @@ def installation(major: int) -> Path:
     for bin_dir in candidates:
         if (bin_dir / "postgres").exists():
             # Asked, not trusted: the next release of a package may bring the next PostgreSQL.
-            command = [bin_dir / "postgres", "--version"]
-            version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            version = subprocess.check_output([bin_dir / "postgres", "--version"], text=True)
             if re.search(rf"\) {major}\D", version):
                 return bin_dir
     raise ClusterError(f"PostgreSQL {major} is not installed: it takes {wanted}.")

@@ -40,7 +40,7 @@ def python_for(purpose: str) -> str:
     The process, and what it becomes by exec, holds a shared lock from here on, so that no other
     run takes the environment apart to make it anew.
     """
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 (this is whatever python3 there is)
         raise EnvironmentFailure(f"Python 3.10 or newer is needed; this is {sys.version}.")
     descriptor = os.open(TESTS, os.O_RDONLY)
     os.set_inheritable(descriptor, True)

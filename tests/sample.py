@@ -43,7 +43,7 @@ class Interrupted(BaseException):
     """A signal that ends the sample; its number is the argument."""
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
+def interrupt(number: int, _frame: FrameType | None) -> None:
     raise Interrupted(number)
 
 

@@ -67,8 +67,8 @@ class Result:
         assert "Traceback" not in self.stderr, f"a bug:{self}"
         assert not self.stdout, f"expected nothing on stdout, not{self}"
         if category:
-            headline = rf"^✗ (Backup|Backup verification|Listing) failed: {re.escape(category)}$"
-            assert re.search(headline, self.stderr, re.M), f"expected {category}, not{self}"
+            headline = f"^✗ (Backup|Backup verification|Listing) failed: {re.escape(category)}$"
+            assert re.search(headline, self.stderr, re.MULTILINE), f"expected {category}, not{self}"
         return self
 
 
@@ -163,7 +163,7 @@ class Project:
 
 
 def finish(process: subprocess.Popen[bytes], seconds: float = RUN_SECONDS) -> Result:
-    """Wait for a script that was started. One that does not end is killed, and what it said shown."""
+    """Wait for a script to end. One that does not is killed, and what it said shown."""
     with process:
         try:
             outputs = process.communicate(timeout=seconds)
@@ -184,11 +184,10 @@ def finish(process: subprocess.Popen[bytes], seconds: float = RUN_SECONDS) -> Re
 # A query for each table, materialized view, sequence and the large objects: name and contents.
 # `ROW(x.*)` whatever the columns are called; the rows in the order of their digests.
 CONTENTS = r"""
-SELECT CASE WHEN c.relkind = 'S'
-            THEN format('SELECT %1$L, last_value, is_called FROM %2$I.%3$I', c.oid::regclass, n.nspname, c.relname)
-            ELSE format('SELECT %1$L, count(*), md5(string_agg(row, '''' ORDER BY row))'
-                        ' FROM (SELECT md5(ROW(x.*)::text) AS row FROM ONLY %2$I.%3$I AS x) AS rows',
-                        c.oid::regclass, n.nspname, c.relname) END
+SELECT format(CASE WHEN c.relkind = 'S' THEN 'SELECT %1$L, last_value, is_called FROM %2$I.%3$I'
+                   ELSE 'SELECT %1$L, count(*), md5(string_agg(digest, '''' ORDER BY digest))'
+                        ' FROM (SELECT md5(ROW(x.*)::text) AS digest FROM ONLY %2$I.%3$I AS x) r'
+              END, c.oid::regclass, n.nspname, c.relname)
   FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
  WHERE c.relkind IN ('r', 'm', 'S') AND c.relispopulated
        AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
