@@ -360,6 +360,7 @@ def shell_words(*words: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 TIMESTAMP_PATTERN = r"\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}Z"
+ISO_TIMESTAMP = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z", re.ASCII)
 DUMP_SUFFIX = ".dump"
 METADATA_SUFFIX = ".metadata.json"
 PARTIAL_SUFFIX = ".partial"
@@ -396,7 +397,9 @@ def iso_timestamp(moment: datetime) -> str:
 
 def parse_iso_timestamp(text: str) -> datetime:
     """The inverse of `iso_timestamp`; ValueError for anything else."""
-    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+    if not ISO_TIMESTAMP.fullmatch(text):
+        raise ValueError(f"{text!r} is no UTC time")
+    return datetime.fromisoformat(text[:-1]).replace(tzinfo=timezone.utc)
 
 
 def metadata_path(dump: Path) -> Path:
@@ -509,8 +512,12 @@ class Metadata:
     @classmethod
     def read(cls, path: Path) -> Metadata:
         """Read and check a metadata file. Raises MetadataError, naming the key; OSError."""
-        with path.open("rb") as file:
-            text = file.read(METADATA_MAX_BYTES)
+        # O_NONBLOCK: a pipe of that name must not hang a listing.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > METADATA_MAX_BYTES:
+                raise MetadataError("it is no metadata file")
+            text = file.read()
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
