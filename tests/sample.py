@@ -109,6 +109,7 @@ def show(cluster: Cluster) -> None:
     environ = {k: v for k, v in os.environ.items() if not ABOUT_DATABASES.match(k)}
     folders = (environment.PYTHON.parent, cluster.bin_dir, environ.get("PATH", os.defpath))
     environ["PATH"] = os.pathsep.join(map(str, folders))
+    environ["TMPDIR"] = str(directory)
 
     type_command("cat .env.local", directory, environ)
     type_command("python3 backup_db.py", directory, environ)
@@ -122,8 +123,8 @@ def show(cluster: Cluster) -> None:
     }
     print("$ export", *(f"{name}={value}" for name, value in libpq.items()))
     environ |= libpq
-    type_command(f"createdb {RESTORED}", directory, environ)
-    restore = f"pg_restore --dbname={RESTORED} --jobs=2 --exit-on-error {dump}"
+    type_command(f"createdb --template=template0 {RESTORED}", directory, environ)
+    restore = f"pg_restore --dbname={RESTORED} --jobs=4 --exit-on-error {dump}"
     type_command(restore, directory, environ)
     compare_row_counts(cluster)
 
