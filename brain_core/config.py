@@ -143,7 +143,9 @@ def _read_env_file(path: Path) -> dict[str, str]:
             ) from None
     values: dict[str, str] = {}
     for binding in bindings:
-        if binding.error or "\0" in (binding.value or ""):
+        # A bare NAME is a variable that is not set; `NAME: value` or `NAME:value` is a mistake.
+        is_bare_text = binding.value is None and not (binding.key or "_").isidentifier()
+        if binding.error or is_bare_text or "\0" in binding.original.string:
             # The line itself is not shown: it may be the one with the password.
             raise ConfigurationError(
                 f"line {binding.original.line} of {path} cannot be parsed",
@@ -213,9 +215,7 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
     own = {"PGHOST": host, "PGPORT": str(port), "PGDATABASE": name}
     own |= {"PGUSER": user} if user else {}
     own |= {"PGPASSWORD": password} if password else {}
-    timeout = settings.values.get("PGCONNECT_TIMEOUT", "")
-    connect_seconds = int(timeout) if timeout.isdecimal() else 0
-    connect_seconds = connect_seconds or DEFAULT_CONNECT_SECONDS  # libpq's own 0 waits for ever
+    connect_seconds = _parse_connect_timeout(settings)
     own["PGCONNECT_TIMEOUT"] = str(connect_seconds)
     inherited = {
         variable: value
@@ -240,10 +240,23 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
 def _parse_port(text: str, place: str) -> int:
     if not text:
         return DEFAULT_PORT
-    if text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= 65535:
+    if text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535:
         return int(text)
     raise ConfigurationError(
         f"the port is {text!r}; it must be a number from 1 to 65535", f"Correct it {place}"
+    )
+
+
+def _parse_connect_timeout(settings: Settings) -> int:
+    text = settings.values.get("PGCONNECT_TIMEOUT")
+    if text is None:
+        return DEFAULT_CONNECT_SECONDS
+    if text.isascii() and text.isdigit() and len(text) <= 9:
+        return int(text) or DEFAULT_CONNECT_SECONDS  # libpq's own 0 waits for ever
+    raise ConfigurationError(
+        f"PGCONNECT_TIMEOUT is {text!r}; it must be a number of seconds",
+        f"Correct it {settings.place('PGCONNECT_TIMEOUT')}",
+        f"Or leave it out: then it is {DEFAULT_CONNECT_SECONDS}",
     )
 
 
