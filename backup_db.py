@@ -136,6 +136,10 @@ class Failure(Exception):
         self.steps = steps
 
 
+# "FATAL:  ", with two spaces after a word in any language, as libpq begins a server's message.
+SEVERITY = re.compile(r"(^|: )(\w+):  (?=\S)", re.MULTILINE)
+
+
 class ServerError(Exception):
     """What the server, or the way to it, answered instead of a result.
 
@@ -144,7 +148,7 @@ class ServerError(Exception):
 
     def __init__(self, text: str, sqlstate: str | None = None, lost: bool = False) -> None:
         super().__init__(text)
-        self.text = printable_lines(text)
+        self.text = printable_lines(SEVERITY.sub(r"\1\2: ", text))
         self.sqlstate = sqlstate
         self.lost = lost
 
