@@ -2816,7 +2816,7 @@ def load_verified_metadata(report: VerificationReport) -> Metadata | None:
         report.steps += again
         return None
     if not stat.S_ISREG(status.st_mode) or not dump.name.endswith(DUMP_SUFFIX):
-        report.problems.append(f"{display_path(dump)} is no {DUMP_SUFFIX} file")
+        report.problems.append(f"{display_path(dump)} is not a {DUMP_SUFFIX} file")
         report.steps += again
         return None
     report.size_bytes = status.st_size
@@ -3180,15 +3180,27 @@ def prepare_process() -> None:
     catch_signals()
 
 
+def user_path(text: str) -> Path:
+    """A path from the command line. The shell leaves the ~ of `--output-dir=~/backups` to us."""
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise Failure(
+            ExitCode.CONFIGURATION,
+            f"{printable(text)}: no such user, or one without a home directory",
+            f"Write the path in full, or, if its name begins with ~: {shell_words('./' + text)}",
+        )
+    return Path(path)
+
+
 def run(options: argparse.Namespace, progress: Progress) -> int:
     """Run the mode that was asked for. Raises Failure or OSError."""
     output_dir = DEFAULT_OUTPUT_DIR
     if options.output_dir is not None:
-        output_dir = Path(options.output_dir).expanduser()
+        output_dir = user_path(options.output_dir)
     if options.list:
         return run_listing(output_dir)
     if options.verify is not None:
-        return run_verification(Path(options.verify), progress)
+        return run_verification(user_path(options.verify), progress)
     return run_creation(options.env, output_dir, progress)
 
 
