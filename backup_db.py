@@ -166,15 +166,8 @@ class DumpFailed(Exception):
         self.words = words
 
 
-PERMISSION_ERRNOS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ELOOP,
-}
+WRONG_KIND_ERRNOS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP}
+PERMISSION_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS} | WRONG_KIND_ERRNOS
 DISK_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -183,6 +176,12 @@ def file_failure(error: OSError, otherwise: ExitCode = ExitCode.CREATION) -> Fai
     text = "" if error.filename is None else os.fsdecode(error.filename)
     where = f"{display_path(Path(text))}: " if text else ""
     folder = shell_words(text if os.path.isdir(text) else os.path.dirname(text) or ".")
+    look = shell_words("ls", "-ld", text) if os.path.lexists(text) else f"ls -ld {folder}"
+    instead = {
+        ExitCode.CONFIGURATION: f"make it the owner: {shell_words('chown', current_user(), text)}",
+        ExitCode.GENERAL: "list another directory: --output-dir DIR",
+        ExitCode.VERIFICATION: "run this as the user who owns the backup",
+    }.get(otherwise, "write elsewhere: --output-dir DIR")
     detail = f"{where}{error.strerror or error}"
     if error.errno in DISK_SPACE_ERRNOS:
         return Failure(
@@ -191,12 +190,19 @@ def file_failure(error: OSError, otherwise: ExitCode = ExitCode.CREATION) -> Fai
             f"See what is full, blocks or inodes: df -h {folder}; df -i {folder}",
             "Free space there, or write elsewhere: --output-dir DIR",
         )
+    if error.errno in WRONG_KIND_ERRNOS:
+        return Failure(
+            ExitCode.PERMISSION,
+            detail,
+            f"See what it is: {look}",
+            "Move it out of the way, or name another path",
+        )
     if error.errno in PERMISSION_ERRNOS:
         return Failure(
             ExitCode.PERMISSION,
             detail,
-            f"See who may use it; this run is of user {current_user()}: ls -ld {folder}",
-            "Grant that user access, or use another directory: --output-dir DIR",
+            f"See who may use it (this run is as user {current_user()}): {look}",
+            f"Give that user access, or {instead}",
         )
     return Failure(
         otherwise,
@@ -527,7 +533,7 @@ class Metadata:
         except (ValueError, RecursionError) as error:
             raise MetadataError(f"it is not JSON: {error}") from None
         if not isinstance(values, dict):
-            raise MetadataError("it is no JSON object")
+            raise MetadataError("it is not a JSON object")
         for key, kind in REQUIRED_KEYS.items():
             if key not in values:
                 raise MetadataError(f'the key "{key}" is missing')
@@ -541,11 +547,11 @@ class Metadata:
         try:
             parse_iso_timestamp(values["backup_timestamp"])
         except ValueError:
-            raise MetadataError('the key "backup_timestamp" is no UTC time') from None
+            raise MetadataError('the key "backup_timestamp" is not a UTC time') from None
         if not re.fullmatch(r"[0-9a-f]{64}", values["checksum_sha256"]):
-            raise MetadataError('the key "checksum_sha256" is no SHA-256')
+            raise MetadataError('the key "checksum_sha256" is not a SHA-256')
         if values["backup_size_bytes"] < 0:
-            raise MetadataError('the key "backup_size_bytes" is no size')
+            raise MetadataError('the key "backup_size_bytes" is not a size')
         for table, rows in values["table_counts"].items():
             if type(rows) is not int or rows < 0 or not TABLE_KEY.fullmatch(table):
                 raise MetadataError(f'the key "table_counts" is wrong at {table!r}')
@@ -1423,7 +1429,8 @@ def missing_package(error: ImportError) -> Failure:
     return Failure(
         ExitCode.GENERAL,
         f"a package is missing: {error} (python is {printable(sys.executable)})",
-        f"Install what the script needs: pip install -r {display_path(requirements)}",
+        "Install what the script needs: "
+        + shell_words(sys.executable, "-m", "pip", "install", "-r", display_path(requirements)),
         "In cron, name the python that has it: /path/to/venv/bin/python3 backup_db.py",
     )
 
@@ -2278,6 +2285,10 @@ def make_directory(directory: Path) -> None:
     """Make the output directory, for its owner alone; one that is there stays as it is."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:  # "File exists" would be no news to who asked for a directory
+        raise file_failure(
+            OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
+        ) from None
     except OSError as error:
         raise file_failure(error) from None
 
@@ -2696,6 +2707,8 @@ def load_configuration(choice: str) -> DatabaseConfig:
         raise Failure(
             ExitCode.CONFIGURATION, printable(str(error)), *map(printable, error.steps)
         ) from None
+    except OSError as error:
+        raise file_failure(error, ExitCode.CONFIGURATION) from None
     except ImportError as error:
         raise missing_package(error) from None
     for name in [name for name in os.environ if name.startswith("PG") and name != "PGCLUSTER"]:
@@ -2779,7 +2792,8 @@ def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
         if checksum == metadata.checksum_sha256:
             report.checksum = f"✓ Match ({checksum[:12]}...)"
         else:
-            report.checksum = f"✗ Mismatch (expected {metadata.checksum_sha256[:12]}..., found {checksum[:12]}...)"
+            expected = f"{metadata.checksum_sha256[:12]}..."
+            report.checksum = f"✗ Mismatch (expected {expected}, found {checksum[:12]}...)"
     intact = report.checksum.startswith("✓")
     if not intact:
         report.problems.append("the dump is not the file that was verified when it was made")
