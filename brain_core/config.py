@@ -147,8 +147,10 @@ def _read_env_file(path: Path) -> dict[str, str]:
         is_bare_text = binding.value is None and not (binding.key or "_").isidentifier()
         if binding.error or is_bare_text or "\0" in binding.original.string:
             # The line itself is not shown: it may be the one with the password.
+            text = binding.original.string
+            blank_lines = text[: len(text) - len(text.lstrip())].count("\n")
             raise ConfigurationError(
-                f"line {binding.original.line} of {path} cannot be parsed",
+                f"line {binding.original.line + blank_lines} of {path} cannot be parsed",
                 f"Write it as NAME=value, a value with spaces or quotes in single quotes: {path}",
                 "See .env.example for every variable",
             )
