@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from environment import PROJECT
+
 from brain_core.config import (
     DEFAULT_CONNECT_SECONDS,
     OVERRIDING_LIBPQ_VARIABLES,
@@ -20,7 +22,6 @@ from brain_core.config import (
     load_config,
     read_settings,
 )
-from environment import PROJECT
 
 # Stands where a password stood, and must not be seen where one would not be.
 SECRET = "geheim-0815"
@@ -136,7 +137,7 @@ def test_sources_from_strongest_to_weakest(tmp_path: Path) -> None:
 
 
 # For each field, who is asked in turn: each case sets one variable more, the strongest last.
-FALLBACKS = {
+FALLBACKS: dict[str, tuple[str | int, list[str]]] = {
     "host": ("127.0.0.1", ["PGHOST", "DB_HOST", "DEV_DB_HOST"]),
     "port": (5432, ["PGPORT", "DB_PORT", "DEV_DB_PORT"]),
     "user": ("", ["PGUSER", "DB_USER", "DEV_DB_USER"]),
@@ -149,7 +150,7 @@ FALLBACKS = {
 def test_each_field_falls_back(field: str, environment: Environment) -> None:
     default, names = FALLBACKS[field]
     environ = {"DEV_DB_NAME": "a", "DB_NAME": "b"}
-    expected: str | int = default
+    expected = default
     assert getattr(config_of(environment.value, **environ), field) == expected
     for number, name in enumerate(names, 1):
         environ[name] = str(number)
@@ -212,7 +213,7 @@ def test_way_is_how_libpq_says_it() -> None:
 
 # -- values that are refused ----------------------------------------------------------------------
 
-NUMBERS = [
+NUMBERS: list[tuple[str, str, dict[str, int | None]]] = [
     ("DB_PORT", "port", {"1": 1, "5432": 5432, "05432": 5432, "65535": 65535, "": 5432}),
     ("BACKUP_KEEP", "keep", {"1": 1, "14": 14, "999999999": 999999999, "": None}),
     (
@@ -254,8 +255,8 @@ def test_what_is_no_number_is_refused_and_named(variable: str, text: str, tmp_pa
 
 # -- the .env files -------------------------------------------------------------------------------
 
-# The line, and the value of X in it. "Literally" means: no ${...} and no escape but those in quotes.
-LINES = {
+# The line, and the value of X in it: no ${...} is expanded, and no escape outside of quotes.
+LINES: dict[str, str | None] = {
     "X=plain": "plain",
     "X = spaced ": "spaced",
     "export X=exported": "exported",
