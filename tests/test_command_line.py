@@ -1,0 +1,820 @@
+"""What a user sees of each mode: the contract's lines, streams and options, to the letter."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster
+from conftest import MakeProject
+from environment import PROJECT
+from sample import DATABASE, copy_project
+from support import Database, Project, Result, contents_of, finish
+
+import backup_db
+
+TIMESTAMP = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\dZ"
+OPTIONS = {"--env", "--output-dir", "--verify", "--list", "--help"}
+
+
+@pytest.fixture(scope="module")
+def sample_dump(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backup of the sample database, made once; tests work on copies of the two files."""
+    directory = tmp_path_factory.mktemp("sample")
+    copy_project(directory, cluster.environment(DATABASE))
+    environ = {"PATH": f"{cluster.bin_dir}:/usr/bin:/bin"}
+    return Project(directory, environ, cluster.bin_dir).back_up()
+
+
+@pytest.fixture
+def sample(make_project: MakeProject, cluster: Cluster) -> Project:
+    """A private copy of the script, set up for the sample database itself, which it only reads."""
+    return make_project(Database(cluster, DATABASE))
+
+
+@pytest.fixture
+def bare(make_project: MakeProject, sample_dump: Path) -> Project:
+    """A private copy of the script with no settings at all, and a backup of the sample."""
+    project = make_project()
+    (project.directory / ".env.local").unlink()
+    copy_pair(sample_dump, project.backups)
+    return project
+
+
+def copy_pair(dump: Path, directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copy(backup_db.metadata_path(dump), directory)
+    return Path(shutil.copy(dump, directory))
+
+
+def metadata_of(dump: Path) -> dict[str, Any]:
+    values = json.loads(backup_db.metadata_path(dump).read_text(encoding="utf-8"))
+    assert isinstance(values, dict)
+    return values
+
+
+def change_metadata(dump: Path, **changes: object) -> None:
+    path = backup_db.metadata_path(dump)
+    path.write_text(json.dumps(metadata_of(dump) | changes), encoding="utf-8")
+
+
+def lines_of(template: str) -> str:
+    """A golden text, without the indentation that it has in the source."""
+    return re.sub(r"^ {8}", "", template.lstrip("\n"), flags=re.MULTILINE).rstrip(" ")
+
+
+# -- default mode ---------------------------------------------------------------------------------
+
+
+def test_backup_prints_the_lines_of_the_contract(sample: Project) -> None:
+    result = sample.run().succeeded()
+    (dump,) = sample.dumps()
+    assert re.fullmatch(rf"project_chat_dev_{TIMESTAMP}\.dump", dump.name)
+    stem = dump.name.removesuffix(".dump")
+    size = f"{dump.stat().st_size / 1024:.1f} KB"
+    checksum = subprocess.run(["sha256sum", dump], capture_output=True, check=True, text=True)
+    rows = "150 conversations, 3420 messages, 12 project_knowledge, 145 conversation_index"
+    assert result.stdout == lines_of(f"""
+        ✓ Backup created successfully
+
+        Backup File: db/backups/{stem}.dump
+        Metadata:    db/backups/{stem}.metadata.json
+        Size:        {size}
+        Environment: dev
+        Database:    project_chat_dev
+        Tables:      4 ({rows})
+        Checksum:    {checksum.stdout[:12]}...
+        Verified:    ✓ Integrity check passed (3727 rows in 4 tables read back)
+        """)
+    assert not result.stderr
+
+
+def test_missing_database_prints_the_error_of_the_contract(
+    make_project: MakeProject, cluster: Cluster
+) -> None:
+    result = make_project(Database(cluster, "project_chat_gone")).run().failed_with(3)
+    server = f"-h 127.0.0.1 -p {cluster.port} -U postgres"
+    fatal = 'FATAL: database "project_chat_gone" does not exist'
+    assert result.stderr == lines_of(f"""
+        ✗ Backup failed: Database connection error
+
+        Error: connection to server at "127.0.0.1", port {cluster.port} failed: {fatal}
+
+        Troubleshooting:
+          1. Verify database exists: psql -l {server}
+          2. Check database name in .env.local: DEV_DB_NAME
+          3. Create database if needed: createdb project_chat_gone {server}
+        """)
+
+
+def test_steps_for_a_missing_database_work_when_they_are_pasted(
+    make_project: MakeProject, cluster: Cluster
+) -> None:
+    name = 'it\'s a "name"; -- ünï $HOME'
+    project = make_project(Database(cluster, name))
+    said = project.run().failed_with(3).stderr
+    steps = re.findall(r"^  \d\. .*: ((?:psql|createdb) .*)$", said, re.MULTILINE)
+    path = {"PATH": project.environ["PATH"]}
+    try:
+        for step in steps:
+            subprocess.run(["sh", "-c", step], env=path, check=True, stdout=subprocess.DEVNULL)
+        project.run().succeeded()
+    finally:
+        cluster.drop_database(name)
+    assert len(steps) == 2
+
+
+def test_more_than_six_tables_are_summed_up(database: Database, make_project: MakeProject) -> None:
+    rows = {"a": 3, "b": 1, "c": 70, '"D e"': 5, "other.f": 6, "g": 4, '"select"': 8, "h": 2}
+    database.psql(
+        "CREATE SCHEMA other;"
+        + "".join(
+            f"CREATE TABLE {table} AS SELECT generate_series(1, {count});"
+            for table, count in rows.items()
+        )
+        + "CREATE FOREIGN DATA WRAPPER none; CREATE SERVER none FOREIGN DATA WRAPPER none;"
+        "CREATE FOREIGN TABLE far (x int) SERVER none"
+    )
+    lines = make_project(database).run().succeeded().stdout.splitlines()
+    assert lines[7] == (
+        'Tables:      8 (3 a, 70 c, 5 "D e", 6 other.f, 4 g, 8 "select", and 2 more)'
+    )
+    assert lines[9] == "Verified:    ✓ Integrity check passed (99 rows in 8 tables read back)"
+    assert lines[10:] == ["Not included: data of foreign tables (public.far)"]
+
+
+def test_empty_database_is_backed_up(database: Database, make_project: MakeProject) -> None:
+    lines = make_project(database).run().succeeded().stdout.splitlines()
+    assert lines[7] == "Tables:      0"
+    assert lines[9] == "Verified:    ✓ Integrity check passed (0 rows in 0 tables read back)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "environment"),
+    [
+        ({"DEV_DB_NAME": DATABASE, "DB_NAME": "gone"}, [], "dev"),
+        ({"DB_NAME": DATABASE}, [], "prod"),
+        ({"DB_NAME": DATABASE, "DEV_DB_NAME": "gone", "ENV_MODE": "Production"}, [], "prod"),
+        ({"DB_NAME": DATABASE, "DEV_DB_NAME": "gone"}, ["--env", "prod"], "prod"),
+        ({"DEV_DB_NAME": DATABASE, "ENV_MODE": "prod"}, ["--env=dev"], "dev"),
+        ({"DEV_DB_NAME": DATABASE, "ENV_MODE": "dev"}, ["--env", "auto"], "dev"),
+    ],
+)
+def test_environment_is_detected_or_chosen(
+    settings: dict[str, str],
+    arguments: Sequence[str],
+    environment: str,
+    make_project: MakeProject,
+    cluster: Cluster,
+) -> None:
+    server = {"DB_HOST": cluster.host, "DB_PORT": str(cluster.port), "DB_USER": "postgres"}
+    project = make_project(settings=server | settings)
+    result = project.run(*arguments).succeeded()
+    (dump,) = project.dumps()
+    expected = {"dev": "project_chat_dev", "prod": "project_chat_dev_prod"}[environment]
+    assert re.fullmatch(rf"{expected}_{TIMESTAMP}\.dump", dump.name)
+    assert f"Environment: {environment}\nDatabase:    {DATABASE}\n" in result.stdout
+    assert metadata_of(dump)["environment"] == environment
+
+
+# -- paths ----------------------------------------------------------------------------------------
+
+
+def test_paths_are_relative_under_the_working_directory_only(bare: Project) -> None:
+    (dump,) = bare.dumps()
+    for cwd, shown in [
+        (bare.directory, f"db/backups/{dump.name}"),
+        (bare.backups, dump.name),
+        (bare.directory / "home", str(dump)),
+        (Path("/"), str(dump)),
+    ]:
+        verified = bare.run("--verify", dump, cwd=cwd).succeeded()
+        assert verified.stdout.splitlines()[2] == f"File:        {shown}"
+        listed = bare.run("--list", cwd=cwd).succeeded()
+        folder = os.path.dirname(shown) or str(bare.backups)
+        assert listed.stdout.splitlines()[0] == f"Backup Files ({folder}/):"
+
+
+def test_output_directory_is_made_for_its_owner_alone(sample: Project) -> None:
+    new = sample.directory / "deep" / "er"
+    sample.run("--output-dir", "deep/er").succeeded()
+    modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in [new, *new.iterdir()]}
+    assert modes.pop("er") == 0o700
+    assert set(modes.values()) == {0o600}
+    assert not sample.backups.exists()
+
+
+def test_output_directory_that_is_there_stays_as_it_is(sample: Project) -> None:
+    sample.backups.mkdir(parents=True)
+    sample.backups.chmod(0o2755)
+    sample.run().succeeded()
+    assert stat.S_IMODE(sample.backups.stat().st_mode) == 0o2755
+
+
+def test_tilde_is_the_home_directory(bare: Project) -> None:
+    (dump,) = bare.dumps()
+    home = Path(bare.environ["HOME"])
+    copy_pair(dump, home / "kept")
+    listed = bare.run("--list", "--output-dir=~/kept").succeeded()
+    assert listed.stdout.startswith("Backup Files (home/kept/):\n")
+    bare.run(f"--verify=~/kept/{dump.name}").succeeded()
+
+
+@pytest.mark.parametrize("mode", [["--list"], []], ids=["list", "back up"])
+def test_tilde_of_nobody_is_refused(mode: Sequence[str], sample: Project) -> None:
+    result = sample.run(*mode, "--output-dir", "~no such user/x").failed_with(
+        2, "Configuration error"
+    )
+    assert "Error: ~no such user/x: no such user" in result.stderr
+    assert "'./~no such user/x'" in result.stderr
+    sample.run("--output-dir", "./~no such user/x").succeeded()
+    assert len(list((sample.directory / "~no such user" / "x").glob("*.dump"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("directory", "shown"),
+    [
+        ("two words", "two words"),
+        ("'quotes\" $HOME `id` \\", "'quotes\" $HOME `id` \\"),
+        ("line\nbreak\x1b[31m", r"line\nbreak\x1b[31m"),
+        ("-dash%41", "-dash%41"),
+        ("Ünï😀", "Ünï😀"),
+        (os.fsdecode(b"not utf-8 \xff"), r"not utf-8 \xff"),
+        ("nested/../dots/.", "dots"),
+    ],
+)
+def test_any_directory_name_is_served(directory: str, shown: str, sample: Project) -> None:
+    if ".." in directory:
+        (sample.directory / "nested").mkdir()
+    made = sample.run(f"--output-dir={directory}").succeeded()
+    assert f"\nBackup File: {shown}/project_chat_dev_" in made.stdout
+    (dump,) = (sample.directory / directory).glob("*.dump")
+    listed = sample.run("--list", f"--output-dir={directory}").succeeded()
+    assert listed.stdout.startswith(f"Backup Files ({shown}/):\n")
+    relative = os.path.join(directory, dump.name)
+    verified = sample.run(f"--verify={relative}").succeeded()
+    assert f"\nFile:        {shown}/{dump.name}\n" in verified.stdout
+    assert not made.stderr + listed.stderr + verified.stderr
+
+
+# -- --verify -------------------------------------------------------------------------------------
+
+
+def test_verify_prints_the_lines_of_the_contract(bare: Project) -> None:
+    (dump,) = bare.dumps()
+    metadata = metadata_of(dump)
+    result = bare.run("--verify", f"db/backups/{dump.name}").succeeded()
+    assert result.stdout == lines_of(f"""
+        ✓ Backup verification passed
+
+        File:        db/backups/{dump.name}
+        Checksum:    ✓ Match ({metadata["checksum_sha256"][:12]}...)
+        Structure:   ✓ Valid (pg_restore --list succeeded)
+        Contents:    ✓ Match (3727 rows in 4 tables)
+        Size:        {dump.stat().st_size / 1024:.1f} KB
+        Timestamp:   {metadata["backup_timestamp"]}
+        """)
+    assert not result.stderr
+
+
+def test_verify_of_a_changed_byte_prints_the_same_lines_on_stderr(bare: Project) -> None:
+    (dump,) = bare.dumps()
+    with dump.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    found = subprocess.run(["sha256sum", dump], capture_output=True, check=True, text=True).stdout
+    metadata = metadata_of(dump)
+    expected = metadata["checksum_sha256"][:12]
+    result = bare.run("--verify", dump).failed_with(8)
+    lines = result.stderr.splitlines()
+    assert lines[:11] == [
+        "✗ Backup verification failed",
+        "",
+        f"File:        db/backups/{dump.name}",
+        f"Checksum:    ✗ Mismatch (expected {expected}..., found {found[:12]}...)",
+        "Structure:   ✓ Valid (pg_restore --list succeeded)",
+        "Contents:    not read",
+        f"Size:        {dump.stat().st_size / 1024:.1f} KB",
+        f"Timestamp:   {metadata['backup_timestamp']}",
+        "",
+        "Error: the dump is not the file that was verified when it was made",
+        "",
+    ]
+    assert lines[11] == "Troubleshooting:"
+
+
+def test_verify_of_other_counts_names_each_table(bare: Project) -> None:
+    (dump,) = bare.dumps()
+    counts = metadata_of(dump)["table_counts"]
+    change_metadata(dump, table_counts={**counts, "messages": 3421, "gone": 1} | {"other.x": 0})
+    result = bare.run("--verify", dump).failed_with(8)
+    assert (
+        "Contents:    ✗ Mismatch (expected 3729 rows in 6 tables, found 3727 rows in 4 tables)\n"
+        in result.stderr
+    )
+    assert (
+        "Error: table messages: 3420 rows in the dump, 3421 expected\n"
+        "table gone: not in the dump, 1 row expected\n"
+        "table other.x: not in the dump, 0 rows expected\n"
+    ) in result.stderr
+
+
+def test_verify_of_the_metadata_file_names_the_dump(bare: Project) -> None:
+    (dump,) = bare.dumps()
+    result = bare.run("--verify", backup_db.metadata_path(dump)).failed_with(8)
+    assert f"1. Name the dump: python3 backup_db.py --verify {dump}\n" in result.stderr
+
+
+# -- --list ---------------------------------------------------------------------------------------
+
+
+def put_pair(
+    directory: Path, database: str, environment: str, timestamp: str, size: int, **changes: object
+) -> Path:
+    """A pair as a listing sees one: the metadata, and a dump of this size with nothing in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    dump = directory / f"{database}_{timestamp.replace(':', '-')}.dump"
+    with dump.open("wb") as file:
+        file.truncate(size)
+    metadata = backup_db.Metadata(
+        backup_timestamp=timestamp,
+        environment=environment,
+        database_name=database,
+        backup_file=dump.name,
+        backup_size_bytes=size,
+        checksum_sha256="0" * 64,
+        table_counts={},
+        pg_dump_version="17.5",
+        postgresql_version="17.5",
+        verification={"verified_at": timestamp},
+    )
+    backup_db.metadata_path(dump).write_text(metadata.to_json(), encoding="utf-8")
+    change_metadata(dump, **changes)
+    return dump
+
+
+def ago(**span: float) -> str:
+    return (datetime.now(timezone.utc) - timedelta(**span)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def test_list_prints_the_table_of_the_contract(make_project: MakeProject) -> None:
+    project = make_project()
+    megabyte = 1024 * 1024
+    for row in [
+        ("project_chat_prod", "prod", "2025-01-27T10:00:00Z", int(120.1 * megabyte)),
+        ("project_chat_prod", "prod", "2025-01-27T15:00:00Z", int(125.3 * megabyte)),
+        ("project_chat_dev", "dev", "2025-01-27T14:30:00Z", 50 * megabyte),
+    ]:
+        put_pair(project.backups, *row)
+    result = project.run("--list").succeeded()
+    days = (datetime.now(timezone.utc) - datetime(2025, 1, 27, 15, tzinfo=timezone.utc)).days
+    dev_days = (
+        datetime.now(timezone.utc) - datetime(2025, 1, 27, 14, 30, tzinfo=timezone.utc)
+    ).days
+    assert result.stdout == lines_of(f"""
+        Backup Files (db/backups/):
+
+        Timestamp                Environment  Database            Size      Status
+        2025-01-27T15:00:00Z     prod         project_chat_prod   125.3 MB  ✓ Verified
+        2025-01-27T14:30:00Z     dev          project_chat_dev    50.0 MB   ✓ Verified
+        2025-01-27T10:00:00Z     prod         project_chat_prod   120.1 MB  ✓ Verified
+
+        3 backups, 295.4 MB in all
+        Newest verified prod backup: {days} days old
+        Newest verified dev backup: {dev_days} days old
+        """)
+    assert not result.stderr
+
+
+def test_list_shows_every_broken_pair_and_hides_none(make_project: MakeProject) -> None:
+    directory = make_project().backups
+    put_pair(directory, "good", "dev", "2025-01-09T00:00:00Z", 10)
+    put_pair(directory, "smaller", "dev", "2025-01-08T00:00:00Z", 10, backup_size_bytes=11)
+    backup_db.metadata_path(
+        put_pair(directory, "alone_dev", "dev", "2025-01-07T00:00:00Z", 7)
+    ).unlink()
+    broken = [
+        "a_device",
+        "a_directory",
+        "a_pipe",
+        "empty",
+        "no_json_prod",
+        "no_object",
+        "not_utf_8",
+    ]
+    paths = [
+        backup_db.metadata_path(put_pair(directory, name, "dev", "2025-01-06T00:00:00Z", 6))
+        for name in broken
+    ]
+    for path in paths:
+        path.unlink()
+    device, folder, pipe, empty, no_json, no_object, not_utf_8 = paths
+    device.symlink_to("/dev/zero")
+    folder.mkdir()
+    os.mkfifo(pipe)
+    empty.touch()
+    no_json.write_text("{")
+    no_object.write_text("[]")
+    not_utf_8.write_bytes(b'{"a": "\xff"}')
+    key_missing = put_pair(directory, "key_missing", "dev", "2025-01-05T00:00:00Z", 5)
+    change_metadata(key_missing, checksum_sha256=None)
+    (directory / "hand-made.dump").write_bytes(b"abc")
+    (directory / "gone.dump").symlink_to("/nowhere")
+    (directory / "a_dev_2025-01-01T00-00-00Z.metadata.json").write_text("{}")
+    (directory / ".hidden_dev_2025-01-01T00-00-00Z.dump.partial").write_bytes(b"")
+    (directory / ".hidden.dump").write_bytes(b"")
+    (directory / "notes.txt").write_text("")
+    before = contents_of(directory)
+
+    result = make_project().run("--list", "--output-dir", directory).succeeded()
+    table, totals = result.stdout.split("\n\n")[1:]
+    rows = [tuple(re.split(r"  +", line)) for line in table.splitlines()[1:]]
+    assert rows == [
+        ("2025-01-09T00:00:00Z", "dev", "good", "10 B", "✓ Verified"),
+        ("2025-01-08T00:00:00Z", "dev", "smaller", "10 B", "✗ Size mismatch"),
+        ("2025-01-07T00:00:00Z", "dev", "alone_dev", "7 B", "✗ No metadata"),
+        *(
+            (
+                "2025-01-06T00:00:00Z",
+                "prod" if name.endswith("_prod") else "-",
+                name,
+                "6 B",
+                "✗ Bad metadata",
+            )
+            for name in sorted(broken, reverse=True)
+        ),
+        ("2025-01-05T00:00:00Z", "-", "key_missing", "5 B", "✗ Bad metadata"),
+        ("-", "-", "-", "3 B", "✗ No metadata"),
+        ("-", "-", "-", "-", "✗ No metadata"),
+    ]
+    assert totals.startswith("13 backups, 77 B in all\nNewest verified dev backup: ")
+    assert totals.endswith("\nNewest verified prod backup: none\n")
+    assert not result.stderr
+    assert contents_of(directory) == before
+
+
+@pytest.mark.parametrize(
+    ("age", "shown"),
+    [
+        ({"seconds": 30}, r"[34]\d seconds"),
+        ({"seconds": 70}, "1 minute"),
+        ({"hours": 3, "minutes": 59}, "3 hours"),
+        ({"hours": 25}, "1 day"),
+        ({"days": 400}, "400 days"),
+        ({"days": -1}, "0 seconds"),  # the clock was set back
+    ],
+)
+def test_list_tells_how_old_the_newest_is(
+    age: dict[str, float], shown: str, make_project: MakeProject
+) -> None:
+    project = make_project()
+    put_pair(project.backups, "a", "dev", ago(**age), 1)
+    put_pair(project.backups, "a", "dev", ago(days=500), 1)
+    put_pair(project.backups, "a", "dev", ago(days=-2), 1, backup_size_bytes=2)  # not verified
+    last = project.run("--list").succeeded().stdout.splitlines()[-1]
+    assert re.fullmatch(f"Newest verified dev backup: {shown} old", last)
+
+
+def test_list_columns_widen_by_what_is_in_them(make_project: MakeProject) -> None:
+    project = make_project()
+    put_pair(project.backups, "a" * 30, "dev", "2025-01-01T00:00:00Z", 1)
+    put_pair(project.backups, "日本", "dev", "2025-01-02T00:00:00Z", 2)
+    put_pair(project.backups, "x\ty", "dev", "2025-01-03T00:00:00Z", 3)
+    rows = project.run("--list").succeeded().stdout.splitlines()[2:6]
+    assert [
+        backup_db.display_width(row[: row.index(size)])
+        for row, size in zip(rows, ("Size", "3 B", "2 B", "1 B"), strict=True)
+    ] == [25 + 13 + 32] * 4
+    assert r"  x\ty  " in rows[1]
+
+
+def test_empty_directory_is_said_to_be_so(make_project: MakeProject) -> None:
+    project = make_project()
+    project.backups.mkdir(parents=True)
+    result = project.run("--list").succeeded()
+    assert (result.stdout, result.stderr) == ("No backup files in db/backups/\n", "")
+
+
+# -- no configuration, no packages ----------------------------------------------------------------
+
+
+def run_without_packages(project: Project, *arguments: str | Path) -> Result:
+    """The script under a Python that sees its standard library alone."""
+    return finish(
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", project.directory / "backup_db.py", *arguments],
+            cwd=project.directory,
+            env={"PATH": project.environ["PATH"]},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+    )
+
+
+def test_list_and_verify_need_no_settings_and_no_package(bare: Project) -> None:
+    (dump,) = bare.dumps()
+    assert "✓ Verified" in run_without_packages(bare, "--list").succeeded().stdout
+    verified = run_without_packages(bare, "--verify", dump).succeeded()
+    assert verified.stdout.startswith("✓ Backup verification passed\n")
+
+
+def test_list_and_verify_ignore_settings_that_are_wrong(bare: Project) -> None:
+    (bare.directory / ".env.local").write_text("not ' a line\n")
+    (dump,) = bare.dumps()
+    for arguments in (["--list"], ["--verify", dump]):
+        bare.run(*arguments, env={"DB_PORT": "x", "ENV_MODE": "y"}).succeeded()
+
+
+def test_backup_in_an_empty_environment(sample: Project) -> None:
+    empty = ("env", "-i", f"PATH={sample.environ['PATH']}")
+    made = sample.run(prefix=empty).succeeded()
+    assert made.stdout.startswith("✓ Backup created successfully\n")
+
+
+# -- standard streams -----------------------------------------------------------------------------
+
+STREAMS = ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", ">/dev/full 2>&1"]
+
+
+@pytest.mark.parametrize("redirection", STREAMS)
+def test_backup_is_published_whatever_the_streams(redirection: str, sample: Project) -> None:
+    shell = ("sh", "-c", f'exec "$@" {redirection}', "sh")
+    result = sample.run(prefix=shell).succeeded()
+    (dump,) = sample.dumps()
+    assert set(os.listdir(sample.backups)) == {
+        dump.name,
+        backup_db.metadata_path(dump).name,
+        ".project_chat_dev.lock",
+    }
+    assert not result.stderr
+    if ">&-" not in redirection.replace("2>&-", "") and "full" not in redirection:
+        assert result.stdout.endswith("read back)\n")
+    assert sample.run("--verify", dump, prefix=shell).returncode == 0
+    assert sample.run("--list", prefix=shell).returncode == 0
+    # And a failure keeps its code.
+    assert sample.run("--verify", "no such file", prefix=shell).returncode == 8
+
+
+@pytest.mark.parametrize("arguments", [[], ["--list"]], ids=["back up", "list"])
+def test_reader_that_leaves_changes_nothing(arguments: Sequence[str], sample: Project) -> None:
+    sample.back_up()
+    process = sample.start(*arguments)
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
+# What the locale makes of the output's letters: as they are, or escaped.
+LOCALES = {
+    "ascii output": ({"PYTHONIOENCODING": "ascii"}, "ascii"),
+    "C": ({"LC_ALL": "C"}, "utf-8"),
+    "C without UTF-8": (
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        "ascii",
+    ),
+    "POSIX without UTF-8": (
+        {"LANG": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        "ascii",
+    ),
+    "a locale that is not there": ({"LC_ALL": "xx_YY.ISO-8859-1"}, "utf-8"),
+}
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_names_are_the_same_in_every_locale(
+    locale: str, make_project: MakeProject, cluster: Cluster
+) -> None:
+    name = "dätenbank 日本"
+    database = Database(cluster, name)
+    cluster.create_database(name)
+    try:
+        database.psql("""CREATE TABLE "tä😀" (x int); INSERT INTO "tä😀" VALUES (1)""")
+        project = make_project(database)
+        env, output = LOCALES[locale]
+        made = project.run(env=env).succeeded()
+        assert "Backup created successfully" in made.stdout
+        (dump,) = project.dumps()
+        assert re.fullmatch(rf"{name}_dev_{TIMESTAMP}\.dump", dump.name)
+        assert metadata_of(dump)["database_name"] == name
+        assert metadata_of(dump)["backup_file"] == dump.name
+        assert metadata_of(dump)["table_counts"] == {'"tä😀"': 1}
+        project.run("--verify", dump, env=env).succeeded()
+        assert "Verified" in project.run("--list", env=env).succeeded().stdout
+        # Names from the environment too, and a failure.
+        gone = project.run(env={**env, "DEV_DB_NAME": "nichtdä"}).failed_with(3)
+        words = 'database "nichtdä" does not exist'
+        assert words.encode(output, "backslashreplace").decode(output) in gone.stderr
+    finally:
+        cluster.drop_database(name)
+
+
+# -- options --------------------------------------------------------------------------------------
+
+
+def test_help_is_the_docstring_and_the_options(make_project: MakeProject) -> None:
+    result = make_project().run("--help").succeeded()
+    assert not result.stderr
+    assert backup_db.__doc__
+    assert backup_db.__doc__.strip() in result.stdout
+    for default in ("auto", "db/backups/"):
+        assert f"default: {default}" in " ".join(result.stdout.split())
+
+
+def test_options_of_the_contract_are_the_only_ones() -> None:
+    helped = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", backup_db.build_parser().format_help()))
+    assert helped == OPTIONS | {"-h"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--env", "stage"], "argument --env: invalid choice: 'stage'"),
+        (["--env"], "argument --env: expected one argument"),
+        (["--env", "DEV"], "argument --env: invalid choice: 'DEV'"),
+        (["--environment", "dev"], "unrecognized arguments: --environment dev"),
+        (["--li"], "unrecognized arguments: --li"),
+        (["--verify"], "argument --verify: expected one argument"),
+        (["--verify", ""], "argument --verify: expected a path"),
+        (["--output-dir", ""], "argument --output-dir: expected a path"),
+        (["--list", "--verify", "x"], "argument --verify: not allowed with argument --list"),
+        (["--verify", "x", "--list"], "argument --list: not allowed with argument --verify"),
+        (["--force"], "unrecognized arguments: --force"),
+        (["dump"], "unrecognized arguments: dump"),
+    ],
+)
+def test_wrong_option_is_refused(
+    arguments: Sequence[str], words: str, make_project: MakeProject
+) -> None:
+    project = make_project()
+    result = project.run(*arguments).failed_with(2)
+    usage, error = result.stderr.split("backup_db.py: error: ")
+    assert usage.startswith("usage: backup_db.py [-h] ")
+    assert error.startswith(words)
+    assert not project.backups.exists()
+
+
+# -- text for people ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        (0, "0 B"),
+        (1, "1 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KB"),
+        (1024 * 1024 - 53, "1023.9 KB"),
+        (1024 * 1024 - 51, "1.0 MB"),  # never "1024.0 KB"
+        (50 * 1024**2, "50.0 MB"),
+        (int(125.3 * 1024**2), "125.3 MB"),
+        (1024**3, "1.0 GB"),
+        (1024**4, "1.0 TB"),
+        (5000 * 1024**4, "5000.0 TB"),
+    ],
+)
+def test_format_size(size: int, shown: str) -> None:
+    assert backup_db.format_size(size) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain", "plain"),
+        ("ünï 日本 😀", "ünï 日本 😀"),
+        ("a\nb\tc\r\x00\x7f\x1b[2J", r"a\nb\tc\r\x00\x7f\x1b[2J"),
+        ("\u202egnp.exe\u2028\ufeff", r"\u202egnp.exe\u2028\ufeff"),  # what reorders or hides text
+        ("\udcff", r"\xff"),  # a byte that Python could not decode
+        ("\ud800", r"\ud800"),
+        ("back\\slash", "back\\slash"),
+        ("", ""),
+    ],
+)
+def test_printable_shows_what_would_not_show(text: str, shown: str) -> None:
+    assert backup_db.printable(text) == shown
+    assert backup_db.printable(shown) == shown
+
+
+def test_printable_lines_keeps_lines_alone() -> None:
+    assert backup_db.printable_lines(" a\r\nb\x1b\n\tc\n\n") == "a\nb\\x1b\n    c"
+
+
+@pytest.mark.parametrize(
+    ("database", "environment", "prefix"),
+    [
+        ("project_chat_dev", "dev", "project_chat_dev"),
+        ("project_chat_dev", "prod", "project_chat_dev_prod"),
+        ("project_chat", "prod", "project_chat_prod"),
+        ("dev", "dev", "dev_dev"),
+        ("_dev", "dev", "_dev"),
+        ("a/b", "dev", "a%2Fb_dev"),
+        ("../../etc/passwd", "dev", "%2E./../etc/passwd_dev".replace("/", "%2F")),
+        (".hidden", "dev", "%2Ehidden_dev"),
+        ("-rf", "dev", "%2Drf_dev"),
+        ("50%", "dev", "50%25_dev"),
+        ("a\nb\x00\x7f\x85", "dev", "a%0Ab%00%7F%C2%85_dev"),
+        ("ünï 😀", "dev", "ünï 😀_dev"),
+        ("\udcff", "dev", "%FF_dev"),
+    ],
+)
+def test_file_prefix_is_safe(database: str, environment: str, prefix: str) -> None:
+    assert backup_db.file_prefix(database, environment) == prefix
+
+
+NAMES = [
+    "plain",
+    "Upper",
+    "two words",
+    "dot.ted",
+    'quo"te',
+    '"',
+    '""',
+    "new\nline",
+    "select",
+    "ünï",
+    "1a",
+    "a.b.c",
+    '"a"."b"',
+    " ",
+    "\\.",
+    "public",
+]
+
+
+@pytest.mark.parametrize("schema", ["public", *NAMES])
+def test_table_key_leads_back_to_the_table(schema: str) -> None:
+    keys = set()
+    for name in NAMES:
+        # As PostgreSQL's quote_ident decides it, but for keywords, which it quotes too.
+        quoted = {text: not re.fullmatch("[a-z_][a-z0-9_]*", text) for text in (schema, name)}
+        quoted["select"] = True
+        table = backup_db.Table(
+            oid=1,
+            sql_name="",
+            condition="",
+            schema=schema,
+            name=name,
+            schema_is_quoted=quoted[schema],
+            name_is_quoted=quoted[name],
+            estimated_rows=0,
+        )
+        assert backup_db.parse_table_key(table.key) == (schema, name)
+        keys.add(table.key)
+    assert len(keys) == len(NAMES)
+
+
+@pytest.mark.parametrize(
+    "key", ["", ".", "a.", ".a", "a.b.c", 'a"b', '"a', '"a"b', "a b", "a\n", '""']
+)
+def test_what_is_no_table_key_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="is no table name"):
+        backup_db.parse_table_key(key)
+
+
+@pytest.mark.parametrize(
+    ("counts", "shown"),
+    [
+        ({}, "0"),
+        ({"a": 0}, "1 (0 a)"),
+        ({"b": 1, "a": 2}, "2 (1 b, 2 a)"),
+        (dict.fromkeys("abcdef", 1), "6 (1 a, 1 b, 1 c, 1 d, 1 e, 1 f)"),
+        (dict.fromkeys("abcdefg", 1), "7 (1 a, 1 b, 1 c, 1 d, 1 e, 1 f, and 1 more)"),
+        (
+            dict(zip("abcdefgh", range(8), strict=True)),
+            "8 (2 c, 3 d, 4 e, 5 f, 6 g, 7 h, and 2 more)",
+        ),
+        ({'"a\nb"': 3}, r'1 (3 "a\nb")'),
+    ],
+)
+def test_describe_tables(counts: dict[str, int], shown: str) -> None:
+    assert backup_db.describe_tables(counts) == shown
+
+
+# -- the language ---------------------------------------------------------------------------------
+
+
+def test_nothing_newer_than_python_3_10_is_used() -> None:
+    vermin = Path(sys.executable).with_name("vermin")
+    done = subprocess.run(
+        [vermin, "--target=3.10-", "--no-tips", "--violations", "backup_db.py", "brain_core"],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
