@@ -2103,7 +2103,7 @@ def waited_too_long(what: str) -> Failure:
     """The failure for a lock that another session has held too long."""
     return Failure(
         ExitCode.CREATION,
-        f"gave up after {LOCK_WAIT_SECONDS} seconds: {what}",
+        f"gave up after {format_age(LOCK_WAIT_SECONDS)}: {what}",
         "Let that session finish, or end it: psql -c 'SELECT pg_terminate_backend(NUMBER)'",
         "Then run the backup again, at an hour without migrations",
     )

@@ -110,7 +110,7 @@ class Project:
         """
         paths = (self.directory / "backup_db.py", self.directory / "brain_core" / "config.py")
         for name, value in constants.items():
-            assignment = re.compile(rf"^{name}(: [^=\n]+)? = .*$", re.MULTILINE)
+            assignment = re.compile(rf"^{name}(: [^=\n]+)? = (\(\n(    .*\n)+\)|.*)$", re.MULTILINE)
             found = 0
             for path in paths:
                 line = f"{name} = {value!r}".replace("\\", r"\\")

@@ -1,0 +1,680 @@
+"""Every exit code from 1 to 8, each by several situations as they happen, and the words for it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, installation
+from conftest import MakeProject
+from environment import PROJECT
+from sample import DATABASE, PASSWORD, USER, copy_project
+from support import (
+    UNPRIVILEGED,
+    Database,
+    Project,
+    Result,
+    contents_of,
+    finish,
+    new_database,
+    small_disk,
+)
+
+import backup_db
+from backup_db import ExitCode
+
+# -- the stage ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sample_dump(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sample")
+    copy_project(directory, cluster.environment(DATABASE))
+    environ = {"PATH": f"{cluster.bin_dir}:/usr/bin:/bin"}
+    return Project(directory, environ, cluster.bin_dir).back_up()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a situation is made of, and how the script is run in it."""
+
+    cluster: Cluster
+    make_project: MakeProject
+    sample_dump: Path
+    stack: contextlib.ExitStack
+
+    def project(
+        self,
+        *,
+        settings: Mapping[str, str] | None = None,
+        constants: Mapping[str, object] | None = None,
+    ) -> Project:
+        """For the sample database, with one earlier backup of it."""
+        database = Database(self.cluster, DATABASE)
+        project = self.make_project(database, settings=settings, constants=constants)
+        project.backups.mkdir(parents=True)
+        for path in (self.sample_dump, backup_db.metadata_path(self.sample_dump)):
+            shutil.copy(path, project.backups)
+        return project
+
+    def database(self) -> Database:
+        return self.stack.enter_context(new_database(self.cluster))
+
+    def role(self, attributes: str = "") -> str:
+        """A role that may do nothing; make it before the database that grants it something."""
+        name = f"role_{uuid.uuid4().hex[:12]}"
+        self.cluster.psql(f"CREATE ROLE {name} LOGIN PASSWORD 'secret' {attributes}")
+        self.stack.callback(self.cluster.psql, f"DROP ROLE {name}")
+        return name
+
+    def run_as(self, database: Database, role: str, password: str = "secret") -> Result:
+        return self.make_project(database, settings=database.settings(role, password)).run()
+
+
+@pytest.fixture
+def stage(cluster: Cluster, make_project: MakeProject, sample_dump: Path) -> Iterator[Stage]:
+    with contextlib.ExitStack() as stack:
+        yield Stage(cluster, make_project, sample_dump, stack)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What happens, and what a person must be told then."""
+
+    code: ExitCode
+    words: str  # in the error: those of the tool that met it, if there is one
+    step: str  # in one of the steps
+    arrange: Callable[[Stage], Result]
+
+
+SITUATIONS: list[Situation] = []
+
+
+def situation(
+    code: ExitCode, words: str, step: str
+) -> Callable[[Callable[[Stage], Result]], Callable[[Stage], Result]]:
+    def register(arrange: Callable[[Stage], Result]) -> Callable[[Stage], Result]:
+        SITUATIONS.append(Situation(code, words, step, arrange))
+        return arrange
+
+    return register
+
+
+# -- 1: general error -----------------------------------------------------------------------------
+
+
+@situation(ExitCode.GENERAL, "another backup of this database is running: process ", "ps -fp ")
+def another_backup_is_running(stage: Stage) -> Result:
+    project = stage.project()
+    lock = stage.stack.enter_context((project.backups / ".project_chat_dev.lock").open("w"))
+    lock.write("pid 1\nstarted 2025-01-27T14:30:00Z\n")
+    lock.flush()
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    result = project.run()
+    assert "process 1, started 2025-01-27T14:30:00Z" in result.stderr
+    return result
+
+
+@situation(ExitCode.GENERAL, "there is no directory nowhere", "--output-dir DIR")
+def directory_to_list_is_missing(stage: Stage) -> Result:
+    return stage.project().run("--list", "--output-dir", "nowhere")
+
+
+def run_without_packages(project: Project, env: Mapping[str, str]) -> Result:
+    return finish(
+        subprocess.Popen(
+            [sys.executable, "-S", project.directory / "backup_db.py"],
+            cwd=project.directory,
+            env={**project.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+    )
+
+
+@situation(ExitCode.GENERAL, "No module named 'dotenv'", "pip install -r requirements.txt")
+def dotenv_is_not_installed(stage: Stage) -> Result:
+    return run_without_packages(stage.project(), {})
+
+
+@situation(ExitCode.GENERAL, "No module named 'psycopg2'", "pip install -r requirements.txt")
+def psycopg2_is_not_installed(stage: Stage) -> Result:
+    project = stage.project()
+    (project.directory / ".env.local").unlink()
+    return run_without_packages(project, Database(stage.cluster, DATABASE).settings())
+
+
+# -- 2: configuration error -----------------------------------------------------------------------
+
+
+@situation(ExitCode.CONFIGURATION, "no database is configured", "python3 tests/sample.py")
+def nothing_is_configured(stage: Stage) -> Result:
+    return stage.make_project().run()
+
+
+@situation(ExitCode.CONFIGURATION, "DB_NAME is not set", "Set DB_NAME in ")
+def database_name_is_missing(stage: Stage) -> Result:
+    return stage.project().run("--env", "prod")
+
+
+@situation(ExitCode.CONFIGURATION, "the port is '65536'", "in .env.local: DEV_DB_PORT")
+def port_is_none(stage: Stage) -> Result:
+    return stage.project(settings={"DEV_DB_PORT": "65536"}).run()
+
+
+@situation(ExitCode.CONFIGURATION, "ENV_MODE is 'stage'", "in the environment: ENV_MODE")
+def env_mode_is_none(stage: Stage) -> Result:
+    return stage.project().run(env={"ENV_MODE": "stage"})
+
+
+@situation(ExitCode.CONFIGURATION, "BACKUP_KEEP is '0'", "in .env.local: BACKUP_KEEP")
+def keep_is_none(stage: Stage) -> Result:
+    return stage.project(settings={"BACKUP_KEEP": "0"}).run()
+
+
+@situation(
+    ExitCode.CONFIGURATION,
+    'pg_dump: error: unrecognized compression algorithm: "zip"',
+    "in .env.local: BACKUP_COMPRESS",
+)
+def compression_is_none(stage: Stage) -> Result:
+    return stage.project(settings={"BACKUP_COMPRESS": "zip:3"}).run()
+
+
+@situation(ExitCode.CONFIGURATION, "line 1 of ", "NAME=value")
+def line_does_not_parse(stage: Stage) -> Result:
+    project = stage.project()
+    (project.directory / ".env.local").write_text("DEV_DB_PASSWORD secret-0815\n")
+    result = project.run()
+    assert "secret-0815" not in result.stderr
+    return result
+
+
+# -- 3: database connection error -----------------------------------------------------------------
+
+
+@situation(ExitCode.CONNECTION, "Connection refused", "pg_isready -h 127.0.0.1 -p ")
+def nobody_listens(stage: Stage) -> Result:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and never listened on
+        return stage.project(settings={"DEV_DB_PORT": str(taken.getsockname()[1])}).run()
+
+
+@situation(ExitCode.CONNECTION, "timeout expired", "pg_isready -h 127.0.0.1 -p ")
+def nobody_answers(stage: Stage) -> Result:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        settings = {"DEV_DB_PORT": str(silent.getsockname()[1]), "PGCONNECT_TIMEOUT": "1"}
+        return stage.project(settings=settings).run()
+
+
+@situation(
+    ExitCode.CONNECTION,
+    'could not translate host name "host.invalid"',
+    "in .env.local: DEV_DB_HOST",
+)
+def host_is_unknown(stage: Stage) -> Result:
+    return stage.project(settings={"DEV_DB_HOST": "host.invalid"}).run()
+
+
+@situation(
+    ExitCode.CONNECTION,
+    'connection to server on socket "/nowhere/.s.PGSQL.5432" failed: No such file or directory',
+    "in .env.local: DEV_DB_HOST",
+)
+def socket_is_missing(stage: Stage) -> Result:
+    return stage.project(settings={"DEV_DB_HOST": "/nowhere", "DEV_DB_PORT": "5432"}).run()
+
+
+@situation(ExitCode.CONNECTION, 'FATAL: database "nowhere" does not exist', "createdb nowhere -h ")
+def database_is_missing(stage: Stage) -> Result:
+    return stage.project(settings={"DEV_DB_NAME": "nowhere"}).run()
+
+
+@situation(
+    ExitCode.CONNECTION,
+    f'FATAL: password authentication failed for user "{USER}"',
+    "in .env.local: DEV_DB_PASSWORD",
+)
+def password_is_wrong(stage: Stage) -> Result:
+    return stage.run_as(Database(stage.cluster, DATABASE), USER, PASSWORD + "x")
+
+
+@situation(ExitCode.CONNECTION, "no password supplied", "in .env.local: DEV_DB_PASSWORD")
+def password_is_missing(stage: Stage) -> Result:
+    return stage.run_as(Database(stage.cluster, DATABASE), USER, "")
+
+
+@situation(ExitCode.CONNECTION, 'FATAL: role "nobody" does not exist', "in .env.local: DEV_DB_USER")
+def role_is_missing(stage: Stage) -> Result:
+    directory = str(stage.cluster.directory)
+    return stage.project(settings={"DEV_DB_HOST": directory, "DEV_DB_USER": "nobody"}).run()
+
+
+@situation(ExitCode.CONNECTION, "server does not support SSL, but SSL was required", "pg_isready")
+def server_has_no_tls(stage: Stage) -> Result:
+    return stage.project(settings={"PGSSLMODE": "require"}).run()
+
+
+@situation(ExitCode.CONNECTION, "is not currently accepting connections", "ALLOW_CONNECTIONS true")
+def database_is_closed(stage: Stage) -> Result:
+    database = stage.database()
+    stage.cluster.psql(f"ALTER DATABASE {database.name} ALLOW_CONNECTIONS false")
+    return stage.make_project(database).run()
+
+
+@situation(ExitCode.CONNECTION, 'too many connections for role "role_', "CONNECTION LIMIT 3")
+def role_may_connect_once(stage: Stage) -> Result:
+    return stage.run_as(stage.database(), stage.role("CONNECTION LIMIT 1"))
+
+
+# -- 4: permission error --------------------------------------------------------------------------
+
+
+@situation(
+    ExitCode.PERMISSION,
+    'FATAL: permission denied for database "chat_',
+    'GRANT CONNECT ON DATABASE "chat_',
+)
+def role_may_not_connect(stage: Stage) -> Result:
+    database = stage.database()
+    database.psql(f"REVOKE CONNECT ON DATABASE {database.name} FROM PUBLIC")
+    return stage.run_as(database, stage.role())
+
+
+@situation(ExitCode.PERMISSION, "table: public.a, public.b", "GRANT SELECT ON")
+def tables_may_not_be_read(stage: Stage) -> Result:
+    database = stage.database()
+    database.psql("CREATE TABLE a (); CREATE TABLE b (); CREATE SEQUENCE s")
+    result = stage.run_as(database, stage.role())
+    assert "GRANT SELECT ON TABLE public.a, public.b TO role_" in result.stderr
+    assert "GRANT SELECT ON SEQUENCE public.s TO role_" in result.stderr
+    return result
+
+
+@situation(ExitCode.PERMISSION, "row security: public.a", "BYPASSRLS")
+def rows_would_be_hidden(stage: Stage) -> Result:
+    role = stage.role()
+    database = stage.database()
+    database.psql("CREATE TABLE a (); ALTER TABLE a ENABLE ROW LEVEL SECURITY")
+    database.psql(f"GRANT SELECT ON a TO {role}")
+    return stage.run_as(database, role)
+
+
+@situation(
+    ExitCode.PERMISSION, "locked/.project_chat_dev.lock: Permission denied", ": ls -ld locked"
+)
+def directory_may_not_be_written(stage: Stage) -> Result:
+    project = stage.project()
+    (project.directory / "locked").mkdir(mode=0o500)
+    return project.run("--output-dir", "locked", prefix=UNPRIVILEGED)
+
+
+@situation(ExitCode.PERMISSION, "backup_db.py: Not a directory", ": ls -ld backup_db.py")
+def directory_is_a_file(stage: Stage) -> Result:
+    return stage.project().run("--output-dir", "backup_db.py")
+
+
+@situation(ExitCode.PERMISSION, "Read-only file system", "--output-dir DIR")
+def file_system_is_read_only(stage: Stage) -> Result:
+    disk = stage.stack.enter_context(small_disk("ro"))
+    return stage.project().run("--output-dir", disk / "backups")
+
+
+@situation(ExitCode.PERMISSION, ".env.local: Permission denied", "chown ")
+def settings_may_not_be_read(stage: Stage) -> Result:
+    project = stage.project()
+    (project.directory / ".env.local").chmod(0)
+    return project.run(prefix=UNPRIVILEGED)
+
+
+@situation(ExitCode.PERMISSION, ".dump: Permission denied", ".dump")
+def dump_may_not_be_read(stage: Stage) -> Result:
+    project = stage.project()
+    (dump,) = project.dumps()
+    dump.chmod(0)
+    return project.run("--verify", dump, prefix=UNPRIVILEGED)
+
+
+@situation(ExitCode.PERMISSION, "locked: Permission denied", "list another directory")
+def directory_may_not_be_listed(stage: Stage) -> Result:
+    project = stage.project()
+    (project.directory / "locked").mkdir(mode=0o300)
+    return project.run("--list", "--output-dir", "locked", prefix=UNPRIVILEGED)
+
+
+# -- 5: disk space error --------------------------------------------------------------------------
+
+
+@situation(ExitCode.DISK_SPACE, " free, at least ", "df -h ")
+def disk_is_too_small(stage: Stage) -> Result:
+    disk = stage.stack.enter_context(small_disk("size=12k"))
+    return stage.project().run("--output-dir", disk)
+
+
+@situation(ExitCode.DISK_SPACE, "No space left on device", "df -h ")
+def disk_fills_while_writing(stage: Stage) -> Result:
+    disk = stage.stack.enter_context(small_disk("size=200k"))
+    result = stage.project().run("--output-dir", disk)
+    assert [path.name for path in disk.iterdir()] == [".project_chat_dev.lock"]
+    return result
+
+
+@situation(ExitCode.DISK_SPACE, "No space left on device", "df -i ")
+def disk_has_no_inodes(stage: Stage) -> Result:
+    disk = stage.stack.enter_context(small_disk("nr_inodes=2"))
+    return stage.project().run("--output-dir", disk)
+
+
+# -- 6: tool error --------------------------------------------------------------------------------
+
+
+@situation(ExitCode.TOOL, "pg_dump not found on PATH (/nowhere)", "client tools")
+def pg_dump_is_missing(stage: Stage) -> Result:
+    return stage.project(constants={"TOOL_FOLDERS": ()}).run(env={"PATH": "/nowhere"})
+
+
+@situation(ExitCode.TOOL, "pg_restore not found on PATH", "PATH=")
+def pg_restore_is_elsewhere(stage: Stage) -> Result:
+    bin_dir = str(stage.cluster.bin_dir)
+    project = stage.project(constants={"TOOL_FOLDERS": (bin_dir,)})
+    (project.fakes / "pg_dump").symlink_to(Path(bin_dir) / "pg_dump")
+    result = project.run(env={"PATH": str(project.fakes)})
+    assert f"above yours in the crontab: PATH={bin_dir}:" in result.stderr
+    return result
+
+
+@situation(ExitCode.TOOL, "pg_restore not found on PATH (/nowhere)", "client tools")
+def pg_restore_is_missing_to_verify(stage: Stage) -> Result:
+    project = stage.project(constants={"TOOL_FOLDERS": ()})
+    return project.run("--verify", *project.dumps(), env={"PATH": "/nowhere"})
+
+
+@situation(ExitCode.TOOL, "is on PATH but may not be run", "chmod +x ")
+def pg_dump_is_not_executable(stage: Stage) -> Result:
+    project = stage.project(constants={"TOOL_FOLDERS": ()})
+    (project.fakes / "pg_dump").touch(mode=0o644)
+    return project.run(env={"PATH": str(project.fakes)})
+
+
+@situation(ExitCode.TOOL, "--version does not answer with a version: libpq.so: gone", " --version")
+def pg_dump_does_not_start(stage: Stage) -> Result:
+    project = stage.project()
+    project.fake("pg_dump", "echo libpq.so: gone >&2; exit 127")
+    return project.run()
+
+
+@situation(ExitCode.TOOL, "too old for the server, which is version 17", "version 17 or newer")
+def pg_dump_is_older_than_the_server(stage: Stage) -> Result:
+    old = installation(16)
+    return stage.project(constants={"TOOL_FOLDERS": ()}).run(env={"PATH": f"{old}:/usr/bin:/bin"})
+
+
+@situation(ExitCode.TOOL, "too old for this backup, which pg_dump 17", "version 17 or newer")
+def pg_restore_is_older_than_the_dump(stage: Stage) -> Result:
+    project = stage.project(constants={"TOOL_FOLDERS": ()})
+    old = installation(16)
+    return project.run("--verify", *project.dumps(), env={"PATH": f"{old}:/usr/bin:/bin"})
+
+
+@situation(ExitCode.TOOL, "is built without zstd", "BACKUP_COMPRESS=gzip:4")
+def pg_restore_is_built_without_the_compression(stage: Stage) -> Result:
+    project = stage.project(constants={"TOOL_FOLDERS": ()})
+    without_zstd = installation(18)
+    return project.run("--verify", *project.dumps(), env={"PATH": f"{without_zstd}:/usr/bin:/bin"})
+
+
+# -- 7: backup creation error ---------------------------------------------------------------------
+
+# In the place of pg_dump: does what it says when it is to dump, and answers all else itself.
+INSTEAD_OF_DUMPING = """
+case "$*" in *--snapshot*) {} ;; esac
+exec "$real" "$@"
+"""
+
+
+@situation(ExitCode.CREATION, "pg_dump: error: the moon is full", "server's log")
+def pg_dump_fails(stage: Stage) -> Result:
+    project = stage.project()
+    action = "echo 'pg_dump: error: the moon is full' >&2; exit 1"
+    project.fake("pg_dump", INSTEAD_OF_DUMPING.format(action))
+    return project.run()
+
+
+@situation(ExitCode.CREATION, "pg_dump was ended by signal 9 (SIGKILL)", "dmesg")
+def pg_dump_is_killed(stage: Stage) -> Result:
+    project = stage.project()
+    project.fake("pg_dump", INSTEAD_OF_DUMPING.format("kill -9 $$"))
+    return project.run()
+
+
+@situation(ExitCode.CREATION, "the connection to the server was lost", "run the backup again")
+def session_is_terminated(stage: Stage) -> Result:
+    project = stage.project(constants={"WATCH_SECONDS": 0.1})
+    terminate = (
+        '"$(dirname "$real")/psql" -qc "SELECT pg_terminate_backend(pid) FROM pg_stat_activity'
+        " WHERE application_name = 'backup_db'\" >/dev/null; exec sleep 60"
+    )
+    project.fake("pg_dump", INSTEAD_OF_DUMPING.format(terminate))
+    return project.run()
+
+
+@situation(ExitCode.CREATION, "the limit on file sizes was reached", "ulimit -f")
+def file_size_is_limited(stage: Stage) -> Result:
+    return stage.project().run(prefix=("prlimit", "--fsize=100000"))
+
+
+@situation(ExitCode.CREATION, ": File name too long", "df -h ")
+def directory_name_is_too_long(stage: Stage) -> Result:
+    return stage.project().run("--output-dir", "x" * 300)
+
+
+@situation(ExitCode.CREATION, "holds the table a", "pg_terminate_backend")
+def table_stays_locked(stage: Stage) -> Result:
+    database = stage.database()
+    database.psql("CREATE TABLE a ()")
+    constants = {"LOCK_WAIT_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.1}
+    project = stage.make_project(database, constants=constants)
+    psql = subprocess.Popen(
+        [stage.cluster.bin_dir / "psql", "-qAt", "-U", "postgres", "-d", database.name],
+        env={"PGHOST": stage.cluster.host, "PGPORT": str(stage.cluster.port)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with psql:
+        assert psql.stdin
+        assert psql.stdout
+        psql.stdin.write(b"BEGIN; LOCK TABLE a; SELECT 'locked';\n")
+        psql.stdin.flush()
+        assert psql.stdout.readline() == b"locked\n"
+        return project.run()
+
+
+# -- 8: verification error ------------------------------------------------------------------------
+
+
+@situation(ExitCode.VERIFICATION, "the new dump does not hold what the database held", "dmesg")
+def new_dump_is_cut_short(stage: Stage) -> Result:
+    project = stage.project()
+    cut = (
+        'for file; do file="${file#--file=}"; case "$file" in *.partial) break;; esac; done;'
+        ' "$real" "$@"; truncate -s -5000 "$file"; exit 0'
+    )
+    project.fake("pg_dump", INSTEAD_OF_DUMPING.format(cut))
+    result = project.run()
+    assert "pg_restore: error: could not " in result.stderr
+    return result
+
+
+@situation(ExitCode.VERIFICATION, "table messages: 3419 rows in the dump, 3420 expected", "again")
+def new_dump_lacks_a_row(stage: Stage) -> Result:
+    project = stage.project()
+    project.fake(
+        "pg_restore",
+        'case "$*" in *--data-only*) "$real" "$@" | sed "/^3420\\t/d"; exit ;; esac\n'
+        'exec "$real" "$@"',
+    )
+    return project.run()
+
+
+@situation(
+    ExitCode.VERIFICATION, "the dump is not the file that was verified", "its bytes have changed"
+)
+def bytes_are_appended(stage: Stage) -> Result:
+    project = stage.project()
+    (dump,) = project.dumps()
+    with dump.open("ab") as file:
+        file.write(b"x")
+    return project.run("--verify", dump)
+
+
+@situation(ExitCode.VERIFICATION, "the dump is not the file that was verified", "--list")
+def a_byte_is_another(stage: Stage) -> Result:
+    project = stage.project()
+    (dump,) = project.dumps()
+    content = bytearray(dump.read_bytes())
+    content[len(content) // 2] ^= 1
+    dump.write_bytes(content)
+    return project.run("--verify", dump)
+
+
+@situation(
+    ExitCode.VERIFICATION,
+    "pg_restore: error: could not read from input file: end of file",
+    "--list",
+)
+def dump_is_empty(stage: Stage) -> Result:
+    project = stage.project()
+    (dump,) = project.dumps()
+    dump.write_bytes(b"")
+    return project.run("--verify", dump)
+
+
+@situation(ExitCode.VERIFICATION, "there is no file nowhere.dump", "--list")
+def dump_is_missing(stage: Stage) -> Result:
+    return stage.project().run("--verify", "nowhere.dump")
+
+
+@situation(ExitCode.VERIFICATION, "there is no metadata file db/backups/", "pg_restore --file=/dev")
+def metadata_is_missing(stage: Stage) -> Result:
+    project = stage.project()
+    (dump,) = project.dumps()
+    backup_db.metadata_path(dump).unlink()
+    return project.run("--verify", dump)
+
+
+@situation(ExitCode.VERIFICATION, 'the key "table_counts" is missing', "metadata file back")
+def metadata_lacks_a_key(stage: Stage) -> Result:
+    project = stage.project()
+    (dump,) = project.dumps()
+    path = backup_db.metadata_path(dump)
+    values = json.loads(path.read_text())
+    del values["table_counts"]
+    path.write_text(json.dumps(values))
+    return project.run("--verify", dump)
+
+
+# -- all of them ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", SITUATIONS, ids=lambda case: case.arrange.__name__)
+def test_situation_has_its_code_its_words_and_its_steps(case: Situation, stage: Stage) -> None:
+    result = case.arrange(stage)
+    result.failed_with(case.code)
+    headline, *body = result.stderr.split("\n\n")
+    assert headline in {
+        f"✗ Backup failed: {case.code.category}",
+        f"✗ Backup verification failed: {case.code.category}",
+        f"✗ Listing failed: {case.code.category}",
+        *(["✗ Backup verification failed"] if case.code is ExitCode.VERIFICATION else []),
+    }
+    error, steps = body[-2:]
+    assert error.startswith("Error: ")
+    assert case.words in error, f"not the words {case.words!r}:{result}"
+    title, *numbered = steps.splitlines()
+    assert title == "Troubleshooting:"
+    for number, step in enumerate(numbered, 1):
+        assert step.startswith(f"  {number}. "), f"not step {number}:{result}"
+    assert any(case.step in step for step in numbered), f"no step says {case.step!r}:{result}"
+    # Written for a file as well as for a terminal.
+    assert not re.search(r"[\r\x1b]", result.stderr)
+
+
+def test_every_code_has_several_situations() -> None:
+    codes = [case.code for case in SITUATIONS]
+    assert all(codes.count(code) >= 3 for code in ExitCode)
+    assert [int(code) for code in ExitCode] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("failing", [pg_dump_fails, new_dump_is_cut_short, database_is_missing])
+def test_failure_leaves_the_backups_as_they_were(
+    failing: Callable[[Stage], Result], stage: Stage, tmp_path: Path
+) -> None:
+    failing(stage)
+    (backups,) = tmp_path.glob("project-*/db/backups")
+    before, after = (
+        {name: state for name, state in contents_of(folder).items() if not name.endswith(".lock")}
+        for folder in (stage.sample_dump.parent, backups)
+    )
+    assert after == before
+
+
+# -- what the README says -------------------------------------------------------------------------
+
+
+def readme_section(title: str) -> str:
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    assert section, f"README.md has no section {title}"
+    return section
+
+
+def table_rows(section: str) -> Sequence[Sequence[str]]:
+    """The cells of a section's only table, below its head."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("| ")
+    ]
+    return rows[2:] if set("".join(rows[1])) <= {"-", " "} else rows
+
+
+def test_readme_has_the_exit_codes() -> None:
+    rows = table_rows(readme_section("Exit codes"))
+    assert [tuple(row[:2]) for row in rows] == [
+        ("0", ""),
+        *((str(int(code)), code.category) for code in ExitCode),
+    ]
+
+
+def test_readme_has_the_fields_of_the_metadata() -> None:
+    rows = table_rows(readme_section("Files"))
+    fields = [field.name for field in dataclasses.fields(backup_db.Metadata)]
+    assert [row[0].strip("`") for row in rows] == fields
+
+
+def test_readme_has_the_options_of_the_contract() -> None:
+    commands = [row[0].strip("`") for row in table_rows(readme_section("Your own database"))]
+    options = {word for command in commands for word in command.split() if word.startswith("--")}
+    assert options == {"--env", "--output-dir", "--verify", "--list"}
+
+
+def test_first_commands_of_the_readme_are_there() -> None:
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    first = text.partition("```bash\n")[2].partition("```")[0].splitlines()
+    assert first == ["python3 tests/sample.py", "python3 tests/run.py"]
+    for command in first:
+        assert (PROJECT / command.split()[1]).is_file()
