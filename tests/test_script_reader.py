@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from backup_db import ArchiveError, Contents, ScriptReader, TableName, compare_contents
 
 # As pg_restore writes it; every name and value that could be taken for something else is one.
@@ -102,9 +103,9 @@ def test_anything_else_is_damage(damage: bytes) -> None:
 
 def test_line_without_end_does_not_fill_the_memory() -> None:
     reader = ScriptReader()
+    reader.feed(b"-" * reader.LONGEST_LINE_BYTES)
     with pytest.raises(ArchiveError, match="does not end"):
-        for _ in range(100):
-            reader.feed(b"-" * 1024 * 1024)
+        reader.feed(b"-")
 
 
 def test_names_are_read_in_the_encoding_that_the_script_sets() -> None:
