@@ -56,8 +56,9 @@ STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
 CANCEL_SECONDS = 0.5  # for telling the server that a query is not wanted any more
 TICK_SECONDS = 0.1  # between two looks at anything else that is waited for
 
-# Our own wait for a table lock stays below PostgreSQL's deadlock_timeout (1 s by default): a
-# backup that waits longer while it holds other tables makes a migration the deadlock victim.
+# Our own wait for a table lock stays below PostgreSQL's deadlock_timeout (1 s by default, and half
+# of it where it is set lower): a backup that waits longer while it holds other tables makes a
+# migration the deadlock victim.
 LOCK_TIMEOUT_MS = 500
 DUMP_LOCK_TIMEOUT = "10s"
 DUMP_ATTEMPTS = 3
@@ -1620,7 +1621,7 @@ def check_privileges(session: Session) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose rows pg_dump writes."""
+    """A table that pg_dump locks, and whose rows it writes if there can be any."""
 
     oid: int
     sql_name: str  # as SQL wants it, quoted where needed
@@ -1629,6 +1630,7 @@ class Table:
     name: str
     schema_is_quoted: bool
     name_is_quoted: bool
+    has_rows: bool  # in the dump: those of a partitioned table are in its partitions
     # For the progress line only; it changes without the table being another.
     estimated_rows: int = field(compare=False)
 
@@ -1652,22 +1654,23 @@ class Table:
         return f"(SELECT pg_catalog.count(*) FROM {only}{self.sql_name} {self.condition})"
 
 
-# Unlogged tables hold nothing on a standby, and pg_dump leaves them out there. Object ids grow,
-# so that their order is the order of creation.
+# The tables that pg_dump locks. Unlogged tables hold nothing on a standby, and pg_dump leaves
+# their rows out there. Object ids grow, so that their order is the order of creation.
 DUMPED_TABLES = f"""
 WITH rel AS ({DUMPED_RELATIONS})
 SELECT oid::bigint, pg_catalog.quote_ident(nspname), pg_catalog.quote_ident(relname),
        COALESCE(condition, ''),
        pg_catalog.convert_to(nspname::text, pg_catalog.getdatabaseencoding()),
        pg_catalog.convert_to(relname::text, pg_catalog.getdatabaseencoding()),
+       relkind = 'r' AND NOT (relpersistence = 'u' AND pg_catalog.pg_is_in_recovery()),
        reltuples::bigint
-  FROM rel WHERE relkind = 'r' AND NOT (relpersistence = 'u' AND pg_catalog.pg_is_in_recovery())
+  FROM rel WHERE relkind IN ('r', 'p')
  ORDER BY oid
 """
 
 
 def list_tables(session: Session) -> list[Table]:
-    """The tables whose rows pg_dump will write, in the order in which they were created."""
+    """The tables that pg_dump will lock, in the order in which they were created."""
     encoding = session.parameter("server_encoding")
     return [
         Table(
@@ -1678,9 +1681,12 @@ def list_tables(session: Session) -> list[Table]:
             name=decode_name(bytes(raw_name), encoding),
             schema_is_quoted=schema.startswith('"'),
             name_is_quoted=name.startswith('"'),
+            has_rows=has_rows,
             estimated_rows=rows,
         )
-        for oid, schema, name, condition, raw_schema, raw_name, rows in session.query(DUMPED_TABLES)
+        for oid, schema, name, condition, raw_schema, raw_name, has_rows, rows in session.query(
+            DUMPED_TABLES
+        )
     ]
 
 
@@ -1786,13 +1792,17 @@ def describe_database(session: Session) -> DatabaseFacts:
 # lock_not_available, deadlock_detected, undefined_table, invalid_schema_name
 LOCK_RETRY_SQLSTATES = {"55P03", "40P01", "42P01", "3F000"}
 
+DEADLOCK_TIMEOUT_MS = """
+SELECT setting::int FROM pg_catalog.pg_settings WHERE name = 'deadlock_timeout'
+"""
+
 
 @dataclass(frozen=True)
 class Snapshot:
     """A moment of the database that pg_dump can be given, with every table held still."""
 
     id: str
-    tables: Sequence[Table]
+    tables: Sequence[Table]  # those with rows
 
 
 def take_snapshot(session: Session, progress: Progress) -> Snapshot:
@@ -1809,17 +1819,19 @@ def take_snapshot(session: Session, progress: Progress) -> Snapshot:
     while True:
         begin(session, "READ COMMITTED")
         tables = list_tables(session)
+        (deadlock_timeout_ms,) = session.query(DEADLOCK_TIMEOUT_MS)[0]
         session.query("COMMIT")
         try:
             begin(session, "REPEATABLE READ")
             if tables:
-                session.query(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
+                lock_timeout_ms = max(1, min(LOCK_TIMEOUT_MS, deadlock_timeout_ms // 2))
+                session.query(f"SET LOCAL lock_timeout = {lock_timeout_ms}")
                 names = ", ".join(f"ONLY {table.sql_name}" for table in tables)
                 session.query(f"LOCK TABLE {names} IN ACCESS SHARE MODE")
                 session.query("SET LOCAL lock_timeout = 0")
             snapshot = str(session.query("SELECT pg_catalog.pg_export_snapshot()")[0][0])
             if list_tables(session) == tables:
-                return Snapshot(snapshot, tables)
+                return Snapshot(snapshot, [table for table in tables if table.has_rows])
             session.query("ROLLBACK")
             waits_for = "the set of tables changes all the time"
         except ServerError as error:
