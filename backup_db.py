@@ -1833,14 +1833,19 @@ def take_snapshot(session: Session, progress: Progress) -> Snapshot:
             if list_tables(session) == tables:
                 return Snapshot(snapshot, [table for table in tables if table.has_rows])
             session.query("ROLLBACK")
-            waits_for = "the set of tables changes all the time"
+            holder, waits_for = None, "the set of tables changes all the time"
         except ServerError as error:
             if error.sqlstate not in LOCK_RETRY_SQLSTATES:
                 raise
             session.query("ROLLBACK")  # every lock goes: we never wait while we hold some
-            waits_for = find_lock_holder(session, tables) or error.text
+            holder, waits_for = None, error.text
+            if found := find_lock_holder(session, tables):
+                holder, table = found
+                waits_for = f"{holder} holds the table {table}"
         if time.monotonic() > deadline:
-            raise waited_too_long(f"the tables could not be locked for reading: {waits_for}")
+            raise waited_too_long(
+                f"the tables could not be locked for reading: {waits_for}", holder
+            )
         pause(LOCK_RETRY_SECONDS, progress, f"Waiting: {waits_for}")
 
 
@@ -1862,24 +1867,31 @@ SELECT l.relation::pg_catalog.regclass::text, l.pid, a.usename, a.application_na
 """
 
 
-def find_lock_holder(session: Session, tables: Iterable[Table]) -> str | None:
-    """Who holds one of the tables, as a sentence; None where nobody does any more."""
+def find_lock_holder(session: Session, tables: Iterable[Table]) -> tuple[OtherSession, str] | None:
+    """Who holds one of the tables, and which; None where nobody does any more."""
     found = session.query(LOCK_HOLDER, [table.oid for table in tables])
     if not found:
         return None
     relation, *who = found[0]
-    return f"{describe_session(*who)} holds the table {printable(relation)}"
+    return OtherSession(*who), printable(relation)
 
 
-def describe_session(pid: int, user: str | None, application: str | None, query: str | None) -> str:
-    """`session 4711 (alice, psql: ALTER TABLE …)`, with what this role may know of it."""
-    text = printable(" ".join((query or "").split()))
-    text = text if len(text) <= 80 else text[:79] + "…"
-    about = ", ".join(
-        part for part in (printable(user or ""), printable(application or "")) if part
-    )
-    about += f": {text}" if text else ""
-    return f"session {pid}" + (f" ({about})" if about else "")
+@dataclass(frozen=True)
+class OtherSession:
+    """A session that is not ours, with what this role may know of it."""
+
+    pid: int
+    user: str | None
+    application: str | None
+    query: str | None
+
+    def __str__(self) -> str:
+        """`session 4711 (alice, psql: ALTER TABLE …)`."""
+        text = printable(" ".join((self.query or "").split()))
+        text = text if len(text) <= 80 else text[:79] + "…"
+        about = ", ".join(printable(part) for part in (self.user, self.application) if part)
+        about += f": {text}" if text else ""
+        return f"session {self.pid}" + (f" ({about})" if about else "")
 
 
 # Tables of up to this many bytes are counted many in one statement, larger ones each alone.
@@ -1938,12 +1950,12 @@ SELECT b.pid, b.usename, b.application_name, b.query
 """
 
 
-def find_blocker(session: Session, application_name: str) -> str | None:
+def find_blocker(session: Session, application_name: str) -> OtherSession | None:
     """The session that keeps the one with this application name waiting for a lock."""
     # Within a transaction the view shows what it showed first, until it is told to look again.
     session.query("SELECT pg_catalog.pg_stat_clear_snapshot()")
     found = session.query(BLOCKERS_OF, application_name)
-    return describe_session(*found[0]) if found else None
+    return OtherSession(*found[0]) if found else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2081,11 +2093,11 @@ class BlockerWatch:
     def __init__(self, session: Session, application_name: str) -> None:
         self._session = session
         self._application_name = application_name
-        self._blocker: str | None = None
+        self._blocker: OtherSession | None = None
         self._blocked_since = 0.0
         self._next_look = time.monotonic() + WATCH_SECONDS
 
-    def look(self) -> str | None:
+    def look(self) -> OtherSession | None:
         """Who blocks pg_dump now. Raises Failure once it has lasted LOCK_WAIT_SECONDS."""
         now = time.monotonic()
         if now < self._next_look:
@@ -2096,18 +2108,19 @@ class BlockerWatch:
         if self._blocker is None or not blocked_before:
             self._blocked_since = now
         elif now - self._blocked_since > LOCK_WAIT_SECONDS:
-            raise waited_too_long(f"pg_dump waits for a lock: {self._blocker} blocks it")
+            raise waited_too_long(
+                f"pg_dump waits for a lock: {self._blocker} blocks it", self._blocker
+            )
         return self._blocker
 
 
-def waited_too_long(what: str) -> Failure:
+def waited_too_long(what: str, holder: OtherSession | None) -> Failure:
     """The failure for a lock that another session has held too long."""
-    return Failure(
-        ExitCode.CREATION,
-        f"gave up after {LOCK_WAIT_SECONDS} seconds: {what}",
-        "Let that session finish, or end it: psql -c 'SELECT pg_terminate_backend(NUMBER)'",
-        "Then run the backup again, at an hour without migrations",
-    )
+    steps = ["Run the backup again, at an hour without migrations"]
+    if holder is not None:
+        end = shell_words("psql", "-c", f"SELECT pg_terminate_backend({holder.pid})")
+        steps.insert(0, f"Let that session finish, or end it: {end}")
+    return Failure(ExitCode.CREATION, f"gave up after {LOCK_WAIT_SECONDS} seconds: {what}", *steps)
 
 
 DUMP_SHARE = 0.8  # of the whole run, as the progress line counts it; the rest is the read-back
@@ -2162,7 +2175,9 @@ class DumpProgress:
         if self._session is not None:
             self._session.close()
 
-    def show(self, counted: Mapping[int, int], size_bytes: int, blocker: str | None = None) -> None:
+    def show(
+        self, counted: Mapping[int, int], size_bytes: int, blocker: OtherSession | None = None
+    ) -> None:
         """Draw the line, from what is known by now."""
         if not self._progress.enabled:
             return
