@@ -1506,8 +1506,25 @@ def client_options(config: DatabaseConfig, user: bool = True) -> str:
 
 
 def sql_identifier(name: str) -> str:
-    """A name quoted for SQL."""
-    return '"' + printable(name).replace('"', '""') + '"'
+    """A name quoted for SQL, as a person can paste it."""
+    return printable_sql('"' + from_system(name).replace('"', '""') + '"')
+
+
+def printable_sql(sql: str) -> str:
+    """SQL that still means the same when it is pasted from a terminal: quoted names that would not
+    show as they are get SQL's own escapes, `U&"two\\+00000Alines"`."""
+
+    def escape(quoted: re.Match[str]) -> str:
+        if quoted.group().isprintable():
+            return quoted.group()
+        return "U&" + "".join(
+            character.replace("\\", "\\\\")
+            if character.isprintable()
+            else f"\\+{ord(character):06X}"
+            for character in quoted.group()
+        )
+
+    return re.sub('"(?:[^"]|"")+"', escape, sql)
 
 
 def server_failure(error: ServerError, doing: str) -> Failure:
@@ -1598,19 +1615,18 @@ def check_privileges(session: Session) -> None:
     role = str(session.query("SELECT pg_catalog.quote_ident(current_user)")[0][0])
     names: dict[str, list[str]] = {}
     for kind, name, _oid in unreadable:
-        names.setdefault(kind, []).append(printable(name))
+        names.setdefault(kind, []).append(name)
+    grantee = printable_sql(role)
     steps = [
-        f"{purpose}: {grant.format(', '.join(names[kind]), printable(role))};"
+        f"{purpose}: {grant.format(', '.join(map(printable_sql, names[kind])), grantee)};"
         for kind, (purpose, grant) in GRANTS.items()
         if kind in names
     ]
     if names.keys() - {"large object", "row security"}:
-        steps.append(f"Or all tables, for good: GRANT pg_read_all_data TO {printable(role)};")
+        steps.append(f"Or all tables, for good: GRANT pg_read_all_data TO {grantee};")
     if "row security" in names:
-        steps.append(
-            f"Let it see every row, as a superuser: ALTER ROLE {printable(role)} BYPASSRLS;"
-        )
-    lines = [f"{kind}: {', '.join(found)}" for kind, found in names.items()]
+        steps.append(f"Let it see every row, as a superuser: ALTER ROLE {grantee} BYPASSRLS;")
+    lines = [f"{kind}: {', '.join(map(printable, found))}" for kind, found in names.items()]
     raise Failure(
         ExitCode.PERMISSION,
         f"role {printable(role)} cannot read all of the database; a backup would be incomplete\n"
