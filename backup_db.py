@@ -56,8 +56,9 @@ STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
 CANCEL_SECONDS = 0.5  # for telling the server that a query is not wanted any more
 TICK_SECONDS = 0.1  # between two looks at anything else that is waited for
 
-# Our own wait for a table lock stays below PostgreSQL's deadlock_timeout (1 s by default): a
-# backup that waits longer while it holds other tables makes a migration the deadlock victim.
+# Our own wait for a table lock stays below PostgreSQL's deadlock_timeout (1 s by default, and half
+# of it where it is set lower): a backup that waits longer while it holds other tables makes a
+# migration the deadlock victim.
 LOCK_TIMEOUT_MS = 500
 DUMP_LOCK_TIMEOUT = "10s"
 DUMP_ATTEMPTS = 3
@@ -1516,8 +1517,25 @@ def client_options(config: DatabaseConfig, user: bool = True) -> str:
 
 
 def sql_identifier(name: str) -> str:
-    """A name quoted for SQL."""
-    return '"' + printable(name).replace('"', '""') + '"'
+    """A name quoted for SQL, as a person can paste it."""
+    return printable_sql('"' + from_system(name).replace('"', '""') + '"')
+
+
+def printable_sql(sql: str) -> str:
+    """SQL that still means the same when it is pasted from a terminal: quoted names that would not
+    show as they are get SQL's own escapes, `U&"two\\+00000Alines"`."""
+
+    def escape(quoted: re.Match[str]) -> str:
+        if quoted.group().isprintable():
+            return quoted.group()
+        return "U&" + "".join(
+            character.replace("\\", "\\\\")
+            if character.isprintable()
+            else f"\\+{ord(character):06X}"
+            for character in quoted.group()
+        )
+
+    return re.sub('"(?:[^"]|"")+"', escape, sql)
 
 
 def server_failure(error: ServerError, doing: str) -> Failure:
@@ -1608,19 +1626,18 @@ def check_privileges(session: Session) -> None:
     role = str(session.query("SELECT pg_catalog.quote_ident(current_user)")[0][0])
     names: dict[str, list[str]] = {}
     for kind, name, _oid in unreadable:
-        names.setdefault(kind, []).append(printable(name))
+        names.setdefault(kind, []).append(name)
+    grantee = printable_sql(role)
     steps = [
-        f"{purpose}: {grant.format(', '.join(names[kind]), printable(role))};"
+        f"{purpose}: {grant.format(', '.join(map(printable_sql, names[kind])), grantee)};"
         for kind, (purpose, grant) in GRANTS.items()
         if kind in names
     ]
     if names.keys() - {"large object", "row security"}:
-        steps.append(f"Or all tables, for good: GRANT pg_read_all_data TO {printable(role)};")
+        steps.append(f"Or all tables, for good: GRANT pg_read_all_data TO {grantee};")
     if "row security" in names:
-        steps.append(
-            f"Let it see every row, as a superuser: ALTER ROLE {printable(role)} BYPASSRLS;"
-        )
-    lines = [f"{kind}: {', '.join(found)}" for kind, found in names.items()]
+        steps.append(f"Let it see every row, as a superuser: ALTER ROLE {grantee} BYPASSRLS;")
+    lines = [f"{kind}: {', '.join(map(printable, found))}" for kind, found in names.items()]
     raise Failure(
         ExitCode.PERMISSION,
         f"role {printable(role)} cannot read all of the database; a backup would be incomplete\n"
@@ -1631,7 +1648,7 @@ def check_privileges(session: Session) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose rows pg_dump writes."""
+    """A table that pg_dump locks, and whose rows it writes if there can be any."""
 
     oid: int
     sql_name: str  # as SQL wants it, quoted where needed
@@ -1640,6 +1657,7 @@ class Table:
     name: str
     schema_is_quoted: bool
     name_is_quoted: bool
+    has_rows: bool  # in the dump: those of a partitioned table are in its partitions
     # For the progress line only; it changes without the table being another.
     estimated_rows: int = field(compare=False)
 
@@ -1663,22 +1681,23 @@ class Table:
         return f"(SELECT pg_catalog.count(*) FROM {only}{self.sql_name} {self.condition})"
 
 
-# Unlogged tables hold nothing on a standby, and pg_dump leaves them out there. Object ids grow,
-# so that their order is the order of creation.
+# The tables that pg_dump locks. Unlogged tables hold nothing on a standby, and pg_dump leaves
+# their rows out there. Object ids grow, so that their order is the order of creation.
 DUMPED_TABLES = f"""
 WITH rel AS ({DUMPED_RELATIONS})
 SELECT oid::bigint, pg_catalog.quote_ident(nspname), pg_catalog.quote_ident(relname),
        COALESCE(condition, ''),
        pg_catalog.convert_to(nspname::text, pg_catalog.getdatabaseencoding()),
        pg_catalog.convert_to(relname::text, pg_catalog.getdatabaseencoding()),
+       relkind = 'r' AND NOT (relpersistence = 'u' AND pg_catalog.pg_is_in_recovery()),
        reltuples::bigint
-  FROM rel WHERE relkind = 'r' AND NOT (relpersistence = 'u' AND pg_catalog.pg_is_in_recovery())
+  FROM rel WHERE relkind IN ('r', 'p')
  ORDER BY oid
 """
 
 
 def list_tables(session: Session) -> list[Table]:
-    """The tables whose rows pg_dump will write, in the order in which they were created."""
+    """The tables that pg_dump will lock, in the order in which they were created."""
     encoding = session.parameter("server_encoding")
     return [
         Table(
@@ -1689,9 +1708,12 @@ def list_tables(session: Session) -> list[Table]:
             name=decode_name(bytes(raw_name), encoding),
             schema_is_quoted=schema.startswith('"'),
             name_is_quoted=name.startswith('"'),
+            has_rows=has_rows,
             estimated_rows=rows,
         )
-        for oid, schema, name, condition, raw_schema, raw_name, rows in session.query(DUMPED_TABLES)
+        for oid, schema, name, condition, raw_schema, raw_name, has_rows, rows in session.query(
+            DUMPED_TABLES
+        )
     ]
 
 
@@ -1797,13 +1819,17 @@ def describe_database(session: Session) -> DatabaseFacts:
 # lock_not_available, deadlock_detected, undefined_table, invalid_schema_name
 LOCK_RETRY_SQLSTATES = {"55P03", "40P01", "42P01", "3F000"}
 
+DEADLOCK_TIMEOUT_MS = """
+SELECT setting::int FROM pg_catalog.pg_settings WHERE name = 'deadlock_timeout'
+"""
+
 
 @dataclass(frozen=True)
 class Snapshot:
     """A moment of the database that pg_dump can be given, with every table held still."""
 
     id: str
-    tables: Sequence[Table]
+    tables: Sequence[Table]  # those with rows
 
 
 def take_snapshot(session: Session, progress: Progress) -> Snapshot:
@@ -1820,26 +1846,33 @@ def take_snapshot(session: Session, progress: Progress) -> Snapshot:
     while True:
         begin(session, "READ COMMITTED")
         tables = list_tables(session)
+        (deadlock_timeout_ms,) = session.query(DEADLOCK_TIMEOUT_MS)[0]
         session.query("COMMIT")
         try:
             begin(session, "REPEATABLE READ")
             if tables:
-                session.query(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
+                lock_timeout_ms = max(1, min(LOCK_TIMEOUT_MS, deadlock_timeout_ms // 2))
+                session.query(f"SET LOCAL lock_timeout = {lock_timeout_ms}")
                 names = ", ".join(f"ONLY {table.sql_name}" for table in tables)
                 session.query(f"LOCK TABLE {names} IN ACCESS SHARE MODE")
                 session.query("SET LOCAL lock_timeout = 0")
             snapshot = str(session.query("SELECT pg_catalog.pg_export_snapshot()")[0][0])
             if list_tables(session) == tables:
-                return Snapshot(snapshot, tables)
+                return Snapshot(snapshot, [table for table in tables if table.has_rows])
             session.query("ROLLBACK")
-            waits_for = "the set of tables changes all the time"
+            holder, waits_for = None, "the set of tables changes all the time"
         except ServerError as error:
             if error.sqlstate not in LOCK_RETRY_SQLSTATES:
                 raise
             session.query("ROLLBACK")  # every lock goes: we never wait while we hold some
-            waits_for = find_lock_holder(session, tables) or error.text
+            holder, waits_for = None, error.text
+            if found := find_lock_holder(session, tables):
+                holder, table = found
+                waits_for = f"{holder} holds the table {table}"
         if time.monotonic() > deadline:
-            raise waited_too_long(f"the tables could not be locked for reading: {waits_for}")
+            raise waited_too_long(
+                f"the tables could not be locked for reading: {waits_for}", holder
+            )
         pause(LOCK_RETRY_SECONDS, progress, f"Waiting: {waits_for}")
 
 
@@ -1861,24 +1894,31 @@ SELECT l.relation::pg_catalog.regclass::text, l.pid, a.usename, a.application_na
 """
 
 
-def find_lock_holder(session: Session, tables: Iterable[Table]) -> str | None:
-    """Who holds one of the tables, as a sentence; None where nobody does any more."""
+def find_lock_holder(session: Session, tables: Iterable[Table]) -> tuple[OtherSession, str] | None:
+    """Who holds one of the tables, and which; None where nobody does any more."""
     found = session.query(LOCK_HOLDER, [table.oid for table in tables])
     if not found:
         return None
     relation, *who = found[0]
-    return f"{describe_session(*who)} holds the table {printable(relation)}"
+    return OtherSession(*who), printable(relation)
 
 
-def describe_session(pid: int, user: str | None, application: str | None, query: str | None) -> str:
-    """`session 4711 (alice, psql: ALTER TABLE …)`, with what this role may know of it."""
-    text = printable(" ".join((query or "").split()))
-    text = text if len(text) <= 80 else text[:79] + "…"
-    about = ", ".join(
-        part for part in (printable(user or ""), printable(application or "")) if part
-    )
-    about += f": {text}" if text else ""
-    return f"session {pid}" + (f" ({about})" if about else "")
+@dataclass(frozen=True)
+class OtherSession:
+    """A session that is not ours, with what this role may know of it."""
+
+    pid: int
+    user: str | None
+    application: str | None
+    query: str | None
+
+    def __str__(self) -> str:
+        """`session 4711 (alice, psql: ALTER TABLE …)`."""
+        text = printable(" ".join((self.query or "").split()))
+        text = text if len(text) <= 80 else text[:79] + "…"
+        about = ", ".join(printable(part) for part in (self.user, self.application) if part)
+        about += f": {text}" if text else ""
+        return f"session {self.pid}" + (f" ({about})" if about else "")
 
 
 # Tables of up to this many bytes are counted many in one statement, larger ones each alone.
@@ -1937,12 +1977,12 @@ SELECT b.pid, b.usename, b.application_name, b.query
 """
 
 
-def find_blocker(session: Session, application_name: str) -> str | None:
+def find_blocker(session: Session, application_name: str) -> OtherSession | None:
     """The session that keeps the one with this application name waiting for a lock."""
     # Within a transaction the view shows what it showed first, until it is told to look again.
     session.query("SELECT pg_catalog.pg_stat_clear_snapshot()")
     found = session.query(BLOCKERS_OF, application_name)
-    return describe_session(*found[0]) if found else None
+    return OtherSession(*found[0]) if found else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2080,11 +2120,11 @@ class BlockerWatch:
     def __init__(self, session: Session, application_name: str) -> None:
         self._session = session
         self._application_name = application_name
-        self._blocker: str | None = None
+        self._blocker: OtherSession | None = None
         self._blocked_since = 0.0
         self._next_look = time.monotonic() + WATCH_SECONDS
 
-    def look(self) -> str | None:
+    def look(self) -> OtherSession | None:
         """Who blocks pg_dump now. Raises Failure once it has lasted LOCK_WAIT_SECONDS."""
         now = time.monotonic()
         if now < self._next_look:
@@ -2095,18 +2135,19 @@ class BlockerWatch:
         if self._blocker is None or not blocked_before:
             self._blocked_since = now
         elif now - self._blocked_since > LOCK_WAIT_SECONDS:
-            raise waited_too_long(f"pg_dump waits for a lock: {self._blocker} blocks it")
+            raise waited_too_long(
+                f"pg_dump waits for a lock: {self._blocker} blocks it", self._blocker
+            )
         return self._blocker
 
 
-def waited_too_long(what: str) -> Failure:
+def waited_too_long(what: str, holder: OtherSession | None) -> Failure:
     """The failure for a lock that another session has held too long."""
-    return Failure(
-        ExitCode.CREATION,
-        f"gave up after {format_age(LOCK_WAIT_SECONDS)}: {what}",
-        "Let that session finish, or end it: psql -c 'SELECT pg_terminate_backend(NUMBER)'",
-        "Then run the backup again, at an hour without migrations",
-    )
+    steps = ["Run the backup again, at an hour without migrations"]
+    if holder is not None:
+        end = shell_words("psql", "-c", f"SELECT pg_terminate_backend({holder.pid})")
+        steps.insert(0, f"Let that session finish, or end it: {end}")
+    return Failure(ExitCode.CREATION, f"gave up after {format_age(LOCK_WAIT_SECONDS)}: {what}", *steps)
 
 
 DUMP_SHARE = 0.8  # of the whole run, as the progress line counts it; the rest is the read-back
@@ -2161,7 +2202,9 @@ class DumpProgress:
         if self._session is not None:
             self._session.close()
 
-    def show(self, counted: Mapping[int, int], size_bytes: int, blocker: str | None = None) -> None:
+    def show(
+        self, counted: Mapping[int, int], size_bytes: int, blocker: OtherSession | None = None
+    ) -> None:
         """Draw the line, from what is known by now."""
         if not self._progress.enabled:
             return

@@ -168,6 +168,14 @@ class Cluster:
             self.configure({"port": str(self.port)})
         raise ClusterError("No port was free for PostgreSQL.")
 
+    def follow(self, primary: Cluster) -> None:
+        """Become a hot standby of a server that runs; before the first start of this one."""
+        shutil.rmtree(self.data_dir)
+        source = f"host={primary.host} port={primary.port} user=postgres"
+        options = ("--write-recovery-conf", "--checkpoint=fast", "--no-sync")
+        self._ask("pg_basebackup", f"--dbname={source}", f"--pgdata={self.data_dir}", *options)
+        self.configure({"port": str(self.port), "unix_socket_directories": str(self.directory)})
+
     def stop(self, mode: str = "fast") -> None:
         self._control("stop", f"--mode={mode}")
 

@@ -70,9 +70,8 @@ class MakeProject(Protocol):
     ) -> Project: ...
 
 
-@pytest.fixture
-def make_project(tmp_path: Path, cluster: Cluster) -> MakeProject:
-    """A private copy of the script, whose .env.local leads to `database` and says `settings`."""
+def project_maker(parent: Path, cluster: Cluster) -> MakeProject:
+    """For fixtures that live longer than a test; a test takes `make_project`."""
 
     def make(
         database: Database | None = None,
@@ -81,7 +80,7 @@ def make_project(tmp_path: Path, cluster: Cluster) -> MakeProject:
         constants: Mapping[str, object] | None = None,
     ) -> Project:
         bin_dir = (database.cluster if database else cluster).bin_dir
-        directory = tmp_path / f"project-{len(list(tmp_path.glob('project-*')))}"
+        directory = parent / f"project-{len(list(parent.glob('project-*')))}"
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(PROJECT / "brain_core", directory / "brain_core", ignore=ignore)
         shutil.copy(PROJECT / "backup_db.py", directory)
@@ -101,6 +100,12 @@ def make_project(tmp_path: Path, cluster: Cluster) -> MakeProject:
         return project
 
     return make
+
+
+@pytest.fixture
+def make_project(tmp_path: Path, cluster: Cluster) -> MakeProject:
+    """A private copy of the script, whose .env.local leads to `database` and says `settings`."""
+    return project_maker(tmp_path, cluster)
 
 
 @pytest.fixture

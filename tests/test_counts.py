@@ -1,0 +1,227 @@
+"""Exact counts of whatever pg_dump writes rows for, and of nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+from cluster import Cluster, copy_installation, installation
+from conftest import MakeProject
+from psycopg2.extensions import connection as Connection  # noqa: N812 - a class, oddly named
+from support import Database, assert_restores, new_database
+
+# An extension as others are: tables that it fills itself, and such as users add rows to. A
+# schema and a table of its own are in the way of whoever takes them for the user's.
+EXTENSION = {
+    "chat_settings.control": "default_version = '1.0'\nrelocatable = false\nsuperuser = true\n",
+    "chat_settings--1.0.sql": """
+        CREATE SCHEMA settings;
+        CREATE TABLE settings.shipped (name text);
+        INSERT INTO settings.shipped VALUES ('a'), ('b');
+        CREATE TABLE settings.all_rows (name text);
+        SELECT pg_catalog.pg_extension_config_dump('settings.all_rows', '');
+        CREATE TABLE settings.own_rows (name text, is_own bool DEFAULT true);
+        INSERT INTO settings.own_rows VALUES ('shipped', false);
+        SELECT pg_catalog.pg_extension_config_dump('settings.own_rows', 'WHERE is_own');
+        CREATE SEQUENCE settings.numbers;
+        SELECT pg_catalog.pg_extension_config_dump('settings.numbers', '');
+    """,
+}
+
+# Slots for the locks on TABLES tables, one for pg_dump and one for us (80 are enough; pg_dump alone
+# takes 50), but not for those on their indexes too, which counting takes (120).
+FEW_LOCKS = {"max_locks_per_transaction": "100", "max_connections": "20", "max_wal_senders": "4"}
+
+# Every kind of relation, each table with another number of rows.
+KINDS = """
+CREATE TABLE plain (id serial PRIMARY KEY, content text);
+INSERT INTO plain (content) SELECT repeat('x', n) FROM generate_series(1, 21) AS n;
+
+CREATE TABLE parent (a int);
+CREATE TABLE child (b int) INHERITS (parent);
+CREATE TABLE grandchild () INHERITS (child);
+INSERT INTO parent VALUES (1);
+INSERT INTO child VALUES (1), (2);
+INSERT INTO grandchild VALUES (1), (2), (3);
+
+CREATE TABLE parted (region text, at int) PARTITION BY LIST (region);
+CREATE TABLE parted_eu PARTITION OF parted FOR VALUES IN ('eu') PARTITION BY RANGE (at);
+CREATE TABLE parted_eu_1 PARTITION OF parted_eu FOR VALUES FROM (0) TO (10);
+CREATE TABLE parted_eu_2 PARTITION OF parted_eu FOR VALUES FROM (10) TO (20);
+CREATE TABLE parted_rest PARTITION OF parted DEFAULT;
+CREATE INDEX ON parted (at);
+INSERT INTO parted SELECT 'eu', n FROM generate_series(6, 19) AS n;
+INSERT INTO parted VALUES ('us', 1);
+CREATE TABLE leafless (a int) PARTITION BY HASH (a);
+
+CREATE UNLOGGED TABLE unlogged (a int);
+INSERT INTO unlogged SELECT generate_series(1, 5);
+
+CREATE TABLE no_columns ();
+INSERT INTO no_columns DEFAULT VALUES;
+INSERT INTO no_columns DEFAULT VALUES;
+CREATE TABLE dropped_columns (a int, b text);
+INSERT INTO dropped_columns VALUES (1, 'x'), (2, 'y'), (3, 'z');
+ALTER TABLE dropped_columns DROP a, DROP b;
+
+CREATE TABLE generated (a int, twice int GENERATED ALWAYS AS (2 * a) STORED);
+INSERT INTO generated SELECT generate_series(1, 6);
+CREATE TABLE only_generated (one int GENERATED ALWAYS AS (1) STORED);
+INSERT INTO only_generated DEFAULT VALUES;
+CREATE TABLE identity (id int GENERATED ALWAYS AS IDENTITY, content text);
+INSERT INTO identity (content) SELECT 'x' FROM generate_series(1, 7);
+CREATE TYPE pair AS (a int, b text);
+CREATE TABLE typed OF pair;
+INSERT INTO typed SELECT n, 'x' FROM generate_series(1, 8) AS n;
+CREATE TABLE empty (a int);
+
+CREATE VIEW shown AS SELECT * FROM plain;
+CREATE MATERIALIZED VIEW counted AS SELECT count(*) FROM plain;
+CREATE MATERIALIZED VIEW not_counted AS SELECT count(*) FROM plain WITH NO DATA;
+CREATE FOREIGN DATA WRAPPER nowhere;
+CREATE SERVER away FOREIGN DATA WRAPPER nowhere;
+CREATE FOREIGN TABLE "Foreign" (a int) SERVER away;
+CREATE FOREIGN TABLE foreign_child () INHERITS (parent) SERVER away;
+"""
+
+# In the order of creation.
+KINDS_COUNTS = {
+    "plain": 21,
+    "parent": 1,
+    "child": 2,
+    "grandchild": 3,
+    "parted_eu_1": 4,
+    "parted_eu_2": 10,
+    "parted_rest": 1,
+    "unlogged": 5,
+    "no_columns": 2,
+    "dropped_columns": 3,
+    "generated": 6,
+    "only_generated": 1,
+    "identity": 7,
+    "typed": 8,
+    "empty": 0,
+}
+
+EXTENDED = """CREATE EXTENSION chat_settings;
+INSERT INTO settings.all_rows VALUES ('mine');
+INSERT INTO settings.own_rows VALUES ('mine'), ('mine too');
+CREATE TABLE own_rows_child () INHERITS (settings.own_rows);
+INSERT INTO own_rows_child VALUES ('a child''s');
+CREATE TABLE settings.users_own (a int);
+INSERT INTO settings.users_own SELECT generate_series(1, 9);
+"""
+
+# own_rows with the row of its child: where there is a condition, pg_dump reads both.
+EXTENDED_COUNTS = {
+    "settings.all_rows": 1,
+    "settings.own_rows": 3,
+    "own_rows_child": 1,
+    "settings.users_own": 9,
+}
+
+TABLES = 3000
+MANY_TABLES = f"""
+DO $$ BEGIN
+    FOR n IN 1 .. {TABLES} LOOP
+        EXECUTE format('CREATE TABLE many_%s (a int PRIMARY KEY)', n);
+        IF n % 10 = 0 THEN EXECUTE format('INSERT INTO many_%s VALUES (1)', n); END IF;
+        IF n % 100 = 0 THEN COMMIT; END IF;  -- creating them takes locks too
+    END LOOP;
+END $$
+"""
+
+
+@pytest.fixture(scope="module")
+def extended_cluster() -> Iterator[Cluster]:
+    """A server of its own, from a copy of the installation that has the extension."""
+    with tempfile.TemporaryDirectory(prefix="pg-") as folder:
+        os.chmod(folder, 0o755)  # the server's user is another
+        bin_dir = copy_installation(installation(17), Path(folder))
+        for name, text in EXTENSION.items():
+            (bin_dir.parent / "share" / "extension" / name).write_text(text)
+        with Cluster(bin_dir, settings=FEW_LOCKS) as cluster:
+            yield cluster
+
+
+def metadata_of(dump: Path) -> dict[str, Any]:
+    path = dump.with_name(dump.name.replace(".dump", ".metadata.json"))
+    values = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(values, dict)
+    return values
+
+
+def test_every_kind_of_relation_is_counted(
+    each_cluster: Cluster, make_project: MakeProject
+) -> None:
+    with new_database(each_cluster) as database, closing(connect(database)) as other:
+        database.psql(KINDS)
+        with other.cursor() as cursor:
+            cursor.execute("CREATE TEMP TABLE temporary AS SELECT 1 AS a")
+        dump = make_project(database).back_up()
+        metadata = metadata_of(dump)
+        assert metadata["table_counts"] == KINDS_COUNTS
+        assert list(metadata["table_counts"]) == list(KINDS_COUNTS)
+        assert metadata["not_included"] == [
+            'data of foreign tables (public."Foreign", public.foreign_child)'
+        ]
+        assert_restores(dump, database)
+
+
+def test_rows_of_an_extension_are_counted_as_it_asks(
+    extended_cluster: Cluster, make_project: MakeProject
+) -> None:
+    with new_database(extended_cluster) as database:
+        database.psql(EXTENDED)
+        dump = make_project(database).back_up()
+        metadata = metadata_of(dump)
+        assert metadata["table_counts"] == EXTENDED_COUNTS
+        assert metadata["extensions"] == {"chat_settings": "1.0", "plpgsql": "1.0"}
+
+
+def test_thousands_of_tables_take_a_lock_each_and_no_more(
+    extended_cluster: Cluster, make_project: MakeProject
+) -> None:
+    with new_database(extended_cluster) as database:
+        database.psql(MANY_TABLES)
+        dump = make_project(database).back_up()
+        counts = metadata_of(dump)["table_counts"]
+        assert len(counts) == TABLES
+        assert sum(counts.values()) == TABLES / 10
+
+
+def test_standby_is_backed_up_without_what_it_does_not_have(
+    extended_cluster: Cluster, make_project: MakeProject
+) -> None:
+    with new_database(extended_cluster) as primary:
+        primary.psql(KINDS)
+        standby = Cluster(extended_cluster.bin_dir)
+        standby.follow(extended_cluster)
+        with standby:
+            assert standby.psql("SELECT pg_is_in_recovery()") == "t"
+            dump = make_project(Database(standby, primary.name)).back_up()
+        metadata = metadata_of(dump)
+        counts = {key: rows for key, rows in KINDS_COUNTS.items() if key != "unlogged"}
+        assert metadata["table_counts"] == counts
+        left_out = "data of unlogged tables, which a standby does not have (public.unlogged)"
+        assert left_out in metadata["not_included"]
+        primary.psql("TRUNCATE unlogged")
+        assert_restores(dump, primary)
+
+
+def connect(database: Database) -> Connection:
+    session = psycopg2.connect(
+        host=database.cluster.host,
+        port=database.cluster.port,
+        dbname=database.name,
+        user="postgres",
+    )
+    session.autocommit = True
+    return session

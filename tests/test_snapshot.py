@@ -1,0 +1,371 @@
+"""One moment of the database, whatever writers and migrations do meanwhile."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import psycopg2
+import pytest
+from cluster import Cluster
+from conftest import MakeProject
+from psycopg2.extensions import connection as Connection  # noqa: N812 - a class, oddly named
+from support import (
+    Database,
+    Project,
+    assert_restores,
+    finish,
+    new_database,
+    restored,
+    wait_until,
+)
+
+ROWS = 100
+
+# A table in its usual company. Whatever a migration does below, it leaves ROWS rows.
+SCHEMA = f"""
+CREATE SCHEMA chat;
+CREATE TABLE chat.messages (id int, content text);
+INSERT INTO chat.messages SELECT n, 'old' FROM generate_series(1, {ROWS}) AS n;
+CREATE VIEW chat.recent AS SELECT id FROM chat.messages;
+CREATE SEQUENCE chat.numbers;
+CREATE TABLE chat.parted (id int) PARTITION BY RANGE (id);
+CREATE TABLE chat.part PARTITION OF chat.parted DEFAULT;
+"""
+
+# Commits that come after the snapshot and before pg_dump looks. Of the first four, those who
+# lock nothing before their snapshot dump an empty table, and exit with 0.
+MIGRATIONS = {
+    "TRUNCATE": f"""
+        BEGIN; TRUNCATE chat.messages;
+        INSERT INTO chat.messages SELECT n, 'new' FROM generate_series(1, {ROWS}) AS n; COMMIT""",
+    "ALTER TYPE": "ALTER TABLE chat.messages ALTER content TYPE bytea USING content::bytea",
+    "ADD COLUMN with rewrite": "ALTER TABLE chat.messages ADD at float DEFAULT random()",
+    "DROP and CREATE": f"""
+        BEGIN; DROP TABLE chat.messages CASCADE;
+        CREATE TABLE chat.messages AS SELECT n FROM generate_series(1, {ROWS}) AS n; COMMIT""",
+    "RENAME": "ALTER TABLE chat.messages RENAME TO letters",
+    "RENAME of the schema": "ALTER SCHEMA chat RENAME TO talk",
+    "DROP VIEW": "DROP VIEW chat.recent",
+    "DROP SEQUENCE": "DROP SEQUENCE chat.numbers",
+    "RENAME of a partitioned table": "ALTER TABLE chat.parted RENAME TO divided",
+}
+
+
+class Background:
+    """Statements that wait for a lock, each in a thread of its own."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._pool = ThreadPoolExecutor()
+        self._begun: list[Future[str]] = []
+
+    def psql(self, sql: str) -> Future[str]:
+        self._begun.append(self._pool.submit(self._database.psql, sql))
+        return self._begun[-1]
+
+    def close(self) -> None:
+        """Wait for all of them; each must have succeeded."""
+        self._pool.shutdown()
+        for statement in self._begun:
+            statement.result()
+
+
+@pytest.fixture
+def background(request: pytest.FixtureRequest) -> Iterator[Callable[[Database], Background]]:
+    del request
+    with ExitStack() as stack:
+        yield lambda database: stack.enter_context(closing(Background(database)))
+
+
+@pytest.fixture
+def chat(each_cluster: Cluster) -> Iterator[Database]:
+    with new_database(each_cluster) as database:
+        database.psql(SCHEMA)
+        yield database
+
+
+@pytest.fixture
+def observer(chat: Database) -> Iterator[Connection]:
+    """A session to look at the others with."""
+    with closing(connect(chat)) as session:
+        yield session
+
+
+def connect(database: Database) -> Connection:
+    """A session whose transactions a test begins and ends itself."""
+    session = psycopg2.connect(
+        host=database.cluster.host,
+        port=database.cluster.port,
+        dbname=database.name,
+        user="postgres",
+    )
+    session.autocommit = True
+    return session
+
+
+def execute(session: Connection, sql: str) -> list[tuple[object, ...]]:
+    with session.cursor() as cursor:
+        cursor.execute(sql)
+        return cursor.fetchall() if cursor.description else []
+
+
+def waiting(observer: Connection, condition: str) -> list[tuple[object, ...]]:
+    """Since when the session for which `condition` holds waits for a lock; empty if none does."""
+    return execute(
+        observer,
+        "SELECT query_start FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        f" AND datname = current_database() AND {condition}",
+    )
+
+
+def wait_for(observer: Connection, condition: str) -> object:
+    """Wait until it waits; since when it does."""
+    found: list[tuple[object, ...]] = []
+
+    def look() -> bool:
+        found.extend(waiting(observer, condition))
+        return bool(found)
+
+    wait_until(look)
+    return found[0][0]
+
+
+OUR_LOCK = "application_name = 'backup_db' AND query LIKE 'LOCK TABLE%'"
+PG_DUMP = "application_name LIKE 'backup_db %'"
+
+
+def table_counts(dump: Path) -> dict[str, int]:
+    metadata = dump.with_name(dump.name.replace(".dump", ".metadata.json"))
+    counts = json.loads(metadata.read_text(encoding="utf-8"))["table_counts"]
+    assert isinstance(counts, dict)
+    return counts
+
+
+def start_late(project: Project) -> tuple[subprocess.Popen[bytes], Path]:
+    """A run whose first pg_dump waits for the file; the snapshot is taken by then."""
+    started, go = project.directory / "started", project.directory / "go"
+    project.fake(
+        "pg_dump",
+        f"""
+        case $* in *--snapshot=*)
+            if mkdir '{started}' 2>/dev/null; then
+                while ! [ -e '{go}' ]; do sleep 0.02; done
+            fi ;;
+        esac
+        exec "$real" "$@"
+        """,
+    )
+    run = project.start()
+    wait_until(lambda: started.exists() or run.poll() is not None)
+    return run, go
+
+
+# -- writers --------------------------------------------------------------------------------------
+
+
+def test_tables_written_in_one_transaction_are_equal_in_every_backup(
+    each_cluster: Cluster, make_project: MakeProject
+) -> None:
+    with new_database(each_cluster) as database:
+        database.psql("CREATE TABLE debit (n int); CREATE TABLE credit (n int);")
+        stop = threading.Event()
+
+        def write() -> None:
+            with closing(connect(database)) as session:
+                while not stop.is_set():
+                    both = "INSERT INTO debit VALUES (1); INSERT INTO credit VALUES (1)"
+                    execute(session, f"BEGIN; {both}; COMMIT")
+                    execute(session, "BEGIN; DELETE FROM debit; ROLLBACK")
+
+        project = make_project(database)
+        with ThreadPoolExecutor() as pool:
+            writers = [pool.submit(write) for _ in range(2)]
+            try:
+                dumps = [project.back_up() for _ in range(3)]
+            finally:
+                stop.set()
+        for writer in writers:
+            writer.result()
+        previous = 0
+        for dump in dumps:
+            counts = table_counts(dump)
+            assert counts["debit"] == counts["credit"] > previous
+            previous = counts["debit"]
+            with restored(dump, each_cluster) as copy:
+                for table in ("debit", "credit"):
+                    assert copy.psql(f"SELECT count(*) FROM {table}") == str(previous)
+
+
+# -- migrations between our snapshot and pg_dump's locks ------------------------------------------
+
+
+@pytest.mark.parametrize("migration", MIGRATIONS)
+def test_rows_are_there_whatever_comes_before_pg_dump_looks(
+    migration: str,
+    chat: Database,
+    observer: Connection,
+    make_project: MakeProject,
+    background: Callable[[Database], Background],
+) -> None:
+    # Counts in small batches: a count holds its table too, until the next batch.
+    constants = {"DUMP_LOCK_TIMEOUT": "500ms", "COUNT_BATCH_TABLES": 1}
+    project = make_project(chat, constants=constants)
+    run, go = start_late(project)
+    migrating = background(chat).psql(MIGRATIONS[migration])
+    # It is done, or it waits for our locks: DDL that is queued behind them when pg_dump comes.
+    wait_until(lambda: migrating.done() or waiting(observer, "application_name = 'psql'"))
+    go.touch()
+    finish(run).succeeded()
+    migrating.result()
+    (dump,) = project.dumps()
+    counts = table_counts(dump)
+    assert [rows for key, rows in counts.items() if key.endswith(("messages", "letters"))] == [ROWS]
+    assert_restores(dump, chat)
+
+
+def test_pg_dump_that_keeps_failing_is_tried_three_times(
+    chat: Database, make_project: MakeProject
+) -> None:
+    project = make_project(chat)
+    tries = project.directory / "tries"
+    project.fake(
+        "pg_dump",
+        f"""
+        case $* in *--snapshot=*)
+            echo tried >> '{tries}'
+            echo 'pg_dump: error: could not open relation with OID 4711' >&2
+            exit 1 ;;
+        esac
+        exec "$real" "$@"
+        """,
+    )
+    result = project.run().failed_with(7, "Backup creation error")
+    assert "Error: pg_dump: error: could not open relation with OID 4711\n" in result.stderr
+    assert tries.read_text().splitlines() == 3 * ["tried"]
+    assert not project.dumps()
+
+
+def test_table_created_between_the_locks_and_the_snapshot_is_in(
+    chat: Database, observer: Connection, make_project: MakeProject
+) -> None:
+    # Our lock waits, with the list of tables made: what is committed now is not in that list.
+    project = make_project(chat, constants={"LOCK_TIMEOUT_MS": 60_000})
+    chat.psql(f"ALTER DATABASE {chat.name} SET deadlock_timeout = '120s'")
+    with closing(connect(chat)) as migration:
+        execute(migration, "BEGIN; LOCK TABLE chat.part; CREATE TABLE chat.newest (a int)")
+        execute(migration, "INSERT INTO chat.newest VALUES (1), (2)")
+        run = project.start()
+        wait_for(observer, OUR_LOCK)
+        execute(migration, "COMMIT")
+    finish(run).succeeded()
+    (dump,) = project.dumps()
+    assert table_counts(dump)["chat.newest"] == 2
+    assert_restores(dump, chat)
+
+
+# -- migrations that hold a table when we come ----------------------------------------------------
+
+
+def test_backup_waits_until_a_migration_lets_go(
+    chat: Database, observer: Connection, make_project: MakeProject
+) -> None:
+    project = make_project(chat, constants={"LOCK_TIMEOUT_MS": 100, "LOCK_RETRY_SECONDS": 0.1})
+    with closing(connect(chat)) as migration:
+        execute(migration, "BEGIN; LOCK TABLE chat.messages; DELETE FROM chat.messages")
+        run = project.start()
+        first = wait_for(observer, OUR_LOCK)
+        # It lets go of everything in between, and tries again.
+        wait_until(lambda: waiting(observer, f"{OUR_LOCK} AND query_start > '{first}'"))
+        execute(migration, "COMMIT")
+    finish(run).succeeded()
+    assert table_counts(project.dumps()[0])["chat.messages"] == 0
+
+
+@pytest.mark.parametrize("held", ["chat.messages", "chat.parted"])
+def test_backup_gives_up_and_names_the_session_that_holds_the_table(
+    held: str, chat: Database, make_project: MakeProject
+) -> None:
+    project = make_project(chat, constants={"LOCK_WAIT_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.1})
+    with closing(connect(chat)) as migration:
+        execute(migration, "SET application_name = 'nightly migration'")
+        execute(migration, f"BEGIN; LOCK TABLE ONLY {held}")
+        result = project.run().failed_with(7, "Backup creation error")
+        pid = migration.info.backend_pid
+    assert (
+        "gave up after 1 seconds: the tables could not be locked for reading: "
+        f"session {pid} (postgres, nightly migration: BEGIN; LOCK TABLE ONLY {held}) "
+        f"holds the table {held}\n"
+    ) in result.stderr, result
+    assert not project.dumps()
+
+
+@pytest.mark.parametrize(
+    ("deadlock_timeout", "held", "wanted"),
+    [
+        ("1s", "chat.part", "chat.messages"),
+        ("1s", "chat.parted", "chat.messages"),
+        ("100ms", "chat.part", "chat.messages"),
+    ],
+)
+def test_migration_that_wants_more_is_not_the_victim_of_a_deadlock(
+    deadlock_timeout: str,
+    held: str,
+    wanted: str,
+    chat: Database,
+    observer: Connection,
+    make_project: MakeProject,
+) -> None:
+    """It holds one table and wants another; the backup has that one, and waits for the first."""
+    project = make_project(chat)
+    chat.psql(f"ALTER DATABASE {chat.name} SET deadlock_timeout = '{deadlock_timeout}'")
+    with closing(connect(chat)) as migration:
+        execute(migration, f"BEGIN; LOCK TABLE ONLY {held}")
+        run = project.start()
+        wait_for(observer, OUR_LOCK)
+        execute(migration, f"LOCK TABLE {wanted}")  # no "deadlock detected"
+        execute(migration, "COMMIT")
+    finish(run).succeeded()
+    assert_restores(project.dumps()[0], chat)
+
+
+# -- what pg_dump waits for -----------------------------------------------------------------------
+
+
+def test_pg_dump_that_waits_for_ever_is_ended_and_the_blocker_named(
+    chat: Database, observer: Connection, make_project: MakeProject
+) -> None:
+    """--lock-wait-timeout does not cover what pg_dump waits for here."""
+    chat.psql("CREATE MATERIALIZED VIEW chat.total AS SELECT count(*) FROM chat.messages")
+    project = make_project(chat, constants={"LOCK_WAIT_SECONDS": 1, "WATCH_SECONDS": 0.2})
+    with closing(connect(chat)) as session:
+        execute(session, "BEGIN; REFRESH MATERIALIZED VIEW chat.total")
+        result = project.run().failed_with(7, "Backup creation error")
+        pid = session.info.backend_pid
+        assert f"session {pid} (postgres: BEGIN; REFRESH MATERIALIZED VIEW chat.total)" in (
+            result.stderr
+        ), result
+        assert f"psql -c 'SELECT pg_terminate_backend({pid})'" in result.stderr, result
+        assert not project.dumps()
+        wait_until(lambda: not waiting(observer, PG_DUMP))
+        execute(session, "COMMIT")
+    assert_restores(project.back_up(), chat)
+
+
+def test_pg_dump_may_wait_for_a_while(
+    chat: Database, observer: Connection, make_project: MakeProject
+) -> None:
+    chat.psql("CREATE MATERIALIZED VIEW chat.total AS SELECT count(*) FROM chat.messages")
+    project = make_project(chat)
+    with closing(connect(chat)) as session:
+        execute(session, "BEGIN; REFRESH MATERIALIZED VIEW chat.total")
+        run = project.start()
+        wait_for(observer, PG_DUMP)
+        execute(session, "COMMIT")
+    finish(run).succeeded()
+    assert_restores(project.dumps()[0], chat)

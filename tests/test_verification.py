@@ -1,0 +1,467 @@
+"""What "verified" means: of a new backup, and of any damage to an old one."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster, installation
+from conftest import MakeProject, project_maker
+from support import Database, Project, Result, contents_of, finish, new_database
+
+from backup_db import REQUIRED_KEYS
+
+# Small, and yet most of its dump is rows: damage is to hit those, not only names.
+SCHEMA = """
+CREATE TABLE messages (id int PRIMARY KEY, content text);
+INSERT INTO messages SELECT n, repeat(md5(n::text), 1 + n % 3) FROM generate_series(1, 400) AS n;
+CREATE TABLE empty (id int);
+CREATE SCHEMA other;
+CREATE TABLE other."Odd.name" (a int);
+INSERT INTO other."Odd.name" SELECT generate_series(1, 3);
+SELECT lo_from_bytea(4711, 'first'), lo_from_bytea(4712, '');
+"""
+COUNTS = {"messages": 400, "empty": 0, 'other."Odd.name"': 3}
+
+# The places of the random damage; another number, other places.
+SEED = 20250127
+
+
+@dataclass(frozen=True)
+class Backup:
+    """The two files of a backup, to be damaged, and a project to verify them with."""
+
+    dump: Path
+    project: Project
+
+    @property
+    def metadata(self) -> Path:
+        return self.dump.with_name(self.dump.name.replace(".dump", ".metadata.json"))
+
+    def read_metadata(self) -> dict[str, Any]:
+        values = json.loads(self.metadata.read_text(encoding="utf-8"))
+        assert isinstance(values, dict)
+        return values
+
+    def edit(self, **values: object) -> None:
+        self.metadata.write_text(json.dumps({**self.read_metadata(), **values}), encoding="utf-8")
+
+    def count(self, **rows: int | None) -> None:
+        """Give tables other counts; with None, take them out."""
+        counts = {**self.read_metadata()["table_counts"], **rows}
+        self.edit(table_counts={key: count for key, count in counts.items() if count is not None})
+
+    def forge(self, content: bytes) -> None:
+        """Replace the dump, and have the metadata vouch for it."""
+        self.dump.write_bytes(content)
+        self.edit(backup_size_bytes=len(content), checksum_sha256=sha256(content).hexdigest())
+
+    def copy_to(self, directory: Path) -> Backup:
+        directory.mkdir(exist_ok=True)
+        shutil.copy(self.metadata, directory)
+        return Backup(Path(shutil.copy(self.dump, directory)), self.project)
+
+    def verify(self) -> Result:
+        return self.project.run("--verify", self.dump)
+
+
+@pytest.fixture(scope="module")
+def source(cluster: Cluster) -> Iterator[Database]:
+    with new_database(cluster) as database:
+        database.psql(SCHEMA)
+        yield database
+
+
+@pytest.fixture(scope="module")
+def originals(
+    source: Database, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Backup]:
+    """One backup of each compression, made when first asked for. Not to be touched."""
+    make = project_maker(tmp_path_factory.mktemp("originals"), source.cluster)
+    made: dict[str, Backup] = {}
+
+    def original(compression: str) -> Backup:
+        if compression not in made:
+            project = make(source, settings={"BACKUP_COMPRESS": compression})
+            made[compression] = Backup(project.back_up(), project)
+            assert made[compression].read_metadata()["table_counts"] == COUNTS
+            made[compression].verify().succeeded()
+        return made[compression]
+
+    return original
+
+
+@pytest.fixture
+def backup(originals: Callable[[str], Backup], tmp_path: Path) -> Backup:
+    """A backup that is a test's own."""
+    return originals("zstd:3").copy_to(tmp_path / "damaged")
+
+
+def dump_otherwise(source: Database, directory: Path, *options: str) -> bytes:
+    """A dump by other options than ours."""
+    path = directory / "otherwise"
+    source.cluster.run("pg_dump", *options, f"--file={path}", database=source.name)
+    return path.read_bytes()
+
+
+# -- what --verify takes --------------------------------------------------------------------------
+
+
+def test_verify_and_list_need_only_python_and_pg_restore(backup: Backup, tmp_path: Path) -> None:
+    """On a bare rescue machine: no package, no settings, no server, not even brain_core."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "pg_restore").symlink_to(backup.project.bin_dir / "pg_restore")
+    script = shutil.copy(backup.project.directory / "backup_db.py", bare)
+    python = [sys.executable, "-S"]  # without site-packages
+    assert subprocess.run([*python, "-c", "import psycopg2"], capture_output=True).returncode == 1
+
+    def run(*arguments: str | Path) -> Result:
+        return finish(
+            subprocess.Popen(
+                [*python, script, *arguments],
+                env={"PATH": str(bare)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
+
+    verified = run("--verify", backup.dump).succeeded()
+    assert "Contents:    ✓ Match (403 rows in 3 tables, 2 large objects)" in verified.stdout
+    assert "✓ Verified" in run("--list", "--output-dir", backup.dump.parent).succeeded().stdout
+
+
+@pytest.mark.parametrize(
+    ("major", "compression", "words"),
+    [
+        (15, "gzip:4", ["is version 15.", "which pg_dump 17.", "version 17 or newer"]),
+        (16, "gzip:4", ["is version 16.", "which pg_dump 17.", "version 17 or newer"]),
+        (18, "zstd:3", ["is built without zstd", "BACKUP_COMPRESS=gzip"]),
+    ],
+)
+def test_unfit_pg_restore_is_a_tool_error(
+    major: int, compression: str, words: list[str], originals: Callable[[str], Backup]
+) -> None:
+    backup = originals(compression)
+    path = f"{installation(major)}:/usr/bin:/bin"
+    result = backup.project.run("--verify", backup.dump, env={"PATH": path})
+    result.failed_with(6, "Tool error")
+    for word in words:
+        assert word in result.stderr, result
+
+
+def test_newer_pg_restore_will_do(originals: Callable[[str], Backup]) -> None:
+    backup = originals("gzip:4")
+    path = f"{installation(18)}:/usr/bin:/bin"
+    backup.project.run("--verify", backup.dump, env={"PATH": path}).succeeded()
+
+
+# -- damage ---------------------------------------------------------------------------------------
+
+
+def test_intact_copy_passes(backup: Backup) -> None:
+    """That what fails below fails by its damage."""
+    result = backup.verify().succeeded()
+    assert "Checksum:    ✓ Match" in result.stdout
+    assert "Structure:   ✓ Valid (pg_restore --list succeeded)" in result.stdout
+
+
+CHECKSUM, STRUCTURE, CONTENTS = "Checksum:    ✗", "Structure:   ✗", "Contents:    ✗"
+
+# What is done to a backup, the check that finds it, and what the error says.
+DAMAGE: dict[str, tuple[Callable[[Backup], object], str, str]] = {
+    "appended byte": (
+        lambda b: b.dump.write_bytes(b.dump.read_bytes() + b"x"),
+        CHECKSUM,
+        "bytes have changed",
+    ),
+    "other byte": (
+        lambda b: b.dump.write_bytes(b.dump.read_bytes()[:-1] + b"x"),
+        CHECKSUM,
+        "bytes have changed",
+    ),
+    "other checksum": (lambda b: b.edit(checksum_sha256="0" * 64), CHECKSUM, "000000000000..."),
+    "empty, forged": (lambda b: b.forge(b""), STRUCTURE, "could not read from input file"),
+    "noise, forged": (lambda b: b.forge(b"noise" * 1000), STRUCTURE, "did not find magic string"),
+    "half, forged": (
+        lambda b: b.forge(b.dump.read_bytes()[: b.dump.stat().st_size // 2]),
+        CONTENTS,
+        "end of file",
+    ),
+    "last byte cut, forged": (
+        lambda b: b.forge(b.dump.read_bytes()[:-1]),
+        CONTENTS,
+        "end of file",
+    ),
+    "a row more": (lambda b: b.count(messages=399), CONTENTS, "400 rows in the dump, 399 expected"),
+    "a row less": (lambda b: b.count(messages=401), CONTENTS, "400 rows in the dump, 401 expected"),
+    "row in an empty table": (lambda b: b.count(empty=1), CONTENTS, "table empty: 0 rows in the"),
+    "no counts": (lambda b: b.edit(table_counts={}), CONTENTS, "in the dump, but not counted"),
+    "table gone": (lambda b: b.count(tables=0), CONTENTS, "table tables: not in the dump"),
+    "table unknown": (lambda b: b.count(empty=None), CONTENTS, "public.empty: in the dump, but"),
+    "table renamed": (
+        lambda b: b.count(**{'other."Odd.name"': None, 'other."odd.name"': 3}),
+        CONTENTS,
+        'table other."odd.name": not in the dump, 3 rows expected',
+    ),
+    "schema renamed": (
+        lambda b: b.count(**{'other."Odd.name"': None, '"other.Odd".name': 3}),
+        CONTENTS,
+        'table "other.Odd".name: not in the dump, 3 rows expected',
+    ),
+    "table twice": (lambda b: b.count(**{"public.empty": 0}), CONTENTS, "name the same table"),
+    "large object more": (lambda b: b.edit(large_object_count=1), CONTENTS, "1 expected"),
+    "large object less": (lambda b: b.edit(large_object_count=3), CONTENTS, "3 expected"),
+    "large objects uncounted": (lambda b: b.edit(large_object_count=None), CONTENTS, "0 expected"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_found(damage: str, backup: Backup) -> None:
+    inflict, check, words = DAMAGE[damage]
+    inflict(backup)
+    before = contents_of(backup.dump.parent)
+    result = backup.verify().failed_with(8)
+    assert result.stderr.startswith("✗ Backup verification failed\n\nFile: "), result
+    assert check in result.stderr, result
+    assert words in result.stderr, result
+    assert contents_of(backup.dump.parent) == before
+
+
+# Dumps that pg_restore itself can read, or could; the metadata vouches for each.
+OTHERWISE = {
+    "no rows": (["--format=custom", "--schema-only"], CONTENTS, "table messages: not in the dump"),
+    "no rows of one table": (
+        ["--format=custom", "--exclude-table-data=messages"],
+        CONTENTS,
+        "table messages: not in the dump, 400 rows expected",
+    ),
+    "no large objects": (
+        ["--format=custom", "--no-large-objects"],
+        CONTENTS,
+        "0 large objects in the dump, 2 expected",
+    ),
+    "rows as INSERT": (["--format=custom", "--inserts"], CONTENTS, "an unexpected line: INSERT"),
+    "tar": (["--format=tar"], STRUCTURE, "did not find magic string"),
+    "plain SQL": (["--format=plain"], STRUCTURE, "pg_restore: error: "),
+}
+
+
+@pytest.mark.parametrize("otherwise", OTHERWISE)
+def test_other_dump_is_refused(
+    otherwise: str, backup: Backup, source: Database, tmp_path: Path
+) -> None:
+    options, check, words = OTHERWISE[otherwise]
+    backup.forge(dump_otherwise(source, tmp_path, *options))
+    result = backup.verify().failed_with(8)
+    assert check in result.stderr, result
+    assert words in result.stderr, result
+
+
+def test_what_is_no_dump_file_is_refused(backup: Backup, source: Database) -> None:
+    folder = backup.dump.parent / "folder.dump"
+    source.cluster.run("pg_dump", "--format=directory", f"--file={folder}", database=source.name)
+    shutil.copy(backup.metadata, folder.with_name("folder.metadata.json"))
+    for path, words in (
+        (folder, "folder.dump is no .dump file"),
+        (backup.metadata, f"Name the dump: python3 backup_db.py --verify {backup.dump}"),
+        (backup.dump.with_name("missing.dump"), "there is no file "),
+        (Path("/dev/null"), "/dev/null is no .dump file"),
+    ):
+        result = backup.project.run("--verify", path).failed_with(8)
+        assert words in result.stderr, result
+
+
+ILL_TYPED: dict[str, list[object]] = {
+    "backup_timestamp": [None, 1, "", "yesterday", "2025-01-27T14:30:00+01:00"],
+    "environment": [None, 1, ["dev"]],
+    "database_name": [None, False],
+    "backup_file": [None, {}],
+    "backup_size_bytes": [None, "1", 1.5, True, -1],
+    "checksum_sha256": [None, 0, "", "abc", "A" * 64],
+    "table_counts": [None, [], 3, {"a": -1}, {"a": "1"}, {"a": None}, {"a b.c.d": 1}, {"": 1}],
+    "pg_dump_version": [None, 17],
+    "postgresql_version": [None, 17.5],
+}
+
+
+def test_each_required_key_has_ill_typed_values() -> None:
+    assert set(ILL_TYPED) == set(REQUIRED_KEYS)
+
+
+@pytest.mark.parametrize("key", ILL_TYPED)
+def test_required_key_that_is_missing_or_ill_typed_is_named(key: str, backup: Backup) -> None:
+    values = backup.read_metadata()
+    broken = [{**values, key: value} for value in ILL_TYPED[key]]
+    del values[key]
+    for metadata in [values, *broken]:
+        backup.metadata.write_text(json.dumps(metadata), encoding="utf-8")
+        result = backup.verify().failed_with(8)
+        assert f'.metadata.json cannot be used: the key "{key}" ' in result.stderr, result
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
+def test_metadata_that_is_no_object_fails(text: bytes, backup: Backup) -> None:
+    backup.metadata.write_bytes(text)
+    assert ".metadata.json cannot be used: it is no" in backup.verify().failed_with(8).stderr
+
+
+def test_missing_metadata_fails(backup: Backup) -> None:
+    backup.metadata.unlink()
+    assert "there is no metadata file " in backup.verify().failed_with(8).stderr
+
+
+def test_unknown_keys_are_ignored(backup: Backup) -> None:
+    backup.edit(colour="green", metadata_version=2, duration_seconds="long", roles=3)
+    backup.verify().succeeded()
+
+
+# One process for many runs of the command line: it forks before each.
+VERIFY_MANY = """
+import json, os, sys
+import backup_db
+codes = {}
+for path in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        os._exit(backup_db.main(["--verify", path]))
+    codes[path] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(json.dumps(codes))
+"""
+
+
+def verify_many(project: Project, dumps: list[Path]) -> dict[str, int]:
+    """The file names, and the exit code for each."""
+    done = subprocess.run(
+        [sys.executable, "-c", VERIFY_MANY, *dumps],
+        cwd=project.directory,
+        env=project.environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    codes = json.loads(done.stdout.splitlines()[-1])
+    return {Path(path).name: code for path, code in codes.items()}
+
+
+@pytest.mark.parametrize("compression", ["gzip:4", "zstd:3"])
+def test_random_damage_never_passes(
+    compression: str, originals: Callable[[str], Backup], tmp_path: Path
+) -> None:
+    """200 flipped bits and 20 truncations; the truncations again where the metadata vouches."""
+    places = random.Random(SEED)
+    original = originals(compression)
+    content = original.dump.read_bytes()
+    metadata = original.read_metadata()
+
+    def put(name: str, damaged: bytes, **vouching: object) -> Path:
+        dump = tmp_path / f"{name}.dump"
+        dump.write_bytes(damaged)
+        text = json.dumps({**metadata, **vouching})
+        dump.with_name(f"{name}.metadata.json").write_text(text, encoding="utf-8")
+        return dump
+
+    intact = put("intact", content)
+    damaged = []
+    for bit in places.sample(range(8 * len(content)), 200):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        damaged.append(put(f"bit-{bit}", bytes(flipped)))
+    for length in places.sample(range(len(content)), 20):
+        part = content[:length]
+        vouching = {"backup_size_bytes": length, "checksum_sha256": sha256(part).hexdigest()}
+        damaged.append(put(f"cut-{length}", part))
+        damaged.append(put(f"forged-cut-{length}", part, **vouching))
+    codes = verify_many(original.project, [intact, *damaged])
+    assert codes.pop(intact.name) == 0
+    assert len(codes) == 240
+    passed = {name: code for name, code in codes.items() if code != 8}
+    assert not passed, f"of {len(content)} bytes, with the seed {SEED}"
+
+
+# -- programs that lie ----------------------------------------------------------------------------
+
+# What a pg_dump that exits with 0 may have done; "$file" is its output file.
+LYING_DUMPS = {
+    "loses the last byte": '"$real" "$@" && truncate -s -1 "$file"',
+    "loses the tail": '"$real" "$@" && truncate -s 6000 "$file"',
+    "writes nothing": "",
+    "writes noise": 'head -c 9999 /dev/urandom > "$file"',
+    "writes another format": '"$real" "$@" --format=tar --compress=0',
+    "forgets the rows of a table": '"$real" "$@" --exclude-table-data=messages',
+    "forgets a table": '"$real" "$@" --exclude-table=empty',
+    "forgets the large objects": '"$real" "$@" --no-large-objects',
+    "dumps another moment": """
+        psql --quiet --command='DELETE FROM messages WHERE id = 1'
+        for argument; do
+            shift
+            case $argument in --snapshot=*) ;; *) set -- "$@" "$argument" ;; esac
+        done
+        "$real" "$@"
+    """,
+}
+
+# What a pg_restore may do while it reads the rows, though the archive is whole.
+FAILING_RESTORES = {
+    "warns": ('"$real" "$@"; echo "pg_restore: warning: half of it" >&2', "warning: half of it"),
+    "is killed": ('"$real" "$@"; kill -KILL $$', "ended by signal 9 (SIGKILL)"),
+    "crashes at once": ("kill -SEGV $$", "ended by signal 11 (SIGSEGV)"),
+    "fails": ('"$real" "$@"; exit 3', "pg_restore ended with exit status 3"),
+    "says nothing": ("cat >/dev/null", "it holds that of 0"),
+    "stops early": ('"$real" "$@" | head --lines=100', "it breaks off within a table"),
+    "loses a row": ('"$real" "$@" | sed "/^7\t/d"', "399 rows in the dump, 400 expected"),
+}
+
+
+def fake_at_work(project: Project, program: str, option: str, script: str) -> None:
+    """Replace a program where it is called with `option`; elsewhere it is itself."""
+    project.fake(
+        program,
+        f"""
+        for argument; do case $argument in --file=*) file=${{argument#--file=}} ;; esac; done
+        case $* in *{option}*) ;; *) exec "$real" "$@" ;; esac
+        {script}
+        """,
+    )
+
+
+@pytest.mark.parametrize("lie", LYING_DUMPS)
+def test_new_dump_that_lacks_something_is_not_published(
+    lie: str, database: Database, make_project: MakeProject
+) -> None:
+    database.psql(SCHEMA)
+    project = make_project(database)
+    project.back_up()
+    before = contents_of(project.backups)
+    fake_at_work(project, "pg_dump", "--snapshot=", LYING_DUMPS[lie])
+    result = project.run().failed_with(8, "Verification error")
+    assert "Error: the new dump does not hold what the database held\n" in result.stderr
+    assert files_but_lock(contents_of(project.backups)) == files_but_lock(before)
+
+
+@pytest.mark.parametrize("failure", FAILING_RESTORES)
+def test_backup_that_pg_restore_cannot_read_is_not_verified(
+    failure: str, source: Database, backup: Backup, make_project: MakeProject
+) -> None:
+    script, words = FAILING_RESTORES[failure]
+    project = make_project(source)
+    fake_at_work(project, "pg_restore", "--use-list", script)
+    created = project.run().failed_with(8, "Verification error")
+    assert words in created.stderr, created
+    assert not files_but_lock(contents_of(project.backups))
+    verified = project.run("--verify", backup.dump).failed_with(8)
+    assert CONTENTS in verified.stderr, verified
+    assert words in verified.stderr, verified
+
+
+def files_but_lock(files: dict[str, str]) -> dict[str, str]:
+    return {name: content for name, content in files.items() if not name.endswith(".lock")}
