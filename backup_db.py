@@ -1431,11 +1431,12 @@ SET LOCAL lock_timeout = 0;
 SET LOCAL idle_in_transaction_session_timeout = 0;
 SET LOCAL row_security = off;
 SET LOCAL search_path = '';
+SET LOCAL quote_all_identifiers = off;
 """
 
 
 def begin(session: Session, isolation: str) -> None:
-    """Begin a transaction that no setting of the role or the database can break."""
+    """Begin a transaction that no setting of the role or the database can break or bend."""
     session.query(BEGIN_READING.format(isolation=isolation))
     if session.server_version >= 170000:
         session.query("SET LOCAL transaction_timeout = 0")
