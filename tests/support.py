@@ -216,7 +216,9 @@ class Database:
 
     def contents(self) -> list[str]:
         """Every table's rows, as a digest, every sequence and every large object: a line each."""
-        return self.psql(CONTENTS).splitlines()
+        # As the bytes are: text of the encoding SQL_ASCII may be none in any other.
+        encoding = f"SET client_encoding = '{self.encoding()}';"
+        return self.psql(encoding + CONTENTS).splitlines()
 
     def schema(self) -> list[str]:
         """All that is not data, as pg_dump writes it."""
