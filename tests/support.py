@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -30,6 +31,13 @@ UNPRIVILEGED = (
 )
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+def program(name: str, package: str) -> str:
+    """The path of a program that Debian has in `package`; a machine without it fails the test."""
+    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    assert path, f"This test needs the program {name}: apt-get install {package}"
+    return path
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:

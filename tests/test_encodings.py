@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 
 import psycopg2
 import pytest
-from cluster import Cluster
+from cluster import Cluster, installation
 from conftest import MakeProject
-from support import Database, assert_restores, finish, new_database, wait_until
+from support import Database, assert_restores, finish, new_database, program, wait_until
 
 # -- databases that are not UTF-8 -----------------------------------------------------------------
 
@@ -158,3 +160,79 @@ def test_timeouts_do_not_end_a_backup(
         time.sleep(0.4)  # past the statement_timeout, within our wait
     finish(run).succeeded()
     assert_restores(project.dumps()[0], filled_database)
+
+
+# -- a server that speaks German, in Latin-1 ------------------------------------------------------
+
+GERMAN = "de_DE.ISO-8859-1"
+
+# Whose database, as whom, and what comes of it: exit code, category, words of the server's, a step.
+GERMAN_FAILURES = {
+    "wrong password": (
+        {"DEV_DB_PASSWORD": "y"},
+        (3, "Database connection error"),
+        "Passwort-Authentifizierung für Benutzer »mueller« fehlgeschlagen",
+        "and the password in .env.local: DEV_DB_PASSWORD",
+    ),
+    "no such database": (
+        {"DEV_DB_NAME": "nirgends"},
+        (3, "Database connection error"),
+        "Datenbank »nirgends« existiert nicht",
+        "createdb nirgends",
+    ),
+    "no connections": (
+        {"DEV_DB_NAME": "closed"},
+        (4, "Permission error"),
+        "keine Berechtigung für Datenbank »closed«",
+        'GRANT CONNECT ON DATABASE "closed" TO "mueller"',
+    ),
+    "unreadable table": (
+        {"DEV_DB_NAME": "postgres"},
+        (4, "Permission error"),
+        'table: public."öl"',
+        'GRANT SELECT ON TABLE public."öl" TO mueller;',
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def german_cluster() -> Iterator[Cluster]:
+    """Debian's 15 is the one with translations; the locale is made here, for it alone."""
+    with tempfile.TemporaryDirectory() as locales:
+        os.chmod(locales, 0o755)  # the server is another user's
+        command = [program("localedef", "locales"), "-i", "de_DE", "-f", "ISO-8859-1"]
+        subprocess.run([*command, f"{locales}/{GERMAN}"], check=True)
+        with Cluster(
+            installation(15),
+            initdb_options=("--encoding=LATIN1", f"--locale={GERMAN}"),
+            environ={"LOCPATH": locales, "LC_ALL": GERMAN},
+        ) as cluster:
+            assert "startet" in cluster.log.read_text("latin-1"), "it does not speak German"
+            cluster.psql(
+                "CREATE ROLE mueller LOGIN PASSWORD 'x'; CREATE TABLE öl (x int);"
+                "CREATE DATABASE closed; REVOKE CONNECT ON DATABASE closed FROM PUBLIC"
+            )
+            yield cluster
+
+
+@pytest.mark.servers(15)
+@pytest.mark.parametrize("case", GERMAN_FAILURES)
+def test_german_server_is_understood(
+    case: str, german_cluster: Cluster, make_project: MakeProject
+) -> None:
+    settings, (code, category), words, step = GERMAN_FAILURES[case]
+    database = Database(german_cluster, "postgres")
+    way = {**database.settings("mueller", "x"), **settings}
+    result = make_project(database, settings=way).run().failed_with(code, category)
+    assert words in result.stderr
+    assert step in result.stderr
+
+
+@pytest.mark.servers(15)
+def test_german_database_is_restored_equal(
+    german_cluster: Cluster, make_project: MakeProject
+) -> None:
+    with new_database(german_cluster) as database:
+        database.psql("CREATE TABLE größe (maß text); INSERT INTO größe VALUES ('Übermaß')")
+        project = make_project(database)
+        assert_restores(project.back_up(), database)
