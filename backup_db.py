@@ -1294,8 +1294,7 @@ class Session:
             way = self._config.way  # libpq says it by itself only where it connects at one go
             self._wait(time.monotonic() + self._config.connect_seconds)
         except UnicodeDecodeError as error:
-            # The server's own words, in an encoding that it does not name before a login.
-            raise ServerError(way + error.object.decode("latin-1")) from None
+            raise ServerError(way + decode_words(error.object)) from None
         except (psycopg2.Error, ValueError) as error:
             raise ServerError(f"{way}{error}") from None
 
@@ -1401,6 +1400,15 @@ class Session:
             if exception_type is not None and not self._connection.closed:
                 self.cancel()  # or a long count would run on in the server
             self.close()
+
+
+def decode_words(raw: bytes) -> str:
+    """What the server says before a login: its own words in an encoding that it does not name,
+    ours within them in UTF-8. A byte that is no UTF-8 is taken as Latin-1."""
+    return "".join(
+        chr(ord(character) - 0xDC00) if "\udc80" <= character <= "\udcff" else character
+        for character in raw.decode("utf-8", "surrogateescape")
+    )
 
 
 def import_psycopg2() -> Any:
