@@ -142,9 +142,7 @@ def test_settings_do_not_bend_a_backup(
     assert_restores(dump, filled_database)
 
 
-def test_timeouts_do_not_end_a_backup(
-    filled_database: Database, make_project: MakeProject
-) -> None:
+def test_timeouts_do_not_end_a_backup(filled_database: Database, make_project: MakeProject) -> None:
     change("role", filled_database, TIMEOUTS)
     project = make_project(filled_database, settings=filled_database.settings("chatty", "x"))
     # Our session is idle in its transaction while pg_dump has not yet come.
@@ -173,6 +171,12 @@ GERMAN_FAILURES = {
         (3, "Database connection error"),
         "Passwort-Authentifizierung für Benutzer »mueller« fehlgeschlagen",
         "and the password in .env.local: DEV_DB_PASSWORD",
+    ),
+    "name that is not Latin-1": (
+        {"DEV_DB_USER": "müller 日本"},
+        (3, "Database connection error"),
+        "Passwort-Authentifizierung für Benutzer »müller 日本« fehlgeschlagen",
+        "-U 'müller 日本'",
     ),
     "no such database": (
         {"DEV_DB_NAME": "nirgends"},
