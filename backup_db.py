@@ -1305,8 +1305,7 @@ class Session:
             way = self._config.way  # libpq says it by itself only where it connects at one go
             self._wait(time.monotonic() + self._config.connect_seconds)
         except UnicodeDecodeError as error:
-            # The server's own words, in an encoding that it does not name before a login.
-            raise ServerError(way + error.object.decode("latin-1")) from None
+            raise ServerError(way + decode_words(error.object)) from None
         except (psycopg2.Error, ValueError) as error:
             raise ServerError(f"{way}{error}") from None
 
@@ -1414,6 +1413,15 @@ class Session:
             self.close()
 
 
+def decode_words(raw: bytes) -> str:
+    """What the server says before a login: its own words in an encoding that it does not name,
+    ours within them in UTF-8. A byte that is no UTF-8 is taken as Latin-1."""
+    return "".join(
+        chr(ord(character) - 0xDC00) if "\udc80" <= character <= "\udcff" else character
+        for character in raw.decode("utf-8", "surrogateescape")
+    )
+
+
 def import_psycopg2() -> Any:
     """psycopg2, where it is used: listing and verifying must work without it."""
     try:
@@ -1443,11 +1451,12 @@ SET LOCAL lock_timeout = 0;
 SET LOCAL idle_in_transaction_session_timeout = 0;
 SET LOCAL row_security = off;
 SET LOCAL search_path = '';
+SET LOCAL quote_all_identifiers = off;
 """
 
 
 def begin(session: Session, isolation: str) -> None:
-    """Begin a transaction that no setting of the role or the database can break."""
+    """Begin a transaction that no setting of the role or the database can break or bend."""
     session.query(BEGIN_READING.format(isolation=isolation))
     if session.server_version >= 170000:
         session.query("SET LOCAL transaction_timeout = 0")

@@ -60,6 +60,10 @@ HBA = (
     "host all,replication all 127.0.0.1/32 scram-sha-256",
 )
 
+# What the server's own programs find around them, and where its guard is told so.
+ENVIRON = {"PATH": os.defpath, "LC_ALL": "C"}
+GUARDED = "PG_CLUSTER_ENVIRON"
+
 # Below the range from which systems take the ports of outgoing connections: those come and go
 # all the time, and a server that restarts must get its own port back.
 PORTS = range(20000, 32000)
@@ -107,6 +111,7 @@ class Cluster:
         settings: Mapping[str, str] | None = None,
         initdb_options: Sequence[str] = (),
         hba: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         """Make the cluster; it is not started yet. What is given wins over the constants above."""
         self.bin_dir = bin_dir
@@ -114,6 +119,7 @@ class Cluster:
         self.port = random.choice(PORTS)
         self._guard = subprocess.Popen(
             [sys.executable, "-I", __file__, bin_dir],
+            env={**os.environ, GUARDED: json.dumps({**ENVIRON, **(environ or {})})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -328,7 +334,7 @@ def run_as_server(*command: Path | str, cwd: Path) -> subprocess.CompletedProces
     return subprocess.run(
         command,
         cwd=cwd,
-        env={"PATH": os.defpath, "LC_ALL": "C"},
+        env=json.loads(os.environ[GUARDED]),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -136,7 +136,23 @@ class ExecutedTests:
             terminalreporter.write_line("No test was executed: that is no success.")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out, and count as deselected, what is for servers that nobody asked for."""
+    unasked = [
+        item
+        for item in items
+        if any(set(mark.args) - set(SERVERS) for mark in item.iter_markers("servers"))
+    ]
+    config.hook.pytest_deselected(items=unasked)
+    items[:] = [item for item in items if item not in unasked]
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "servers(*versions): runs where BACKUP_TEST_SERVERS names these versions. That of 15, which"
+        " is Debian's own, stands for Debian's other packages too: see .ci/run.",
+    )
     # A worker sees only its own share of the tests.
     if not hasattr(config, "workerinput") and not config.option.collectonly:
         config.pluginmanager.register(ExecutedTests())

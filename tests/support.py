@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -30,6 +31,13 @@ UNPRIVILEGED = (
 )
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+def program(name: str, package: str) -> str:
+    """The path of a program that Debian has in `package`; a machine without it fails the test."""
+    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    assert path, f"This test needs the program {name}: apt-get install {package}"
+    return path
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
@@ -216,7 +224,9 @@ class Database:
 
     def contents(self) -> list[str]:
         """Every table's rows, as a digest, every sequence and every large object: a line each."""
-        return self.psql(CONTENTS).splitlines()
+        # As the bytes are: text of the encoding SQL_ASCII may be none in any other.
+        encoding = f"SET client_encoding = '{self.encoding()}';"
+        return self.psql(encoding + CONTENTS).splitlines()
 
     def schema(self) -> list[str]:
         """All that is not data, as pg_dump writes it."""

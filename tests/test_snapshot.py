@@ -298,7 +298,7 @@ def test_backup_gives_up_and_names_the_session_that_holds_the_table(
         result = project.run().failed_with(7, "Backup creation error")
         pid = migration.info.backend_pid
     assert (
-        "gave up after 1 seconds: the tables could not be locked for reading: "
+        "gave up after 1 second: the tables could not be locked for reading: "
         f"session {pid} (postgres, nightly migration: BEGIN; LOCK TABLE ONLY {held}) "
         f"holds the table {held}\n"
     ) in result.stderr, result

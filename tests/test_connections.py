@@ -1,0 +1,301 @@
+"""Every way to a server, every role, and names and passwords of every kind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trustme
+from cluster import Cluster
+from conftest import MakeProject
+from sample import PASSWORD, USER
+from support import Database, assert_restores, new_database, program, wait_until
+
+
+@pytest.fixture
+def role(cluster: Cluster) -> Iterator[str]:
+    """A role that may log in, and nothing else."""
+    cluster.psql("CREATE ROLE plain LOGIN PASSWORD 'x'")
+    yield "plain"
+    databases = cluster.psql("SELECT datname FROM pg_database WHERE datallowconn").splitlines()
+    for database in databases:
+        cluster.psql("DROP OWNED BY plain", database)
+    cluster.psql("DROP ROLE plain")
+
+
+def read_metadata(dump: Path) -> dict[str, object]:
+    text = dump.with_name(f"{dump.stem}.metadata.json").read_text(encoding="utf-8")
+    metadata: dict[str, object] = json.loads(text)
+    return metadata
+
+
+# -- roles ----------------------------------------------------------------------------------------
+
+GRANTS = {
+    "pg_read_all_data": "GRANT pg_read_all_data TO plain",
+    "plain grants": """
+        GRANT SELECT ON ALL TABLES IN SCHEMA public TO plain;
+        GRANT SELECT ON ALL SEQUENCES IN SCHEMA public TO plain""",
+    "member of the owner": "GRANT chat TO plain",
+}
+
+
+@pytest.mark.parametrize("grants", GRANTS.values(), ids=GRANTS)
+def test_role_that_is_no_superuser(
+    grants: str, role: str, sample_database: Database, make_project: MakeProject
+) -> None:
+    sample_database.psql(grants)
+    project = make_project(settings=sample_database.settings(role, "x"))
+    assert_restores(project.back_up(), sample_database)
+
+
+def test_role_without_a_second_connection(
+    role: str, sample_database: Database, make_project: MakeProject
+) -> None:
+    sample_database.psql(f"GRANT pg_read_all_data TO {role}; ALTER ROLE {role} CONNECTION LIMIT 1")
+    project = make_project(settings=sample_database.settings(role, "x"))
+    result = project.run().failed_with(3, "Database connection error")
+    assert 'too many connections for role "plain"' in result.stderr
+    assert "two connections at once" in result.stderr
+    assert 'ALTER ROLE "plain" CONNECTION LIMIT 3' in result.stderr
+    assert not project.dumps()
+
+
+# -- ways to the server ---------------------------------------------------------------------------
+
+
+def test_unix_socket(sample_database: Database, make_project: MakeProject) -> None:
+    # No password is set, and over TCP the role would need one.
+    settings = sample_database.settings(USER) | {
+        "DEV_DB_HOST": str(sample_database.cluster.directory)
+    }
+    assert_restores(make_project(settings=settings).back_up(), sample_database)
+
+
+@pytest.mark.parametrize("where", ["home", "PGPASSFILE"])
+def test_password_file(where: str, sample_database: Database, make_project: MakeProject) -> None:
+    settings = sample_database.settings(USER)
+    project = make_project(settings=settings)
+    path = project.directory / "home" / ".pgpass"
+    if where == "PGPASSFILE":
+        path = project.directory / "elsewhere"
+        project.configure({**settings, "PGPASSFILE": str(path)})
+    project.run().failed_with(3, "Database connection error")
+    port, name = settings["DEV_DB_PORT"], sample_database.name
+    path.write_text(f"127.0.0.1:{port}:{name}:{USER}:{PASSWORD}\n")
+    path.chmod(0o600)
+    project.back_up()
+
+
+def test_hot_standby(
+    cluster: Cluster, sample_database: Database, make_project: MakeProject
+) -> None:
+    sample_database.psql("CREATE UNLOGGED TABLE scratch (x int); INSERT INTO scratch VALUES (1)")
+    standby = Cluster(cluster.bin_dir)
+    owner = standby.data_dir.stat()
+    shutil.rmtree(standby.data_dir)
+    cluster.run(
+        "pg_basebackup",
+        f"--pgdata={standby.data_dir}",
+        "--write-recovery-conf",
+        "--checkpoint=fast",
+    )
+    for path in (standby.data_dir, *standby.data_dir.rglob("*")):
+        os.chown(path, owner.st_uid, owner.st_gid)
+    standby.configure(
+        {"port": str(standby.port), "unix_socket_directories": str(standby.directory)}
+    )
+    with standby:
+        on_standby = Database(standby, sample_database.name)
+        assert on_standby.psql("SELECT pg_is_in_recovery()") == "t"
+        project = make_project(on_standby)
+        dump = project.back_up()
+        metadata = read_metadata(dump)
+        assert metadata["not_included"] == [
+            "data of unlogged tables, which a standby does not have (public.scratch)"
+        ]
+        sample_database.psql("TRUNCATE scratch")
+        assert_restores(dump, sample_database)
+
+
+# -- TLS ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="session")
+def tls_cluster(cluster: Cluster, authority: trustme.CA) -> Iterator[Cluster]:
+    """A server that takes nothing but TLS over TCP."""
+    certificate = authority.issue_cert("127.0.0.1")
+    own = Cluster(cluster.bin_dir, settings={"ssl": "on"}, hba=["hostnossl all all all reject"])
+    owner = own.data_dir.stat()
+    key, chain = own.data_dir / "server.key", own.data_dir / "server.crt"
+    certificate.private_key_pem.write_to_path(str(key))
+    certificate.cert_chain_pems[0].write_to_path(str(chain))
+    for path in (key, chain):
+        path.chmod(0o600)
+        os.chown(path, owner.st_uid, owner.st_gid)
+    with own:
+        yield own
+
+
+def test_server_is_verified_by_its_certificate(
+    tls_cluster: Cluster, authority: trustme.CA, make_project: MakeProject, tmp_path: Path
+) -> None:
+    root = tmp_path / "root ca.pem"
+    authority.cert_pem.write_to_path(str(root))
+    with new_database(tls_cluster) as database:
+        database.psql("CREATE TABLE t AS SELECT 1 AS x")
+        project = make_project(
+            settings={
+                **database.settings(),
+                "PGSSLMODE": "verify-full",
+                "PGSSLROOTCERT": str(root),
+            }
+        )
+        assert_restores(project.back_up(), database)
+
+
+def test_server_that_cannot_be_verified(
+    tls_cluster: Cluster, authority: trustme.CA, make_project: MakeProject, tmp_path: Path
+) -> None:
+    right, wrong = str(tmp_path / "right.pem"), str(tmp_path / "wrong.pem")
+    authority.cert_pem.write_to_path(right)
+    trustme.CA().cert_pem.write_to_path(wrong)
+    way = {**Database(tls_cluster, "postgres").settings(), "PGSSLMODE": "verify-full"}
+    for settings, words in (
+        ({"PGSSLROOTCERT": wrong}, "certificate verify failed"),
+        ({"PGSSLROOTCERT": right, "DEV_DB_HOST": "localhost"}, "does not match host name"),
+        ({"PGSSLROOTCERT": f"{right}.none"}, "does not exist"),
+        ({"PGSSLMODE": "disable"}, "pg_hba.conf rejects connection"),
+    ):
+        result = make_project(settings={**way, **settings}).run()
+        assert words in result.failed_with(3, "Database connection error").stderr
+
+
+# -- pgbouncer ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def pgbouncer(database: Database, pool_mode: str) -> Iterator[dict[str, str]]:
+    """A pgbouncer before the database, and the settings that lead to it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # Not in tmp_path: that is closed to the user that pgbouncer runs as in the place of root.
+    users = database.cluster.directory / "users"
+    users.write_text(f'"{USER}" "{PASSWORD}"\n')
+    settings = database.cluster.directory / f"{pool_mode}.ini"
+    settings.write_text(
+        "[databases]\n"
+        f"* = host=127.0.0.1 port={database.cluster.port}\n"
+        "[pgbouncer]\n"
+        f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+        f"auth_type = scram-sha-256\nauth_file = {users}\npool_mode = {pool_mode}\n"
+    )
+    as_nobody = ["--user", "nobody"] if os.geteuid() == 0 else []
+    command = [program("pgbouncer", "pgbouncer"), *as_nobody, "--quiet", settings]
+    with subprocess.Popen(command) as process:
+        try:
+            wait_until(lambda: answers(port) or process.poll() is not None)
+            yield {**database.settings(USER, PASSWORD), "DEV_DB_PORT": str(port)}
+        finally:
+            process.terminate()
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.servers(15)
+@pytest.mark.parametrize("pool_mode", ["session", "transaction"])
+def test_pooled_connections(
+    pool_mode: str, sample_database: Database, make_project: MakeProject
+) -> None:
+    with pgbouncer(sample_database, pool_mode) as settings:
+        project = make_project(settings=settings)
+        # Twice: what the first run changed in a pooled session would be found by the second.
+        for _ in range(2):
+            dump = project.back_up()
+    assert_restores(dump, sample_database)
+
+
+@pytest.mark.servers(15)
+def test_pooled_statements_are_refused(
+    sample_database: Database, make_project: MakeProject
+) -> None:
+    with pgbouncer(sample_database, "statement") as settings:
+        result = make_project(settings=settings).run()
+    result.failed_with(7, "Backup creation error")
+    assert "transaction blocks not allowed in statement pooling mode" in result.stderr
+
+
+# -- names and passwords of every kind ------------------------------------------------------------
+
+# A database and the password of its role: what a shell, a conninfo string, a .env file or a file
+# name would take for something else.
+NAMES = {
+    "spaces": ("  my  data ", "  pass word  "),
+    "quotes": ('it\'s "it"', "'\"'"),
+    "slash": ("a/b/../c", "a/b"),
+    "dash": ("-d", "-W"),
+    "option": ("--list", "--help"),
+    "dot": (".hidden", "."),
+    "dots": ("..", ".."),
+    "assignment": ("dbname=postgres", "k=v"),
+    "address": ("postgres://x", "postgres://u:p@h/d"),
+    "long address": ("postgresql://x?sslmode=disable", "a@b:c"),
+    "percent": ("100%41 %s", "%2F%"),
+    "expansions": ("$HOME ${PATH} `id` \\", "${HOME}\\n$x"),
+    "comment": ("# a #b", "pass #word"),
+    "non-ASCII": ("Größe 数据 😀", "пароль 😀ﬁ"),
+    "63 bytes": ("ä" * 31 + "x", "y" * 900),
+    "newline": ("a\nb\n", "c\nd"),
+    "control characters": ("a\t\x1b[31m\x7f", "\t\x01"),
+    "capitals": ("SELECT", "null"),
+    "like a backup": ("x_dev_2025-01-27T14-30-00Z.dump", "x"),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_name_and_password(kind: str, cluster: Cluster, make_project: MakeProject) -> None:
+    name, password = NAMES[kind]
+    role = f"~{name}" if len(os.fsencode(name)) < 63 else "x" * 63
+    cluster.create_database(name)
+    try:
+        cluster.psql(f"CREATE ROLE {quoted(role)} LOGIN PASSWORD {literal(password)}")
+        database = Database(cluster, name)
+        project = make_project(settings=database.settings(role, password))
+        dump = project.back_up()
+        assert read_metadata(dump)["database_name"] == name
+        project.run("--verify", dump).succeeded()
+
+        (project.directory / ".env.local").unlink()
+        environ = database.settings(role, password, prefix="")
+        project.run("--env", "prod", env=environ).succeeded()
+        other = next(path for path in project.dumps() if path != dump)
+        assert read_metadata(other)["database_name"] == name
+        assert {path.parent for path in project.dumps()} == {project.backups}
+        assert project.run("--list").succeeded().stdout.count("✓ Verified") == 2
+    finally:
+        cluster.drop_database(name)
+        cluster.psql(f"DROP ROLE IF EXISTS {quoted(role)}")
+
+
+def quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

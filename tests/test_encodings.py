@@ -1,0 +1,242 @@
+"""Names, data and messages in any encoding, and settings of roles and databases in any shape."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+
+import psycopg2
+import pytest
+from cluster import Cluster, installation
+from conftest import MakeProject
+from support import Database, assert_restores, finish, new_database, program, wait_until
+
+# -- databases that are not UTF-8 -----------------------------------------------------------------
+
+# Encoding of the database; a table and a row's text, as bytes in that encoding. (psql passes on
+# what surrogates stand for.) The second byte of 0x8fa2 of EUC_JP's kind may not be cut anywhere.
+ENCODED = {
+    "LATIN1": "Größe".encode("latin-1") + b"\x85\xa0\xff",
+    "EUC_JP": "日本語の表".encode("euc_jp") + b"\x8f\xb0\xa1\x8e\xb1",
+    "SQL_ASCII": b"caf\xe9 \xff\xfe\x80",
+    "WIN1252": "€uro“".encode("cp1252"),
+    "KOI8R": "таблица".encode("koi8_r"),
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_database_of_another_encoding(
+    encoding: str, cluster: Cluster, make_project: MakeProject
+) -> None:
+    word = os.fsdecode(ENCODED[encoding])
+    options = ("--template=template0", f"--encoding={encoding}")
+    with new_database(cluster, *options) as database:
+        database.psql(
+            f"""SET client_encoding = '{encoding}';
+            CREATE SCHEMA "{word}";
+            CREATE TABLE "{word}"."t {word}" ("c {word}" text);
+            INSERT INTO "{word}"."t {word}" SELECT '{word}' || i FROM generate_series(1, 9) AS i;
+            COMMENT ON TABLE "{word}"."t {word}" IS 'comment {word}';
+            CREATE TABLE plain AS SELECT '{word}' AS x"""
+        )
+        project = make_project(database)
+        dump = project.back_up()
+        assert "✓ Match (10 rows in 2 tables)" in project.run("--verify", dump).succeeded().stdout
+        metadata = json.loads(dump.with_name(f"{dump.stem}.metadata.json").read_text("utf-8"))
+        assert metadata["encoding"] == encoding
+        assert sorted(metadata["table_counts"].values()) == [1, 9]
+        assert_restores(dump, database)
+
+
+def test_names_are_text_in_the_metadata(cluster: Cluster, make_project: MakeProject) -> None:
+    with new_database(cluster, "--template=template0", "--encoding=EUC_JP") as database:
+        database.psql('CREATE TABLE "日本語" (x int)')
+        dump = make_project(database).back_up()
+        metadata = json.loads(dump.with_name(f"{dump.stem}.metadata.json").read_text("utf-8"))
+        assert metadata["table_counts"] == {'"日本語"': 0}
+
+
+# -- settings of the role or the database that would break or bend a dump ------------------------
+
+# Shorter than the pauses below, longer than any one statement takes.
+TIMEOUTS = {
+    "statement_timeout": "300ms",
+    "lock_timeout": "50ms",
+    "idle_in_transaction_session_timeout": "300ms",
+    "transaction_timeout": "300ms",  # 17 and newer
+}
+BENT = {
+    "client_encoding": "SJIS",
+    "search_path": "elsewhere, pg_catalog",
+    "DateStyle": "SQL, DMY",
+    "IntervalStyle": "sql_standard",
+    "TimeZone": "Asia/Kathmandu",
+    "bytea_output": "escape",
+    "extra_float_digits": "-15",
+    "standard_conforming_strings": "off",
+    "quote_all_identifiers": "on",
+    "default_transaction_isolation": "serializable",
+    "default_transaction_read_only": "on",
+    "default_transaction_deferrable": "on",
+    "row_security": "off",
+    "enable_seqscan": "off",
+    "array_nulls": "off",
+    "client_min_messages": "error",
+    "role": "reading",
+}
+SCOPES = {"role": "ALTER ROLE chatty", "database": 'ALTER DATABASE "{name}"'}
+FILL = """
+CREATE TABLE plain (id serial, at timestamptz, span interval, raw bytea, number float8, note text);
+INSERT INTO plain (at, span, raw, number, note)
+    SELECT '2024-02-29 12:00+00', '1 year -2 days', '\\x00ff27', 1 / 3.0, '日本''\\'
+      FROM generate_series(1, 50);
+CREATE SCHEMA elsewhere; CREATE TABLE elsewhere.plain (x text); CREATE TABLE "Quoted" ();
+GRANT pg_read_all_data TO chatty;
+GRANT SELECT ON ALL TABLES IN SCHEMA public, elsewhere TO reading;
+GRANT SELECT ON ALL SEQUENCES IN SCHEMA public TO reading;
+GRANT USAGE ON SCHEMA elsewhere TO reading
+"""
+
+
+SOMEONE_WAITS = """
+SELECT 1 FROM pg_locks JOIN pg_database AS d ON d.oid = database
+ WHERE NOT granted AND datname = current_database()
+"""
+
+
+@pytest.fixture
+def filled_database(each_cluster: Cluster) -> Iterator[Database]:
+    """A small database, and `chatty`, who may read it all by itself and as `reading`."""
+    with new_database(each_cluster) as database:
+        database.psql("CREATE ROLE reading; CREATE ROLE chatty LOGIN PASSWORD 'x' IN ROLE reading")
+        database.psql(FILL)
+        yield database
+        each_cluster.psql(f'ALTER DATABASE "{database.name}" RESET ALL')
+        database.psql("DROP OWNED BY reading, chatty; DROP ROLE reading, chatty")
+
+
+def change(scope: str, database: Database, settings: dict[str, str]) -> None:
+    known = database.psql("SELECT lower(name) FROM pg_settings UNION SELECT 'role'").splitlines()
+    for name, value in settings.items():
+        if name.lower() in known:
+            alter = SCOPES[scope].format(name=database.name)
+            quoted = value if name == "search_path" else f"'{value}'"
+            database.cluster.psql(f"{alter} SET {name} = {quoted}")
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_settings_do_not_bend_a_backup(
+    scope: str, filled_database: Database, make_project: MakeProject
+) -> None:
+    change(scope, filled_database, BENT)
+    project = make_project(filled_database, settings=filled_database.settings("chatty", "x"))
+    dump = project.back_up()
+    filled_database.cluster.psql(f'ALTER DATABASE "{filled_database.name}" RESET ALL')  # for psql
+    counts = json.loads(dump.with_name(f"{dump.stem}.metadata.json").read_text())["table_counts"]
+    assert counts == {"plain": 50, "elsewhere.plain": 0, '"Quoted"': 0}
+    assert_restores(dump, filled_database)
+
+
+def test_timeouts_do_not_end_a_backup(filled_database: Database, make_project: MakeProject) -> None:
+    change("role", filled_database, TIMEOUTS)
+    project = make_project(filled_database, settings=filled_database.settings("chatty", "x"))
+    # Our session is idle in its transaction while pg_dump has not yet come.
+    project.fake("pg_dump", 'case "$*" in *--snapshot*) sleep 0.6 ;; esac; exec "$real" "$@"')
+    # And it waits for a table that another session holds.
+    way = {"host": filled_database.cluster.host, "port": filled_database.cluster.port}
+    with contextlib.closing(
+        psycopg2.connect(**way, dbname=filled_database.name, user="postgres")
+    ) as holder:
+        holder.cursor().execute("LOCK plain")
+        run = project.start()
+        wait_until(lambda: filled_database.psql(SOMEONE_WAITS))
+        time.sleep(0.4)  # past the statement_timeout, within our wait
+    finish(run).succeeded()
+    assert_restores(project.dumps()[0], filled_database)
+
+
+# -- a server that speaks German, in Latin-1 ------------------------------------------------------
+
+GERMAN = "de_DE.ISO-8859-1"
+
+# Whose database, as whom, and what comes of it: exit code, category, words of the server's, a step.
+GERMAN_FAILURES = {
+    "wrong password": (
+        {"DEV_DB_PASSWORD": "y"},
+        (3, "Database connection error"),
+        "Passwort-Authentifizierung für Benutzer »mueller« fehlgeschlagen",
+        "and the password in .env.local: DEV_DB_PASSWORD",
+    ),
+    "name that is not Latin-1": (
+        {"DEV_DB_USER": "müller 日本"},
+        (3, "Database connection error"),
+        "Passwort-Authentifizierung für Benutzer »müller 日本« fehlgeschlagen",
+        "-U 'müller 日本'",
+    ),
+    "no such database": (
+        {"DEV_DB_NAME": "nirgends"},
+        (3, "Database connection error"),
+        "Datenbank »nirgends« existiert nicht",
+        "createdb nirgends",
+    ),
+    "no connections": (
+        {"DEV_DB_NAME": "closed"},
+        (4, "Permission error"),
+        "keine Berechtigung für Datenbank »closed«",
+        'GRANT CONNECT ON DATABASE "closed" TO "mueller"',
+    ),
+    "unreadable table": (
+        {"DEV_DB_NAME": "postgres"},
+        (4, "Permission error"),
+        'table: public."öl"',
+        'GRANT SELECT ON TABLE public."öl" TO mueller;',
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def german_cluster() -> Iterator[Cluster]:
+    """Debian's 15 is the one with translations; the locale is made here, for it alone."""
+    with tempfile.TemporaryDirectory() as locales:
+        os.chmod(locales, 0o755)  # the server is another user's
+        command = [program("localedef", "locales"), "-i", "de_DE", "-f", "ISO-8859-1"]
+        subprocess.run([*command, f"{locales}/{GERMAN}"], check=True)
+        with Cluster(
+            installation(15),
+            initdb_options=("--encoding=LATIN1", f"--locale={GERMAN}"),
+            environ={"LOCPATH": locales, "LC_ALL": GERMAN},
+        ) as cluster:
+            assert "startet" in cluster.log.read_text("latin-1"), "it does not speak German"
+            cluster.psql(
+                "CREATE ROLE mueller LOGIN PASSWORD 'x'; CREATE TABLE öl (x int);"
+                "CREATE DATABASE closed; REVOKE CONNECT ON DATABASE closed FROM PUBLIC"
+            )
+            yield cluster
+
+
+@pytest.mark.servers(15)
+@pytest.mark.parametrize("case", GERMAN_FAILURES)
+def test_german_server_is_understood(
+    case: str, german_cluster: Cluster, make_project: MakeProject
+) -> None:
+    settings, (code, category), words, step = GERMAN_FAILURES[case]
+    database = Database(german_cluster, "postgres")
+    way = {**database.settings("mueller", "x"), **settings}
+    result = make_project(database, settings=way).run().failed_with(code, category)
+    assert words in result.stderr
+    assert step in result.stderr
+
+
+@pytest.mark.servers(15)
+def test_german_database_is_restored_equal(
+    german_cluster: Cluster, make_project: MakeProject
+) -> None:
+    with new_database(german_cluster) as database:
+        database.psql("CREATE TABLE größe (maß text); INSERT INTO größe VALUES ('Übermaß')")
+        project = make_project(database)
+        assert_restores(project.back_up(), database)
