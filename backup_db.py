@@ -10,6 +10,12 @@ The database is named in .env.local beside this script; .env.example has every v
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until `catch_signals` there is nothing to clean up, and Ctrl-C needs no traceback to end this.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import enum
@@ -22,7 +28,6 @@ import re
 import select
 import shlex
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -248,6 +253,13 @@ def catch_signals() -> None:
     for number in TERMINATING_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, raise_interrupted)
+
+
+def release_signals() -> None:
+    """Undo `catch_signals`: all is done and said, and Python, while it ends, catches nothing."""
+    for number in TERMINATING_SIGNALS:
+        if signal.getsignal(number) is raise_interrupted:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -3195,12 +3207,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what, otherwise = "Backup verification failed", ExitCode.VERIFICATION
     progress = Progress(sys.stderr)
     try:
-        prepare_process()
-        return run(options, progress)
-    except Failure as error:
-        failure = error
-    except OSError as error:
-        failure = file_failure(error, otherwise)
+        try:
+            prepare_process()
+            return run(options, progress)
+        except Failure as error:
+            failure = error
+        except OSError as error:
+            failure = file_failure(error, otherwise)
+        write_lines(sys.stderr, failure_lines(what, failure))
+        return failure.code
     except Interrupted as interrupted:
         progress.clear()
         write_lines(
@@ -3215,9 +3230,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [f"✗ {what}: a bug in backup_db.py; please report it with the lines below", ""],
         )
         write_lines(sys.stderr, traceback.format_exc().splitlines())
-        return ExitCode.GENERAL
-    write_lines(sys.stderr, failure_lines(what, failure))
-    return failure.code
+    finally:
+        release_signals()
+    return ExitCode.GENERAL
 
 
 if __name__ == "__main__":
