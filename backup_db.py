@@ -52,18 +52,20 @@ DEFAULT_OUTPUT_DIR = SCRIPT_DIR / "db" / "backups"
 METADATA_VERSION = 1
 
 # Time limits, in seconds.
-LOCK_WAIT_SECONDS = 600  # in all, for tables that another session holds
+LOCK_WAIT_SECONDS = 600  # in all, for what another session holds
 LOCK_RETRY_SECONDS = 1.0  # between two tries; nothing is held meanwhile
 SILENCE_SECONDS = 60  # without an answer, before asking whether the server is still there
 WATCH_SECONDS = 5  # between two looks at whether pg_dump waits for another session
 TOOL_SECONDS = 30  # for a tool to tell its version
 STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
-CANCEL_SECONDS = 0.5  # for telling the server that a query is not wanted any more
+CANCEL_SECONDS = 0.5  # to reach the server, when a query is not wanted any more
 TICK_SECONDS = 0.1  # between two looks at anything else that is waited for
 
 # Our own wait for a table lock stays below PostgreSQL's deadlock_timeout (1 s by default): a
 # backup that waits longer while it holds other tables makes a migration the deadlock victim.
 LOCK_TIMEOUT_MS = 500
+# Counting must not wait at all, but try and try again: it holds the table of the index.
+COUNT_LOCK_TIMEOUT_MS = 1
 DUMP_LOCK_TIMEOUT = "10s"
 DUMP_ATTEMPTS = 3
 
@@ -1263,6 +1265,13 @@ def list_problems(problems: Sequence[str], most: int = 10) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
+# Behind a pooler the number may be no process of ours: then it is not found, and left alone.
+CANCEL_QUERY = """
+SELECT pg_catalog.pg_cancel_backend(pid) FROM pg_catalog.pg_stat_activity
+ WHERE pid = %s AND usename = current_user AND datname = pg_catalog.current_database()
+"""
+
+
 class Session:
     """One connection to the server, used asynchronously: a signal ends any wait at once, other
     work is looked after meanwhile (`on_wait`), and a server that falls silent is noticed.
@@ -1270,12 +1279,17 @@ class Session:
     psycopg2 delivers no Python signal while it waits itself. Every method may raise ServerError.
     """
 
-    def __init__(self, config: DatabaseConfig, database: str | None = None) -> None:
+    def __init__(
+        self,
+        config: DatabaseConfig,
+        database: str | None = None,
+        connect_seconds: float | None = None,
+    ) -> None:
         self.on_wait: Callable[[], None] = lambda: None
         self._config = config
+        self._connect_seconds = connect_seconds or config.connect_seconds
         self._database = {} if database is None else {"dbname": database}
         self._connection: Any = None
-        self._cancelling = False
         self._connect("UTF8")
         if self.parameter("server_encoding") == "SQL_ASCII":
             # No conversion there: any byte may come, and Latin-1 has a character for each.
@@ -1297,7 +1311,7 @@ class Session:
                 async_=True,
             )
             way = self._config.way  # libpq says it by itself only where it connects at one go
-            self._wait(time.monotonic() + self._config.connect_seconds)
+            self._wait(time.monotonic() + self._connect_seconds)
         except UnicodeDecodeError as error:
             # The server's own words, in an encoding that it does not name before a login.
             raise ServerError(way + error.object.decode("latin-1")) from None
@@ -1382,20 +1396,25 @@ class Session:
         return int(self._connection.server_version)
 
     def cancel(self) -> None:
-        """End the query that runs, if the server can be told so in a moment."""
+        """End the query that runs, if there is one and the server can be told so in a moment.
 
-        def cancel_quietly() -> None:
-            with contextlib.suppress(import_psycopg2().Error):
-                self._connection.cancel()
-
-        canceller = threading.Thread(target=cancel_quietly, daemon=True)
-        canceller.start()
-        canceller.join(CANCEL_SECONDS)
-        self._cancelling = canceller.is_alive()
+        It is told by another session: psycopg2's own cancel() would hold up this whole process,
+        threads and signals included, for as long as the server says nothing.
+        """
+        extensions = import_psycopg2().extensions
+        if self._connection.get_transaction_status() != extensions.TRANSACTION_STATUS_ACTIVE:
+            return
+        with contextlib.suppress(ServerError):
+            other = Session(self._config, connect_seconds=CANCEL_SECONDS)
+            try:
+                other.send(CANCEL_QUERY, self._connection.get_backend_pid())
+                other._wait(time.monotonic() + CANCEL_SECONDS)
+            finally:
+                other.close()
 
     def close(self) -> None:
         """Leave the server; locks and snapshot go with it."""
-        if self._connection is not None and not self._cancelling:  # a thread may still use it
+        if self._connection is not None:
             self._connection.close()
 
     def __enter__(self) -> Session:
@@ -1432,7 +1451,7 @@ def missing_package(error: ImportError) -> Failure:
 BEGIN_READING = """
 BEGIN ISOLATION LEVEL {isolation} READ ONLY;
 SET LOCAL statement_timeout = 0;
-SET LOCAL lock_timeout = 0;
+SET LOCAL lock_timeout = '{lock_wait_seconds}s';
 SET LOCAL idle_in_transaction_session_timeout = 0;
 SET LOCAL row_security = off;
 SET LOCAL search_path = '';
@@ -1440,8 +1459,9 @@ SET LOCAL search_path = '';
 
 
 def begin(session: Session, isolation: str) -> None:
-    """Begin a transaction that no setting of the role or the database can break."""
-    session.query(BEGIN_READING.format(isolation=isolation))
+    """Begin a transaction that no setting of the role or the database can break, and that waits
+    for no lock without an end (a VACUUM FULL of the catalog holds up any query)."""
+    session.query(BEGIN_READING.format(isolation=isolation, lock_wait_seconds=LOCK_WAIT_SECONDS))
     if session.server_version >= 170000:
         session.query("SET LOCAL transaction_timeout = 0")
 
@@ -1514,6 +1534,9 @@ def sql_identifier(name: str) -> str:
     return '"' + printable(name).replace('"', '""') + '"'
 
 
+LOCK_NOT_AVAILABLE = "55P03"
+
+
 def server_failure(error: ServerError, doing: str) -> Failure:
     """What stopped us while `doing` something on the server, in the server's own words."""
     if error.lost:
@@ -1529,6 +1552,8 @@ def server_failure(error: ServerError, doing: str) -> Failure:
             f"while {doing}: {error.text}",
             "Grant the role what it lacks, or back up as another role",
         )
+    if error.sqlstate == LOCK_NOT_AVAILABLE:
+        return waited_too_long(f"while {doing}: {error.text}")
     if error.sqlstate == "53200":  # out_of_memory: the lock table is full
         return Failure(
             ExitCode.CREATION,
@@ -1788,8 +1813,8 @@ def describe_database(session: Session) -> DatabaseFacts:
 # The server: locks first, then the snapshot, then the counts in it
 # ---------------------------------------------------------------------------------------------
 
-# lock_not_available, deadlock_detected, undefined_table, invalid_schema_name
-LOCK_RETRY_SQLSTATES = {"55P03", "40P01", "42P01", "3F000"}
+# also deadlock_detected, undefined_table, invalid_schema_name
+LOCK_RETRY_SQLSTATES = {LOCK_NOT_AVAILABLE, "40P01", "42P01", "3F000"}
 
 
 @dataclass(frozen=True)
@@ -1821,7 +1846,7 @@ def take_snapshot(session: Session, progress: Progress) -> Snapshot:
                 session.query(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
                 names = ", ".join(f"ONLY {table.sql_name}" for table in tables)
                 session.query(f"LOCK TABLE {names} IN ACCESS SHARE MODE")
-                session.query("SET LOCAL lock_timeout = 0")
+                session.query(f"SET LOCAL lock_timeout = '{LOCK_WAIT_SECONDS}s'")
             snapshot = str(session.query("SELECT pg_catalog.pg_export_snapshot()")[0][0])
             if list_tables(session) == tables:
                 return Snapshot(snapshot, tables)
@@ -1845,10 +1870,16 @@ def pause(seconds: float, progress: Progress, what: str) -> None:
         time.sleep(min(left, TICK_SECONDS))
 
 
+# Within a transaction pg_stat_activity shows what it showed first, until it is told to look again.
+LOOK_AGAIN = "SELECT pg_catalog.pg_stat_clear_snapshot()"
+
 LOCK_HOLDER = """
-SELECT l.relation::pg_catalog.regclass::text, l.pid, a.usename, a.application_name, a.query
+SELECT CASE WHEN i.indexrelid IS NULL THEN 'table ' ELSE 'index ' END
+       || l.relation::pg_catalog.regclass::text, l.pid, a.usename, a.application_name, a.query
   FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
- WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.relation = ANY (%s::oid[])
+  LEFT JOIN pg_catalog.pg_index i ON i.indexrelid = l.relation
+ WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock'
+   AND COALESCE(i.indrelid, l.relation) = ANY (%s::oid[])
    AND l.database = (SELECT oid FROM pg_catalog.pg_database
                       WHERE datname = pg_catalog.current_database())
  ORDER BY l.granted DESC, a.xact_start LIMIT 1
@@ -1856,12 +1887,13 @@ SELECT l.relation::pg_catalog.regclass::text, l.pid, a.usename, a.application_na
 
 
 def find_lock_holder(session: Session, tables: Iterable[Table]) -> str | None:
-    """Who holds one of the tables, as a sentence; None where nobody does any more."""
+    """Who holds one of the tables, or an index of one, as a sentence; None where nobody does."""
+    session.query(LOOK_AGAIN)
     found = session.query(LOCK_HOLDER, [table.oid for table in tables])
     if not found:
         return None
     relation, *who = found[0]
-    return f"{describe_session(*who)} holds the table {printable(relation)}"
+    return f"{describe_session(*who)} holds the {printable(relation)}"
 
 
 def describe_session(pid: int, user: str | None, application: str | None, query: str | None) -> str:
@@ -1901,10 +1933,36 @@ def count_rows(
     """
     session.query("SAVEPOINT counting")
     for batch in count_batches(tables, sizes):
-        counts = " UNION ALL ".join(
-            f"SELECT {table.oid}::bigint, {table.count_expression}" for table in batch
-        )
-        counted.update(session.query(f"ROLLBACK TO SAVEPOINT counting; {counts}"))
+        counted.update(count_batch(session, batch))
+    session.query("ROLLBACK TO SAVEPOINT counting")
+
+
+def count_batch(session: Session, batch: Sequence[Table]) -> list[tuple[int, int]]:
+    """The rows of each table, by oid. An index that another session rebuilds is waited for.
+
+    We hold the table: a transaction that asks for it after a REINDEX would be the victim of the
+    deadlock, did it find us waiting (tried). So we look in. Raises Failure after
+    LOCK_WAIT_SECONDS.
+    """
+    counts = " UNION ALL ".join(
+        f"SELECT {table.oid}::bigint, {table.count_expression}" for table in batch
+    )
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    while True:
+        try:
+            return session.query(
+                "ROLLBACK TO SAVEPOINT counting;"
+                f" SET LOCAL lock_timeout = {COUNT_LOCK_TIMEOUT_MS}; {counts}"
+            )
+        except ServerError as error:
+            if error.sqlstate != LOCK_NOT_AVAILABLE:
+                raise
+            waits_for = error.text
+        session.query("ROLLBACK TO SAVEPOINT counting")
+        waits_for = find_lock_holder(session, batch) or waits_for
+        if time.monotonic() > deadline:
+            raise waited_too_long(f"the rows could not be counted: {waits_for}")
+        session.query("SELECT pg_catalog.pg_sleep(%s)", LOCK_RETRY_SECONDS)
 
 
 def count_batches(tables: Sequence[Table], sizes: Mapping[int, int]) -> Iterator[list[Table]]:
@@ -1933,8 +1991,7 @@ SELECT b.pid, b.usename, b.application_name, b.query
 
 def find_blocker(session: Session, application_name: str) -> str | None:
     """The session that keeps the one with this application name waiting for a lock."""
-    # Within a transaction the view shows what it showed first, until it is told to look again.
-    session.query("SELECT pg_catalog.pg_stat_clear_snapshot()")
+    session.query(LOOK_AGAIN)
     found = session.query(BLOCKERS_OF, application_name)
     return describe_session(*found[0]) if found else None
 
