@@ -44,11 +44,16 @@ def assert_nothing_runs(project: Project, database: Database) -> None:
 
 
 def processes_of(project: Project) -> dict[int, str]:
-    """All that the script started, by the command line: it runs in the project's directory."""
+    """The command lines of all that the script started: it runs in the project's directory."""
+    return processes_in(project.directory)
+
+
+def processes_in(directory: Path) -> dict[int, str]:
+    """The command lines of all that has this working directory."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has just ended
-            if (process / "cwd").readlink() == project.directory:
+            if (process / "cwd").readlink() == directory:
                 found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
     return found
 
@@ -75,14 +80,13 @@ def backend_of(database: Database, application_name: str) -> int:
 
 @contextlib.contextmanager
 def transaction(database: Database, sql: str) -> Iterator[Callable[[str], None]]:
-    """A session of another user that has run `sql` and not committed it.
+    """A session that has run `sql` and not committed it, nor ever does.
 
-    It yields a function that runs more in it.
+    It yields a function that runs more in it, and fails where the server refuses.
     """
-    command = ["psql", "--no-psqlrc", "--quiet", "--no-align", "--tuples-only"]
     cluster = database.cluster
     with subprocess.Popen(
-        [cluster.bin_dir / command[0], *command[1:]],
+        [cluster.bin_dir / "psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1"],
         env={
             "PGHOST": cluster.host,
             "PGPORT": str(cluster.port),
@@ -141,7 +145,7 @@ def counting(project: Project, database: Database) -> Iterator[subprocess.Popen[
     """A count waits for an index that another session rebuilds; pg_dump needs no index."""
     with transaction(database, "REINDEX INDEX messages_pkey"):
         process = project.start()
-        wait_until(lambda: sessions_on(database, "wait_event_type = 'Lock' AND query ~ 'count'"))
+        wait_until(lambda: sessions_on(database, "query ~ 'pg_sleep'"))  # until it looks again
         yield process
 
 
