@@ -10,6 +10,12 @@ The database is named in .env.local beside this script; .env.example has every v
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until `catch_signals` there is nothing to clean up, and Ctrl-C needs no traceback to end this.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import enum
@@ -22,7 +28,6 @@ import re
 import select
 import shlex
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -47,19 +52,21 @@ DEFAULT_OUTPUT_DIR = SCRIPT_DIR / "db" / "backups"
 METADATA_VERSION = 1
 
 # Time limits, in seconds.
-LOCK_WAIT_SECONDS = 600  # in all, for tables that another session holds
+LOCK_WAIT_SECONDS = 600  # in all, for what another session holds
 LOCK_RETRY_SECONDS = 1.0  # between two tries; nothing is held meanwhile
 SILENCE_SECONDS = 60  # without an answer, before asking whether the server is still there
 WATCH_SECONDS = 5  # between two looks at whether pg_dump waits for another session
 TOOL_SECONDS = 30  # for a tool to tell its version
 STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
-CANCEL_SECONDS = 0.5  # for telling the server that a query is not wanted any more
+CANCEL_SECONDS = 0.5  # to reach the server, when a query is not wanted any more
 TICK_SECONDS = 0.1  # between two looks at anything else that is waited for
 
 # Our own wait for a table lock stays below PostgreSQL's deadlock_timeout (1 s by default, and half
 # of it where it is set lower): a backup that waits longer while it holds other tables makes a
 # migration the deadlock victim.
 LOCK_TIMEOUT_MS = 500
+# Counting must not wait at all, but try and try again: it holds the table of the index.
+COUNT_LOCK_TIMEOUT_MS = 1
 DUMP_LOCK_TIMEOUT = "10s"
 DUMP_ATTEMPTS = 3
 
@@ -259,6 +266,13 @@ def catch_signals() -> None:
     for number in TERMINATING_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, raise_interrupted)
+
+
+def release_signals() -> None:
+    """Undo `catch_signals`: all is done and said, and Python, while it ends, catches nothing."""
+    for number in TERMINATING_SIGNALS:
+        if signal.getsignal(number) is raise_interrupted:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -1269,6 +1283,13 @@ def list_problems(problems: Sequence[str], most: int = 10) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
+# Behind a pooler the number may be no process of ours: then it is not found, and left alone.
+CANCEL_QUERY = """
+SELECT pg_catalog.pg_cancel_backend(pid) FROM pg_catalog.pg_stat_activity
+ WHERE pid = %s AND usename = current_user AND datname = pg_catalog.current_database()
+"""
+
+
 class Session:
     """One connection to the server, used asynchronously: a signal ends any wait at once, other
     work is looked after meanwhile (`on_wait`), and a server that falls silent is noticed.
@@ -1276,12 +1297,17 @@ class Session:
     psycopg2 delivers no Python signal while it waits itself. Every method may raise ServerError.
     """
 
-    def __init__(self, config: DatabaseConfig, database: str | None = None) -> None:
+    def __init__(
+        self,
+        config: DatabaseConfig,
+        database: str | None = None,
+        connect_seconds: float | None = None,
+    ) -> None:
         self.on_wait: Callable[[], None] = lambda: None
         self._config = config
+        self._connect_seconds = connect_seconds or config.connect_seconds
         self._database = {} if database is None else {"dbname": database}
         self._connection: Any = None
-        self._cancelling = False
         self._connect("UTF8")
         if self.parameter("server_encoding") == "SQL_ASCII":
             # No conversion there: any byte may come, and Latin-1 has a character for each.
@@ -1303,7 +1329,7 @@ class Session:
                 async_=True,
             )
             way = self._config.way  # libpq says it by itself only where it connects at one go
-            self._wait(time.monotonic() + self._config.connect_seconds)
+            self._wait(time.monotonic() + self._connect_seconds)
         except UnicodeDecodeError as error:
             raise ServerError(way + decode_words(error.object)) from None
         except (psycopg2.Error, ValueError) as error:
@@ -1387,20 +1413,25 @@ class Session:
         return int(self._connection.server_version)
 
     def cancel(self) -> None:
-        """End the query that runs, if the server can be told so in a moment."""
+        """End the query that runs, if there is one and the server can be told so in a moment.
 
-        def cancel_quietly() -> None:
-            with contextlib.suppress(import_psycopg2().Error):
-                self._connection.cancel()
-
-        canceller = threading.Thread(target=cancel_quietly, daemon=True)
-        canceller.start()
-        canceller.join(CANCEL_SECONDS)
-        self._cancelling = canceller.is_alive()
+        It is told by another session: psycopg2's own cancel() would hold up this whole process,
+        threads and signals included, for as long as the server says nothing.
+        """
+        extensions = import_psycopg2().extensions
+        if self._connection.get_transaction_status() != extensions.TRANSACTION_STATUS_ACTIVE:
+            return
+        with contextlib.suppress(ServerError):
+            other = Session(self._config, connect_seconds=CANCEL_SECONDS)
+            try:
+                other.send(CANCEL_QUERY, self._connection.get_backend_pid())
+                other._wait(time.monotonic() + CANCEL_SECONDS)
+            finally:
+                other.close()
 
     def close(self) -> None:
         """Leave the server; locks and snapshot go with it."""
-        if self._connection is not None and not self._cancelling:  # a thread may still use it
+        if self._connection is not None:
             self._connection.close()
 
     def __enter__(self) -> Session:
@@ -1447,7 +1478,7 @@ def missing_package(error: ImportError) -> Failure:
 BEGIN_READING = """
 BEGIN ISOLATION LEVEL {isolation} READ ONLY;
 SET LOCAL statement_timeout = 0;
-SET LOCAL lock_timeout = 0;
+SET LOCAL lock_timeout = '{lock_wait_seconds}s';
 SET LOCAL idle_in_transaction_session_timeout = 0;
 SET LOCAL row_security = off;
 SET LOCAL search_path = '';
@@ -1456,8 +1487,9 @@ SET LOCAL quote_all_identifiers = off;
 
 
 def begin(session: Session, isolation: str) -> None:
-    """Begin a transaction that no setting of the role or the database can break or bend."""
-    session.query(BEGIN_READING.format(isolation=isolation))
+    """Begin a transaction that no setting of the role or the database can break or bend, and that
+    waits for no lock without an end (a VACUUM FULL of the catalog holds up any query)."""
+    session.query(BEGIN_READING.format(isolation=isolation, lock_wait_seconds=LOCK_WAIT_SECONDS))
     if session.server_version >= 170000:
         session.query("SET LOCAL transaction_timeout = 0")
 
@@ -1547,6 +1579,9 @@ def printable_sql(sql: str) -> str:
     return re.sub('"(?:[^"]|"")+"', escape, sql)
 
 
+LOCK_NOT_AVAILABLE = "55P03"
+
+
 def server_failure(error: ServerError, doing: str) -> Failure:
     """What stopped us while `doing` something on the server, in the server's own words."""
     if error.lost:
@@ -1562,6 +1597,8 @@ def server_failure(error: ServerError, doing: str) -> Failure:
             f"while {doing}: {error.text}",
             "Grant the role what it lacks, or back up as another role",
         )
+    if error.sqlstate == LOCK_NOT_AVAILABLE:
+        return waited_too_long(f"while {doing}: {error.text}", None)
     if error.sqlstate == "53200":  # out_of_memory: the lock table is full
         return Failure(
             ExitCode.CREATION,
@@ -1825,8 +1862,8 @@ def describe_database(session: Session) -> DatabaseFacts:
 # The server: locks first, then the snapshot, then the counts in it
 # ---------------------------------------------------------------------------------------------
 
-# lock_not_available, deadlock_detected, undefined_table, invalid_schema_name
-LOCK_RETRY_SQLSTATES = {"55P03", "40P01", "42P01", "3F000"}
+# also deadlock_detected, undefined_table, invalid_schema_name
+LOCK_RETRY_SQLSTATES = {LOCK_NOT_AVAILABLE, "40P01", "42P01", "3F000"}
 
 DEADLOCK_TIMEOUT_MS = """
 SELECT setting::int FROM pg_catalog.pg_settings WHERE name = 'deadlock_timeout'
@@ -1864,7 +1901,7 @@ def take_snapshot(session: Session, progress: Progress) -> Snapshot:
                 session.query(f"SET LOCAL lock_timeout = {lock_timeout_ms}")
                 names = ", ".join(f"ONLY {table.sql_name}" for table in tables)
                 session.query(f"LOCK TABLE {names} IN ACCESS SHARE MODE")
-                session.query("SET LOCAL lock_timeout = 0")
+                session.query(f"SET LOCAL lock_timeout = '{LOCK_WAIT_SECONDS}s'")
             snapshot = str(session.query("SELECT pg_catalog.pg_export_snapshot()")[0][0])
             if list_tables(session) == tables:
                 return Snapshot(snapshot, [table for table in tables if table.has_rows])
@@ -1874,10 +1911,7 @@ def take_snapshot(session: Session, progress: Progress) -> Snapshot:
             if error.sqlstate not in LOCK_RETRY_SQLSTATES:
                 raise
             session.query("ROLLBACK")  # every lock goes: we never wait while we hold some
-            holder, waits_for = None, error.text
-            if found := find_lock_holder(session, tables):
-                holder, table = found
-                waits_for = f"{holder} holds the table {table}"
+            holder, waits_for = find_lock_holder(session, tables, error)
         if time.monotonic() > deadline:
             raise waited_too_long(
                 f"the tables could not be locked for reading: {waits_for}", holder
@@ -1893,23 +1927,34 @@ def pause(seconds: float, progress: Progress, what: str) -> None:
         time.sleep(min(left, TICK_SECONDS))
 
 
+# Within a transaction pg_stat_activity shows what it showed first, until it is told to look again.
+LOOK_AGAIN = "SELECT pg_catalog.pg_stat_clear_snapshot()"
+
 LOCK_HOLDER = """
-SELECT l.relation::pg_catalog.regclass::text, l.pid, a.usename, a.application_name, a.query
+SELECT CASE WHEN i.indexrelid IS NULL THEN 'table ' ELSE 'index ' END
+       || l.relation::pg_catalog.regclass::text, l.pid, a.usename, a.application_name, a.query
   FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
- WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.relation = ANY (%s::oid[])
+  LEFT JOIN pg_catalog.pg_index i ON i.indexrelid = l.relation
+ WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock'
+   AND COALESCE(i.indrelid, l.relation) = ANY (%s::oid[])
    AND l.database = (SELECT oid FROM pg_catalog.pg_database
                       WHERE datname = pg_catalog.current_database())
  ORDER BY l.granted DESC, a.xact_start LIMIT 1
 """
 
 
-def find_lock_holder(session: Session, tables: Iterable[Table]) -> tuple[OtherSession, str] | None:
-    """Who holds one of the tables, and which; None where nobody does any more."""
+def find_lock_holder(
+    session: Session, tables: Iterable[Table], error: ServerError
+) -> tuple[OtherSession | None, str]:
+    """Who holds one of the tables or an index of one, and a sentence that says so; where nobody
+    does any more, the words of the error."""
+    session.query(LOOK_AGAIN)
     found = session.query(LOCK_HOLDER, [table.oid for table in tables])
     if not found:
-        return None
+        return None, error.text
     relation, *who = found[0]
-    return OtherSession(*who), printable(relation)
+    holder = OtherSession(*who)
+    return holder, f"{holder} holds the {printable(relation)}"
 
 
 @dataclass(frozen=True)
@@ -1956,10 +2001,35 @@ def count_rows(
     """
     session.query("SAVEPOINT counting")
     for batch in count_batches(tables, sizes):
-        counts = " UNION ALL ".join(
-            f"SELECT {table.oid}::bigint, {table.count_expression}" for table in batch
-        )
-        counted.update(session.query(f"ROLLBACK TO SAVEPOINT counting; {counts}"))
+        counted.update(count_batch(session, batch))
+    session.query("ROLLBACK TO SAVEPOINT counting")
+
+
+def count_batch(session: Session, batch: Sequence[Table]) -> list[tuple[int, int]]:
+    """The rows of each table, by oid. An index that another session rebuilds is waited for.
+
+    We hold the table: a transaction that asks for it after a REINDEX would be the victim of the
+    deadlock, did it find us waiting (tried). So we look in. Raises Failure after
+    LOCK_WAIT_SECONDS.
+    """
+    counts = " UNION ALL ".join(
+        f"SELECT {table.oid}::bigint, {table.count_expression}" for table in batch
+    )
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    while True:
+        try:
+            return session.query(
+                "ROLLBACK TO SAVEPOINT counting;"
+                f" SET LOCAL lock_timeout = {COUNT_LOCK_TIMEOUT_MS}; {counts}"
+            )
+        except ServerError as error:
+            if error.sqlstate != LOCK_NOT_AVAILABLE:
+                raise
+            session.query("ROLLBACK TO SAVEPOINT counting")
+            holder, waits_for = find_lock_holder(session, batch, error)
+        if time.monotonic() > deadline:
+            raise waited_too_long(f"the rows could not be counted: {waits_for}", holder)
+        session.query("SELECT pg_catalog.pg_sleep(%s)", LOCK_RETRY_SECONDS)
 
 
 def count_batches(tables: Sequence[Table], sizes: Mapping[int, int]) -> Iterator[list[Table]]:
@@ -1988,8 +2058,7 @@ SELECT b.pid, b.usename, b.application_name, b.query
 
 def find_blocker(session: Session, application_name: str) -> OtherSession | None:
     """The session that keeps the one with this application name waiting for a lock."""
-    # Within a transaction the view shows what it showed first, until it is told to look again.
-    session.query("SELECT pg_catalog.pg_stat_clear_snapshot()")
+    session.query(LOOK_AGAIN)
     found = session.query(BLOCKERS_OF, application_name)
     return OtherSession(*found[0]) if found else None
 
@@ -2156,7 +2225,9 @@ def waited_too_long(what: str, holder: OtherSession | None) -> Failure:
     if holder is not None:
         end = shell_words("psql", "-c", f"SELECT pg_terminate_backend({holder.pid})")
         steps.insert(0, f"Let that session finish, or end it: {end}")
-    return Failure(ExitCode.CREATION, f"gave up after {format_age(LOCK_WAIT_SECONDS)}: {what}", *steps)
+    return Failure(
+        ExitCode.CREATION, f"gave up after {format_age(LOCK_WAIT_SECONDS)}: {what}", *steps
+    )
 
 
 DUMP_SHARE = 0.8  # of the whole run, as the progress line counts it; the rest is the read-back
@@ -3284,12 +3355,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what, otherwise = "Backup verification failed", ExitCode.VERIFICATION
     progress = Progress(sys.stderr)
     try:
-        prepare_process()
-        return run(options, progress)
-    except Failure as error:
-        failure = error
-    except OSError as error:
-        failure = file_failure(error, otherwise)
+        try:
+            prepare_process()
+            return run(options, progress)
+        except Failure as error:
+            failure = error
+        except OSError as error:
+            failure = file_failure(error, otherwise)
+        write_lines(sys.stderr, failure_lines(what, failure))
+        return failure.code
     except Interrupted as interrupted:
         progress.clear()
         write_lines(
@@ -3304,9 +3378,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [f"✗ {what}: a bug in backup_db.py; please report it with the lines below", ""],
         )
         write_lines(sys.stderr, traceback.format_exc().splitlines())
-        return ExitCode.GENERAL
-    write_lines(sys.stderr, failure_lines(what, failure))
-    return failure.code
+    finally:
+        release_signals()
+    return ExitCode.GENERAL
 
 
 if __name__ == "__main__":

@@ -114,6 +114,47 @@ def project(make_project: MakeProject, sample_database: Database) -> Project:
     return make_project(sample_database)
 
 
+# -- for the tests of faults ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def standing_database(cluster: Cluster) -> Iterator[Database]:
+    """A copy of the sample database with a materialized view; for tests that change nothing."""
+    with new_database(cluster, f"--template={DATABASE}") as new:
+        new.psql("CREATE MATERIALIZED VIEW statistics AS SELECT count(*) FROM messages")
+        yield new
+
+
+@pytest.fixture
+def standing(
+    make_project: MakeProject,
+    standing_database: Database,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Project:
+    """A private copy of the script with backups that were made before, and a stranger's files.
+
+    Some bear names much like ours, as a run of another database leaves them when it is killed.
+    """
+    project = make_project(standing_database)
+    earlier = tmp_path_factory.getbasetemp() / "earlier-backups"
+    if not earlier.exists():
+        project.back_up()
+        name = standing_database.name
+        for stranger in (
+            "notes.txt",
+            f"{name}_2025-01-27T14-30-00Z.metadata.json",
+            f".{name}_dev_x_dev_2025-01-27T14-30-00Z.dump.partial",
+            f".{name}_dev_dev_2025-01-27T14-30-00Z.dump.partial",
+            f".{name}_prod_2025-01-27T14-30-00Z.metadata.json.partial",
+            f".x{name}_dev_2025-01-27T14-30-00Z.dump.partial",
+            f".{name}_dev_2025-01-27T14-30-00Z.dump.partial.partial",
+        ):
+            (project.backups / stranger).write_text(stranger)
+        project.backups.rename(earlier)
+    shutil.copytree(earlier, project.backups)
+    return project
+
+
 # -- a run of no tests is no success --------------------------------------------------------------
 
 

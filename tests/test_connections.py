@@ -204,7 +204,7 @@ def pgbouncer(database: Database, pool_mode: str) -> Iterator[dict[str, str]]:
         f"auth_type = scram-sha-256\nauth_file = {users}\npool_mode = {pool_mode}\n"
     )
     as_nobody = ["--user", "nobody"] if os.geteuid() == 0 else []
-    command = [program("pgbouncer", "pgbouncer"), *as_nobody, "--quiet", settings]
+    command = [program("pgbouncer", "pgbouncer"), *as_nobody, "--quiet", str(settings)]
     with subprocess.Popen(command) as process:
         try:
             wait_until(lambda: answers(port) or process.poll() is not None)

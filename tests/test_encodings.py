@@ -148,9 +148,11 @@ def test_timeouts_do_not_end_a_backup(filled_database: Database, make_project: M
     # Our session is idle in its transaction while pg_dump has not yet come.
     project.fake("pg_dump", 'case "$*" in *--snapshot*) sleep 0.6 ;; esac; exec "$real" "$@"')
     # And it waits for a table that another session holds.
-    way = {"host": filled_database.cluster.host, "port": filled_database.cluster.port}
+    cluster = filled_database.cluster
     with contextlib.closing(
-        psycopg2.connect(**way, dbname=filled_database.name, user="postgres")
+        psycopg2.connect(
+            host=cluster.host, port=cluster.port, dbname=filled_database.name, user="postgres"
+        )
     ) as holder:
         holder.cursor().execute("LOCK plain")
         run = project.start()

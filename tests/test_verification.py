@@ -272,10 +272,10 @@ def test_what_is_no_dump_file_is_refused(backup: Backup, source: Database) -> No
     source.cluster.run("pg_dump", "--format=directory", f"--file={folder}", database=source.name)
     shutil.copy(backup.metadata, folder.with_name("folder.metadata.json"))
     for path, words in (
-        (folder, "folder.dump is no .dump file"),
+        (folder, "folder.dump is not a .dump file"),
         (backup.metadata, f"Name the dump: python3 backup_db.py --verify {backup.dump}"),
         (backup.dump.with_name("missing.dump"), "there is no file "),
-        (Path("/dev/null"), "/dev/null is no .dump file"),
+        (Path("/dev/null"), "/dev/null is not a .dump file"),
     ):
         result = backup.project.run("--verify", path).failed_with(8)
         assert words in result.stderr, result

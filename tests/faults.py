@@ -1,0 +1,219 @@
+"""What the tests of faults share: earlier backups, phases to strike in, and what must be left."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from support import Database, Project, contents_of, wait_until
+
+# A stub's way to be seen and to stay: a mark in the home directory, then nothing for a long time.
+# `exec`, so that it is one process.
+PAUSE = 'touch "$HOME/paused"; exec sleep 100'
+
+
+# -- what was there before, and what is there after -----------------------------------------------
+
+
+def published(directory: Path) -> dict[str, str]:
+    """All that is in the output directory, but for the lock: who holds it is written into it."""
+    return {
+        name: content
+        for name, content in contents_of(directory).items()
+        if not re.fullmatch(r"\.[^/]+\.lock", name)
+    }
+
+
+@contextlib.contextmanager
+def untouched(project: Project) -> Iterator[None]:
+    """What happens inside leaves the output directory as it was, byte for byte."""
+    before = published(project.backups)
+    assert any(name.endswith(".dump") for name in before), "a fault needs earlier backups to spare"
+    yield
+    assert published(project.backups) == before
+
+
+def assert_nothing_runs(project: Project, database: Database) -> None:
+    """No child of a script that has ended, and no session; a server sees one end in a moment."""
+    assert processes_of(project) == {}
+    wait_until(lambda: not sessions_on(database), 2)
+
+
+def processes_of(project: Project) -> dict[int, str]:
+    """The command lines of all that the script started: it runs in the project's directory."""
+    return processes_in(project.directory)
+
+
+def processes_in(directory: Path) -> dict[int, str]:
+    """The command lines of all that has this working directory."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if (process / "cwd").readlink() == directory:
+                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
+    return found
+
+
+def sessions_on(database: Database, condition: str = "true") -> list[str]:
+    """The sessions of the script and its pg_dump on the server, a line each."""
+    return database.cluster.psql(
+        "SELECT pid, application_name, state, wait_event_type, query FROM pg_stat_activity"
+        f" WHERE datname = '{database.name}' AND application_name LIKE 'backup\\_db%'"
+        f" AND {condition}"
+    ).splitlines()
+
+
+def backend_of(database: Database, application_name: str) -> int:
+    """The process of the one session whose application name is LIKE this, once it is there."""
+    condition = f"application_name LIKE '{application_name}'"
+    wait_until(lambda: sessions_on(database, condition))
+    (session,) = sessions_on(database, condition)
+    return int(session.split("|")[0])
+
+
+# -- sessions that are in the way -----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def transaction(database: Database, sql: str) -> Iterator[Callable[[str], None]]:
+    """A session that has run `sql` and not committed it, nor ever does.
+
+    It yields a function that runs more in it, and fails where the server refuses.
+    """
+    cluster = database.cluster
+    with subprocess.Popen(
+        [cluster.bin_dir / "psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1"],
+        env={
+            "PGHOST": cluster.host,
+            "PGPORT": str(cluster.port),
+            "PGUSER": "postgres",
+            "PGDATABASE": database.name,
+            "PGAPPNAME": "migration",
+        },
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as psql:
+        stdin, stdout = psql.stdin, psql.stdout
+        assert stdin
+        assert stdout
+
+        def run(statement: str) -> None:
+            print(f"{statement};\n\\echo done", file=stdin, flush=True)
+            assert stdout.readline() == "done\n"
+
+        run("BEGIN")
+        run(sql)
+        try:
+            yield run
+        finally:
+            stdin.close()
+
+
+# -- phases of a run ------------------------------------------------------------------------------
+
+# Brings the script to a phase, and holds it there for as long as the context lasts.
+Phase = Callable[[Project, Database], contextlib.AbstractContextManager[subprocess.Popen[bytes]]]
+
+
+@contextlib.contextmanager
+def connecting(project: Project, _database: Database) -> Iterator[subprocess.Popen[bytes]]:
+    """The server takes the connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(30)
+        address = {"DEV_DB_HOST": "127.0.0.1", "DEV_DB_PORT": str(listener.getsockname()[1])}
+        process = project.start(env=address)
+        with listener.accept()[0]:
+            yield process
+
+
+@contextlib.contextmanager
+def waiting_for_a_lock(project: Project, database: Database) -> Iterator[subprocess.Popen[bytes]]:
+    """A migration holds a table."""
+    with transaction(database, "LOCK TABLE messages IN ACCESS EXCLUSIVE MODE"):
+        process = project.start()
+        wait_until(lambda: sessions_on(database, "wait_event_type = 'Lock'"))
+        yield process
+
+
+@contextlib.contextmanager
+def counting(project: Project, database: Database) -> Iterator[subprocess.Popen[bytes]]:
+    """A count waits for an index that another session rebuilds; pg_dump needs no index."""
+    with transaction(database, "REINDEX INDEX messages_pkey"):
+        process = project.start()
+        wait_until(lambda: sessions_on(database, "query ~ 'pg_sleep'"))  # until it looks again
+        yield process
+
+
+@contextlib.contextmanager
+def dumping(project: Project, database: Database) -> Iterator[subprocess.Popen[bytes]]:
+    """pg_dump waits for another session, which no option of its own prevents."""
+    with transaction(database, "REFRESH MATERIALIZED VIEW statistics"):
+        process = project.start()
+        in_dump = "application_name <> 'backup_db' AND wait_event_type = 'Lock'"
+        wait_until(lambda: sessions_on(database, in_dump))
+        yield process
+
+
+def fake_call(project: Project, program: str, option: str, script: str) -> None:
+    """Put a shell script in the place of the calls that have this option; others are real."""
+    real = f'case "$*" in *"{option}"*) ;; *) exec "$real" "$@";; esac'
+    project.fake(program, f"{real}\n{script}")
+
+
+# The one call of each program that does the work; others only ask what it can.
+DUMP = ("pg_dump", "--snapshot")
+TABLE_OF_CONTENTS = ("pg_restore", "--list /")
+CONTENTS = ("pg_restore", "--data-only")
+
+
+def paused(project: Project) -> bool:
+    """Whether a script in the place of a program has come to PAUSE."""
+    return (project.directory / "home" / "paused").exists()
+
+
+def pausing(program: str, option: str) -> Phase:
+    """The program does not come to an end."""
+
+    @contextlib.contextmanager
+    def phase(project: Project, _database: Database) -> Iterator[subprocess.Popen[bytes]]:
+        fake_call(project, program, option, PAUSE)
+        process = project.start()
+        wait_until(lambda: paused(project))
+        yield process
+        (project.fakes / program).unlink()
+        (project.directory / "home" / "paused").unlink()
+
+    return phase
+
+
+@contextlib.contextmanager
+def between_the_renames(project: Project, _database: Database) -> Iterator[subprocess.Popen[bytes]]:
+    """The metadata bears its name, the dump not yet: the kernel is slow to do it."""
+    before = set(project.backups.glob("*.metadata.json"))
+    # Two renames for the name that is claimed, one for the metadata: the fourth is the dump's.
+    slow = "inject=/^rename:delay_enter=700000:when=4"
+    process = project.start(
+        prefix=(*STRACE, "-e", "trace=/^rename", "-e", slow),
+        env={"PYTHONDONTWRITEBYTECODE": "1"},  # Python renames these
+    )
+    wait_until(lambda: set(project.backups.glob("*.metadata.json")) - before)
+    yield process
+
+
+# -D: the script, not strace, is the child that a test sends its signals to.
+STRACE = ("strace", "-D", "-qq", "-o", "/dev/null")
+
+# In all of these nothing is published yet.
+PHASES: dict[str, Phase] = {
+    "connecting": connecting,
+    "waiting for a lock": waiting_for_a_lock,
+    "counting": counting,
+    "dumping": dumping,
+    "hashing": pausing(*TABLE_OF_CONTENTS),
+    "reading back": pausing(*CONTENTS),
+}

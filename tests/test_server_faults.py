@@ -1,0 +1,260 @@
+"""What the server can do to a run: crash, hang up, fall silent, be full, be busy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+from collections.abc import Iterator
+
+import pytest
+from cluster import Cluster
+from conftest import MakeProject
+from faults import (
+    PHASES,
+    Phase,
+    assert_nothing_runs,
+    backend_of,
+    counting,
+    dumping,
+    processes_in,
+    sessions_on,
+    transaction,
+    untouched,
+    waiting_for_a_lock,
+)
+from sample import load_sample
+from support import Database, Project, Result, finish, wait_until
+
+# How long a run that was struck may take to notice, where it waits for no time limit.
+NOTICED_SECONDS = 15
+
+OURS, PG_DUMPS = "backup\\_db", "backup\\_db %"  # the application names, as LIKE has them
+
+
+# -- sessions that are ended ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", [waiting_for_a_lock, counting, dumping])
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("pg_terminate_backend", "the connection to the server was lost while"),
+        ("pg_cancel_backend", "canceling statement due to user request"),
+    ],
+)
+def test_our_session_is_ended(
+    phase: Phase, function: str, words: str, standing: Project, standing_database: Database
+) -> None:
+    if (phase, function) == (dumping, "pg_cancel_backend"):
+        return  # our session runs nothing then
+    standing.rewrite({"WATCH_SECONDS": 0.2})
+    with untouched(standing), phase(standing, standing_database) as process:
+        standing_database.psql(f"SELECT {function}({backend_of(standing_database, OURS)})")
+        result = finish(process, NOTICED_SECONDS).failed_with(7, "Backup creation error")
+        assert words in result.stderr, result
+        assert_nothing_runs(standing, standing_database)
+    standing.back_up()
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("pg_terminate_backend", "terminating connection due to administrator command"),
+        ("pg_cancel_backend", "canceling statement due to user request"),
+    ],
+)
+def test_session_of_pg_dump_is_ended(
+    function: str, words: str, standing: Project, standing_database: Database
+) -> None:
+    standing.rewrite({"DUMP_ATTEMPTS": 1})  # it has written nothing yet: it would try again
+    with untouched(standing), dumping(standing, standing_database) as process:
+        standing_database.psql(f"SELECT {function}({backend_of(standing_database, PG_DUMPS)})")
+        result = finish(process, NOTICED_SECONDS).failed_with(7, "Backup creation error")
+        assert words in result.stderr, result
+        assert_nothing_runs(standing, standing_database)
+
+
+# -- a server that goes away ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fragile_database(cluster: Cluster) -> Iterator[Database]:
+    """On a server of its own, with few connections, for the tests to break."""
+    with Cluster(cluster.bin_dir, settings={"max_connections": "9"}) as own:
+        load_sample(own)
+        own.psql("CREATE MATERIALIZED VIEW statistics AS SELECT 1", "project_chat_dev")
+        yield Database(own, "project_chat_dev")
+
+
+@pytest.fixture
+def fragile(make_project: MakeProject, fragile_database: Database) -> Project:
+    """A private copy of the script, set up for that server, with an earlier backup."""
+    project = make_project(
+        fragile_database,
+        settings={**fragile_database.settings("chat", "sample"), "PGCONNECT_TIMEOUT": "1"},
+        constants={"SILENCE_SECONDS": 1, "WATCH_SECONDS": 0.2},
+    )
+    project.back_up()
+    return project
+
+
+@pytest.mark.parametrize("phase", [waiting_for_a_lock, counting, dumping])
+@pytest.mark.parametrize("restart", [False, True], ids=["crash", "restart"])
+def test_server_goes_away(
+    phase: Phase, restart: bool, fragile: Project, fragile_database: Database
+) -> None:
+    cluster = fragile_database.cluster
+    with untouched(fragile), phase(fragile, fragile_database) as process:
+        if restart:
+            cluster.restart()
+        else:
+            cluster.crash()
+        result = finish(process, NOTICED_SECONDS).failed_with(7, "Backup creation error")
+        assert "the connection to the server was lost while" in result.stderr, result
+        if not restart:
+            cluster.start()
+    assert_nothing_runs(fragile, fragile_database)
+    fragile.back_up()
+
+
+@contextlib.contextmanager
+def frozen(cluster: Cluster) -> Iterator[None]:
+    """The server neither answers nor hangs up, as when a network loses everything."""
+    processes = processes_in(cluster.data_dir)
+    assert processes
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("phase", [waiting_for_a_lock, counting, dumping])
+def test_server_falls_silent(phase: Phase, fragile: Project, fragile_database: Database) -> None:
+    with untouched(fragile), phase(fragile, fragile_database) as process:
+        with frozen(fragile_database.cluster):
+            # A second of silence, one for asking again, one for pg_dump to end, and the rest.
+            result = finish(process, 5).failed_with(7, "Backup creation error")
+        assert "no answer for 1 seconds, and then: connection to server" in result.stderr, result
+        assert "timeout expired" in result.stderr, result
+        assert_nothing_runs(fragile, fragile_database)
+    fragile.back_up()
+
+
+@pytest.mark.parametrize("phase", [waiting_for_a_lock, counting, dumping])
+def test_signal_ends_a_run_on_a_silent_server(
+    phase: Phase, fragile: Project, fragile_database: Database
+) -> None:
+    with untouched(fragile), phase(fragile, fragile_database) as process:
+        with frozen(fragile_database.cluster):
+            process.terminate()
+            assert finish(process, 2).returncode == -signal.SIGTERM
+        assert_nothing_runs(fragile, fragile_database)
+
+
+def test_server_that_never_answers_is_given_up(
+    fragile: Project, fragile_database: Database
+) -> None:
+    with untouched(fragile), PHASES["connecting"](fragile, fragile_database) as process:
+        result = finish(process, 5).failed_with(3, "Database connection error")
+    assert "failed: timeout expired" in result.stderr, result
+
+
+# -- a server that is full ------------------------------------------------------------------------
+
+
+def test_role_with_one_connection_is_told_of_two(
+    fragile: Project, fragile_database: Database
+) -> None:
+    fragile_database.psql("ALTER ROLE chat CONNECTION LIMIT 1")
+    with untouched(fragile):
+        result = fragile.run().failed_with(3, "Database connection error")
+    assert 'too many connections for role "chat"' in result.stderr, result
+    assert 'ALTER ROLE "chat" CONNECTION LIMIT' in result.stderr, result
+    fragile_database.psql("ALTER ROLE chat CONNECTION LIMIT 2")
+    fragile.back_up()
+    fragile_database.psql("ALTER ROLE chat CONNECTION LIMIT -1")
+
+
+def test_server_without_a_free_connection(fragile: Project, fragile_database: Database) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(6):  # of nine, three are for superusers
+            stack.enter_context(transaction(fragile_database, "SET LOCAL work_mem = '1MB'"))
+        with untouched(fragile):
+            result = fragile.run().failed_with(3, "Database connection error")
+    assert "remaining connection slots are reserved" in result.stderr, result
+    fragile.back_up()
+
+
+# -- a server that is busy ------------------------------------------------------------------------
+
+
+def test_migration_that_lets_go_is_waited_for(
+    standing: Project, standing_database: Database
+) -> None:
+    with waiting_for_a_lock(standing, standing_database) as process:
+        pass
+    finish(process).succeeded()
+
+
+@pytest.mark.parametrize(
+    ("phase", "words"),
+    [
+        (
+            waiting_for_a_lock,
+            (
+                "the tables could not be locked for reading: session NUMBER (postgres, migration:"
+                " LOCK TABLE messages IN ACCESS EXCLUSIVE MODE;) holds the table messages"
+            ),
+        ),
+        (
+            counting,
+            (
+                "the rows could not be counted: session NUMBER (postgres, migration: REINDEX INDEX"
+                " messages_pkey;) holds the index public.messages_pkey"
+            ),
+        ),
+        (
+            dumping,
+            (
+                "pg_dump waits for a lock: session NUMBER (postgres, migration: REFRESH"
+                " MATERIALIZED VIEW statistics;) blocks it"
+            ),
+        ),
+    ],
+)
+def test_migration_that_never_lets_go_is_named(
+    phase: Phase, words: str, standing: Project, standing_database: Database
+) -> None:
+    standing.rewrite({"LOCK_WAIT_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.2, "WATCH_SECONDS": 0.2})
+    with untouched(standing), phase(standing, standing_database) as process:
+        result = finish(process, NOTICED_SECONDS).failed_with(7, "Backup creation error")
+        assert_nothing_runs(standing, standing_database)
+    said = re.sub(r"session \d+", "session NUMBER", result.stderr)
+    assert f"Error: gave up after 1 second: {words}\n" in said, result
+
+
+def test_migration_that_asks_for_more_is_not_the_victim_of_a_deadlock(
+    standing: Project, standing_database: Database
+) -> None:
+    """It holds an index that we wait for, and asks for the table that we hold."""
+    standing.rewrite({"LOCK_WAIT_SECONDS": 2})
+    with transaction(standing_database, "REINDEX INDEX messages_pkey") as run:
+        process = standing.start()
+        wait_until(lambda: sessions_on(standing_database, "query ~ 'pg_sleep'"))
+        run("LOCK TABLE messages IN ACCESS EXCLUSIVE MODE")
+        finish(process, NOTICED_SECONDS).failed_with(7, "Backup creation error")
+
+
+def test_catalog_that_is_locked_is_not_waited_for_without_an_end(
+    standing: Project, standing_database: Database
+) -> None:
+    standing.rewrite({"LOCK_WAIT_SECONDS": 1})
+    with transaction(standing_database, "LOCK TABLE pg_largeobject_metadata"):
+        result: Result = standing.run().failed_with(7, "Backup creation error")
+    assert "gave up after 1 second: while reading the catalog" in result.stderr, result
+    wait_until(lambda: not processes_in(standing.directory))

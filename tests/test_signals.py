@@ -1,0 +1,194 @@
+"""A signal at any moment: the run is over at once, and nothing of it is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from faults import (
+    DUMP,
+    PHASES,
+    TABLE_OF_CONTENTS,
+    assert_nothing_runs,
+    between_the_renames,
+    dumping,
+    fake_call,
+    paused,
+    processes_of,
+    published,
+    untouched,
+)
+from support import Database, Project, finish, wait_until
+
+# What the user, or the shutdown of a machine, has to wait at most.
+GONE_SECONDS = 2
+
+TERMINATING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOPPED = "✗ Stopped by {}: what was published before is untouched\n"
+
+
+def strike(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Send the signal; the script dies of it, in time and with one line."""
+    process.send_signal(number)
+    result = finish(process, GONE_SECONDS)
+    assert result.returncode == -number, result
+    assert result.stdout == "", result
+    assert result.stderr == STOPPED.format(number.name), result
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_signal_ends_the_run(phase: str, standing: Project, standing_database: Database) -> None:
+    for number in TERMINATING:
+        with untouched(standing), PHASES[phase](standing, standing_database) as process:
+            strike(process, number)
+            assert_nothing_runs(standing, standing_database)
+    standing.back_up()
+
+
+@pytest.mark.parametrize("number", TERMINATING, ids=lambda number: str(number.name))
+def test_signal_between_the_renames_leaves_a_whole_backup(
+    number: signal.Signals, standing: Project, standing_database: Database
+) -> None:
+    before = published(standing.backups)
+    with between_the_renames(standing, standing_database) as process:
+        strike(process, number)
+    assert_nothing_runs(standing, standing_database)
+    after = published(standing.backups)
+    assert after.items() > before.items()
+    dump, metadata = sorted(after.keys() - before.keys())
+    assert metadata == dump.removesuffix(".dump") + ".metadata.json"
+    standing.run("--verify", standing.backups / dump).succeeded()
+
+
+@pytest.mark.parametrize("call", [DUMP, TABLE_OF_CONTENTS], ids=lambda call: str(call[0]))
+def test_program_that_ignores_signals_is_killed(
+    call: tuple[str, str], standing: Project, standing_database: Database
+) -> None:
+    fake_call(
+        standing, *call, "trap '' TERM INT HUP; touch $HOME/paused; while :; do sleep 0.1; done"
+    )
+    with untouched(standing):
+        process = standing.start()
+        wait_until(lambda: paused(standing))
+        strike(process, signal.SIGTERM)
+        assert_nothing_runs(standing, standing_database)
+
+
+def test_further_signals_do_not_disturb_the_cleaning_up(
+    standing: Project, standing_database: Database
+) -> None:
+    fake_call(  # it takes its time to end, and tells when it was asked to
+        standing,
+        *DUMP,
+        "trap 'touch $HOME/asked' TERM; touch $HOME/paused; while :; do sleep 0.1; done",
+    )
+    with untouched(standing):
+        process = standing.start()
+        wait_until(lambda: paused(standing))
+        process.terminate()
+        wait_until((standing.directory / "home" / "asked").exists)
+        for number in (*TERMINATING, *TERMINATING):
+            process.send_signal(number)
+        strike(process, signal.SIGTERM)
+        assert_nothing_runs(standing, standing_database)
+
+
+def test_signal_that_nohup_ignores_stays_ignored(standing: Project) -> None:
+    wait = 'touch $HOME/paused; until [ -e "$HOME/go" ]; do sleep 0.05; done; exec "$real" "$@"'
+    fake_call(standing, *TABLE_OF_CONTENTS, wait)
+    process = standing.start(prefix=["nohup"])
+    wait_until(lambda: paused(standing))
+    process.send_signal(signal.SIGHUP)
+    (standing.directory / "home" / "go").touch()
+    finish(process).succeeded()
+
+
+@pytest.mark.parametrize("number", TERMINATING, ids=lambda number: str(number.name))
+def test_signal_while_python_loads_the_script_is_no_traceback(
+    number: signal.Signals, standing: Project
+) -> None:
+    # Python looks beside the script first: one of its modules takes long to load.
+    slow_module = "import os, time; open(os.environ['HOME'] + '/paused', 'x'); time.sleep(100)"
+    (standing.directory / "argparse.py").write_text(slow_module)
+    process = standing.start()
+    wait_until(lambda: paused(standing))
+    process.send_signal(number)
+    result = finish(process, GONE_SECONDS)
+    assert (result.returncode, result.stdout, result.stderr) == (-number, "", "")
+
+
+def test_ctrl_c_in_a_terminal_prints_one_line(
+    standing: Project, standing_database: Database
+) -> None:
+    fake_call(standing, *TABLE_OF_CONTENTS, "touch $HOME/paused; exec sleep 100")
+    keyboard, terminal = pty.openpty()
+    with untouched(standing):
+        process = subprocess.Popen(
+            ["setsid", "--ctty", sys.executable, standing.directory / "backup_db.py"],
+            cwd=standing.directory,
+            env=standing.environ,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+        )
+        os.close(terminal)
+        wait_until(lambda: paused(standing))
+        os.write(keyboard, b"\x03")
+        assert process.wait(GONE_SECONDS) == -signal.SIGINT
+        assert_nothing_runs(standing, standing_database)
+    shown = b""
+    with contextlib.suppress(OSError), open(keyboard, "rb", buffering=0) as screen:
+        while block := screen.read(4096):
+            shown += block
+    # The progress line, and the ^C behind it, are erased.
+    text = re.sub(r"[^\n]*\r\x1b\[K", "", shown.decode())
+    assert text == STOPPED.format("SIGINT").replace("\n", "\r\n"), shown
+
+
+# -- SIGKILL: the script itself cannot clean up ---------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", [*PHASES, "between the renames"])
+def test_next_run_sweeps_what_a_killed_one_left(
+    phase: str, standing: Project, standing_database: Database
+) -> None:
+    before = published(standing.backups)
+    stage = PHASES.get(phase, between_the_renames)
+    with stage(standing, standing_database) as process:
+        process.kill()
+        finish(process)
+        assert [dump.name for dump in standing.dumps()] == [n for n in before if n[-5:] == ".dump"]
+    for left in processes_of(standing):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(left, signal.SIGTERM)
+    wait_until(lambda: not processes_of(standing))
+    dump = standing.back_up()
+    metadata = dump.name.removesuffix(".dump") + ".metadata.json"
+    after = published(standing.backups)
+    assert after.items() > before.items()
+    assert after.keys() - before.keys() == {dump.name, metadata}
+
+
+def test_pg_dump_that_outlives_a_killed_run_is_waited_for(
+    standing: Project, standing_database: Database
+) -> None:
+    with dumping(standing, standing_database) as process:
+        process.kill()
+        finish(process)
+        ((pg_dump, command),) = processes_of(standing).items()
+        assert "pg_dump" in command
+        with untouched(standing):  # its file is still being written
+            result = standing.run().failed_with(1, "General error")
+        assert f"pg_dump (process {pg_dump}) of a backup" in result.stderr, result
+        assert f"process {process.pid}, " in result.stderr, result
+        assert "is still running" in result.stderr, result
+        assert f"kill {pg_dump}\n" in result.stderr, result
+    wait_until(lambda: not processes_of(standing))
+    standing.back_up()
+    assert not list(standing.backups.glob(f".{standing_database.name}_dev_2*.dump.partial"))
