@@ -1531,6 +1531,7 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
         f"Check the host {config.places['host']}, and the port {config.places['port']}",
         f"Check the user {config.places['user']}, and the password {config.places['password']}",
         f"Verify database exists: psql -l {options}",
+        *(f"Check libpq's own settings {place}" for place in [config.places.get("libpq")] if place),
     )
 
 

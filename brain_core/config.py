@@ -86,7 +86,8 @@ class DatabaseConfig:
     compress: str
     keep: int | None
     connect_seconds: int
-    # Where each field comes from: field name to "in .env.local: DEV_DB_NAME".
+    # Where each field comes from: field name to "in .env.local: DEV_DB_NAME"; and "libpq", the
+    # further PG* variables, where there are any.
     places: Mapping[str, str]
     # Every PG* variable that libpq is to see, the connection settings included.
     libpq: Mapping[str, str] = field(repr=False)
@@ -224,6 +225,10 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
         for variable, value in settings.values.items()
         if variable.startswith("PG") and variable not in OVERRIDING_LIBPQ_VARIABLES
     }
+    # PG_VERSION, PGDATA and the like are the server's.
+    further = [name for name in inherited.keys() - own.keys() - {"PGDATA"} if name.isalpha()]
+    if further:
+        places["libpq"] = "; ".join(settings.place(variable) for variable in sorted(further))
     return DatabaseConfig(
         environment=environment,
         name=name,

@@ -108,6 +108,13 @@ def make_project(tmp_path: Path, cluster: Cluster) -> MakeProject:
     return project_maker(tmp_path, cluster)
 
 
+@pytest.fixture(scope="session")
+def sample_dump(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Path:
+    """A backup of the sample database, made once; tests work on copies of its two files."""
+    make = project_maker(tmp_path_factory.mktemp("sample"), cluster)
+    return make(Database(cluster, DATABASE)).back_up()
+
+
 @pytest.fixture
 def project(make_project: MakeProject, sample_database: Database) -> Project:
     """A private copy of the script, set up for the sample database."""

@@ -18,22 +18,13 @@ import pytest
 from cluster import Cluster
 from conftest import MakeProject
 from environment import PROJECT
-from sample import DATABASE, copy_project
+from sample import DATABASE
 from support import Database, Project, Result, contents_of, finish
 
 import backup_db
 
 TIMESTAMP = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\dZ"
 OPTIONS = {"--env", "--output-dir", "--verify", "--list", "--help"}
-
-
-@pytest.fixture(scope="module")
-def sample_dump(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backup of the sample database, made once; tests work on copies of the two files."""
-    directory = tmp_path_factory.mktemp("sample")
-    copy_project(directory, cluster.environment(DATABASE))
-    environ = {"PATH": f"{cluster.bin_dir}:/usr/bin:/bin"}
-    return Project(directory, environ, cluster.bin_dir).back_up()
 
 
 @pytest.fixture

@@ -176,6 +176,19 @@ def test_place_names_variable_and_file(tmp_path: Path) -> None:
     }
 
 
+def test_place_of_what_libpq_alone_reads(tmp_path: Path) -> None:
+    settings = settings_of(
+        tmp_path,
+        "DB_NAME=b\nPGSSLMODE=require\n",
+        PGOPTIONS="x",
+        PGUSER="u",
+        PGDATA="d",
+        PG_MAJOR="1",
+    )
+    libpq = load_config("prod", settings).places["libpq"]
+    assert libpq == "in the environment: PGOPTIONS; in .env.local: PGSSLMODE"
+
+
 def test_libpq_gets_its_own_variables_but_none_that_would_override(tmp_path: Path) -> None:
     overriding = "".join(f"{name}=other\n" for name in OVERRIDING_LIBPQ_VARIABLES)
     settings = settings_of(

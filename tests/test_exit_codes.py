@@ -20,7 +20,7 @@ import pytest
 from cluster import Cluster, installation
 from conftest import MakeProject
 from environment import PROJECT
-from sample import DATABASE, PASSWORD, USER, copy_project
+from sample import DATABASE, PASSWORD, USER
 from support import (
     UNPRIVILEGED,
     Database,
@@ -36,14 +36,6 @@ import backup_db
 from backup_db import ExitCode
 
 # -- the stage ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def sample_dump(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("sample")
-    copy_project(directory, cluster.environment(DATABASE))
-    environ = {"PATH": f"{cluster.bin_dir}:/usr/bin:/bin"}
-    return Project(directory, environ, cluster.bin_dir).back_up()
 
 
 @dataclass(frozen=True)
@@ -264,7 +256,11 @@ def role_is_missing(stage: Stage) -> Result:
     return stage.project(settings={"DEV_DB_HOST": directory, "DEV_DB_USER": "nobody"}).run()
 
 
-@situation(ExitCode.CONNECTION, "server does not support SSL, but SSL was required", "pg_isready")
+@situation(
+    ExitCode.CONNECTION,
+    "server does not support SSL, but SSL was required",
+    "in .env.local: PGSSLMODE",
+)
 def server_has_no_tls(stage: Stage) -> Result:
     return stage.project(settings={"PGSSLMODE": "require"}).run()
 
