@@ -199,8 +199,8 @@ def test_paths_are_relative_under_the_working_directory_only(bare: Project) -> N
 def test_output_directory_is_made_for_its_owner_alone(sample: Project) -> None:
     new = sample.directory / "deep" / "er"
     sample.run("--output-dir", "deep/er").succeeded()
-    modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in [new, *new.iterdir()]}
-    assert modes.pop("er") == 0o700
+    modes = {path: stat.S_IMODE(path.lstat().st_mode) for path in [new, *new.iterdir()]}
+    assert modes.pop(new) == stat.S_IMODE(new.parent.stat().st_mode) == 0o700
     assert set(modes.values()) == {0o600}
     assert not sample.backups.exists()
 
@@ -556,6 +556,14 @@ def test_backup_is_published_whatever_the_streams(redirection: str, sample: Proj
     assert sample.run("--list", prefix=shell).returncode == 0
     # And a failure keeps its code.
     assert sample.run("--verify", "no such file", prefix=shell).returncode == 8
+
+
+def test_lock_is_passed_on_where_every_stream_is_closed(sample: Project) -> None:
+    # A lock that got the number of a stream would be lost to pg_dump, whose streams are its own.
+    told = sample.directory / "descriptors"
+    sample.fake("pg_dump", f'readlink /proc/$$/fd/* >>"{told}"\nexec "$real" "$@"')
+    sample.run(prefix=("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")).succeeded()
+    assert str(sample.backups / ".project_chat_dev.lock") in told.read_text().splitlines()
 
 
 @pytest.mark.parametrize("arguments", [[], ["--list"]], ids=["back up", "list"])
