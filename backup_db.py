@@ -380,6 +380,15 @@ def shell_words(*words: str) -> str:
     return " ".join(printable(shlex.quote(word)) for word in words)
 
 
+def list_command(directory: Path) -> str:
+    """The command that lists the backups in a directory; where there is none, the usual ones."""
+    command = ["python3", "backup_db.py", "--list"]
+    is_usual = os.path.realpath(directory) == os.path.realpath(DEFAULT_OUTPUT_DIR)
+    if not is_usual and os.path.isdir(directory):
+        command += ["--output-dir", str(directory)]
+    return shell_words(*command)
+
+
 # ---------------------------------------------------------------------------------------------
 # File names
 # ---------------------------------------------------------------------------------------------
@@ -2877,7 +2886,7 @@ def read_back(
         detail,
         "Run the backup again",
         "If it fails again, check the disk and the memory of this machine: dmesg | tail -50",
-        f"Keep the last good backup: {shell_words('python3', 'backup_db.py', '--list')}",
+        f"Keep the last good backup: {list_command(partial.directory)}",
     )
 
 
@@ -2924,7 +2933,7 @@ def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
         report.steps += [
             "Do not rely on this dump: its bytes have changed since it was made",
             "Compare it with a copy elsewhere, and check the disk it lies on: dmesg | tail -50",
-            "Choose another backup: python3 backup_db.py --list",
+            f"Choose another backup: {list_command(dump.parent)}",
         ]
     try:
         toc = read_table_of_contents(pg_restore, dump)
@@ -2943,7 +2952,7 @@ def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
 def load_verified_metadata(report: VerificationReport) -> Metadata | None:
     """The metadata of the dump to verify; None, with the report filled in, where there is none."""
     dump = report.dump
-    again = ["See which backups there are: python3 backup_db.py --list"]
+    again = [f"See which backups there are: {list_command(dump.parent)}"]
     if dump.name.endswith(METADATA_SUFFIX):
         other = dump.with_name(dump.name.removesuffix(METADATA_SUFFIX) + DUMP_SUFFIX)
         again.insert(0, f"Name the dump: python3 backup_db.py --verify {shell_words(str(other))}")
@@ -3291,7 +3300,7 @@ def run_verification(dump: Path, progress: Progress) -> int:
         return 0
     steps = report.steps or [
         "Do not rely on this dump alone: restore it into an empty database and compare",
-        "Choose another backup: python3 backup_db.py --list",
+        f"Choose another backup: {list_command(dump.parent)}",
     ]
     lines += ["", *problem_lines("\n".join(report.problems), steps)]
     write_lines(sys.stderr, ["✗ Backup verification failed", "", *lines])

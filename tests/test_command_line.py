@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -326,6 +327,23 @@ def test_verify_of_the_metadata_file_names_the_dump(bare: Project) -> None:
     (dump,) = bare.dumps()
     result = bare.run("--verify", backup_db.metadata_path(dump)).failed_with(8)
     assert f"1. Name the dump: python3 backup_db.py --verify {dump}\n" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("db/backups/no.dump", "python3 backup_db.py --list"),
+        ("two words/no.dump", "python3 backup_db.py --list --output-dir 'two words'"),
+        ("nowhere/no.dump", "python3 backup_db.py --list"),
+    ],
+)
+def test_verify_names_the_command_that_lists_what_is_there(
+    path: str, command: str, bare: Project
+) -> None:
+    (bare.directory / "two words").mkdir()
+    result = bare.run("--verify", path).failed_with(8)
+    assert result.stderr.endswith(f"  1. See which backups there are: {command}\n")
+    bare.run(*shlex.split(command)[2:]).succeeded()
 
 
 # -- --list ---------------------------------------------------------------------------------------
