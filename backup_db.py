@@ -55,7 +55,7 @@ METADATA_VERSION = 1
 LOCK_WAIT_SECONDS = 600  # in all, for what another session holds
 LOCK_RETRY_SECONDS = 1.0  # between two tries; nothing is held meanwhile
 SILENCE_SECONDS = 60  # without an answer, before asking whether the server is still there
-WATCH_SECONDS = 5  # between two looks at whether pg_dump waits for another session
+WATCH_SECONDS = 0.2  # between two looks at whom pg_dump waits for; see BlockerWatch
 TOOL_SECONDS = 30  # for a tool to tell its version
 STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
 CANCEL_SECONDS = 0.5  # to reach the server, when a query is not wanted any more
@@ -163,6 +163,14 @@ class ServerError(Exception):
 
 class ArchiveError(Exception):
     """A dump that pg_restore cannot read, or that does not read as pg_dump writes it."""
+
+
+class InTheWay(Exception):
+    """A session that pg_dump waits for waits itself, and so may be waiting for us."""
+
+    def __init__(self, session: OtherSession) -> None:
+        super().__init__(str(session))
+        self.session = session
 
 
 class DumpFailed(Exception):
@@ -1975,6 +1983,7 @@ class OtherSession:
     user: str | None
     application: str | None
     query: str | None
+    is_waiting: bool = False  # for a lock
 
     def __str__(self) -> str:
         """`session 4711 (alice, psql: ALTER TABLE …)`."""
@@ -2056,21 +2065,25 @@ def count_batches(tables: Sequence[Table], sizes: Mapping[int, int]) -> Iterator
         yield batch
 
 
-BLOCKERS_OF = """
-SELECT b.pid, b.usename, b.application_name, b.query
+# Whether pg_dump copies rows by now, and who blocks it.
+PG_DUMP_ACTIVITY = """
+SELECT pg_catalog.starts_with(a.query, 'COPY '), b.pid, b.usename, b.application_name, b.query,
+       pg_catalog.cardinality(pg_catalog.pg_blocking_pids(b.pid)) > 0
   FROM pg_catalog.pg_stat_activity a
- CROSS JOIN LATERAL pg_catalog.unnest(pg_catalog.pg_blocking_pids(a.pid)) AS blocking (pid)
-  JOIN pg_catalog.pg_stat_activity b ON b.pid = blocking.pid
+  LEFT JOIN LATERAL pg_catalog.unnest(pg_catalog.pg_blocking_pids(a.pid)) AS blocking (pid) ON true
+  LEFT JOIN pg_catalog.pg_stat_activity b ON b.pid = blocking.pid
  WHERE a.application_name = %s
  ORDER BY b.xact_start LIMIT 1
 """
 
 
-def find_blocker(session: Session, application_name: str) -> OtherSession | None:
-    """The session that keeps the one with this application name waiting for a lock."""
+def look_at_pg_dump(session: Session, application_name: str) -> tuple[bool, OtherSession | None]:
+    """Whether the pg_dump with this application name copies rows by now, and the session that
+    keeps it waiting for a lock."""
     session.query(LOOK_AGAIN)
-    found = session.query(BLOCKERS_OF, application_name)
-    return OtherSession(*found[0]) if found else None
+    for is_copying, pid, *about in session.query(PG_DUMP_ACTIVITY, application_name):
+        return bool(is_copying), None if pid is None else OtherSession(pid, *about)
+    return False, None  # it has not connected yet, or has gone
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2104,9 +2117,12 @@ def dump_database(
     """Dump the database into the partial file, and count its rows in the same snapshot.
 
     DDL that slipped in before pg_dump took its own locks (a view dropped, an ALTER TABLE queued
-    behind us) makes pg_dump fail before it writes: then all is let go and begun again.
+    behind us) makes pg_dump fail before it writes: then all is let go and begun again. So it is
+    where pg_dump and a migration wait for each other.
     """
-    for attempt in range(1, DUMP_ATTEMPTS + 1):
+    attempts = 0
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    while True:
         try:
             session = Session(config)
         except ServerError as error:
@@ -2123,14 +2139,20 @@ def dump_database(
                 doing = "dumping and counting the rows"
                 try:
                     return dump_snapshot(config, tools, session, snapshot, lock, partial, progress)
+                except InTheWay as found:
+                    waits_for = found.session
+                    if time.monotonic() > deadline:
+                        raise pg_dump_waited_too_long(waits_for) from None
                 except DumpFailed as failed:
+                    attempts += 1
                     cause = find_cause(config, failed, session, partial)
                     retry = failed.status == 1 and partial.size_bytes == 0
-                    if cause is not None or not retry or attempt == DUMP_ATTEMPTS:
+                    if cause is not None or not retry or attempts == DUMP_ATTEMPTS:
                         raise cause or dump_failure(failed) from None
+                    continue
         except ServerError as error:
             raise server_failure(error, doing) from None
-    raise AssertionError("the last attempt returns or raises")
+        pause(LOCK_RETRY_SECONDS, progress, f"Waiting: {waits_for} holds what pg_dump needs")
 
 
 def refuse_older_dump(pg_dump: Tool, server_version: int) -> None:
@@ -2149,7 +2171,7 @@ def dump_snapshot(
     partial: PartialBackup,
     progress: Progress,
 ) -> Dumped:
-    """Run pg_dump on the snapshot while our session counts in it. Raises DumpFailed."""
+    """Run pg_dump on the snapshot while our session counts in it. Raises DumpFailed, InTheWay."""
     facts = describe_database(session)
     sizes = table_sizes(session, snapshot.tables)
     large_objects_size = session.query("SELECT pg_catalog.pg_table_size('pg_largeobject')")[0][0]
@@ -2180,10 +2202,16 @@ def dump_snapshot(
             check_dump_status(pg_dump)
             dump_progress.show(counted, partial.size_bytes)
 
+        blocker_watch = BlockerWatch(session, application_name)
+        while pg_dump.wait(TICK_SECONDS) is None:
+            blocker = blocker_watch.look()
+            dump_progress.show(counted, partial.size_bytes, blocker)
+            if blocker_watch.saw_copying or partial.size_bytes:
+                break  # it has all its locks
+        check_dump_status(pg_dump)
         session.on_wait = look_after
         count_rows(session, snapshot.tables, sizes, counted)
         session.on_wait = lambda: None
-        blocker_watch = BlockerWatch(session, application_name)
         while pg_dump.wait(TICK_SECONDS) is None:
             blocker = blocker_watch.look()
             dump_progress.show(counted, partial.size_bytes, blocker)
@@ -2202,7 +2230,10 @@ class BlockerWatch:
     """Notices when another session keeps pg_dump waiting for a lock.
 
     --lock-wait-timeout does not cover every lock: pg_dump waits for ever behind an uncommitted
-    REFRESH MATERIALIZED VIEW (15 to 18, tried).
+    REFRESH MATERIALIZED VIEW (15 to 18, tried). And views, materialized views and sequences
+    cannot be locked beforehand: a migration that has replaced a view, and comes to alter the
+    table below it while pg_dump waits for that view, would be the victim of the deadlock. The
+    server sees one after deadlock_timeout, 1 s by default; we look more often and let go.
     """
 
     def __init__(self, session: Session, application_name: str) -> None:
@@ -2210,23 +2241,31 @@ class BlockerWatch:
         self._application_name = application_name
         self._blocker: OtherSession | None = None
         self._blocked_since = 0.0
-        self._next_look = time.monotonic() + WATCH_SECONDS
+        self._next_look = 0.0
+        self.saw_copying = False  # rows: all locks are taken before the first
 
     def look(self) -> OtherSession | None:
-        """Who blocks pg_dump now. Raises Failure once it has lasted LOCK_WAIT_SECONDS."""
+        """Who blocks pg_dump now. Raises Failure once it has lasted LOCK_WAIT_SECONDS, InTheWay
+        where that session waits too."""
         now = time.monotonic()
         if now < self._next_look:
             return self._blocker
         self._next_look = now + WATCH_SECONDS
         blocked_before = self._blocker is not None
-        self._blocker = find_blocker(self._session, self._application_name)
+        is_copying, self._blocker = look_at_pg_dump(self._session, self._application_name)
+        self.saw_copying |= is_copying
+        if self._blocker is not None and self._blocker.is_waiting:
+            raise InTheWay(self._blocker)
         if self._blocker is None or not blocked_before:
             self._blocked_since = now
         elif now - self._blocked_since > LOCK_WAIT_SECONDS:
-            raise waited_too_long(
-                f"pg_dump waits for a lock: {self._blocker} blocks it", self._blocker
-            )
+            raise pg_dump_waited_too_long(self._blocker)
         return self._blocker
+
+
+def pg_dump_waited_too_long(blocker: OtherSession) -> Failure:
+    """The failure for a lock that pg_dump has not got."""
+    return waited_too_long(f"pg_dump waits for a lock: {blocker} blocks it", blocker)
 
 
 def waited_too_long(what: str, holder: OtherSession | None) -> Failure:

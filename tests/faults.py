@@ -61,7 +61,8 @@ def processes_in(directory: Path) -> dict[int, str]:
 def sessions_on(database: Database, condition: str = "true") -> list[str]:
     """The sessions of the script and its pg_dump on the server, a line each."""
     return database.cluster.psql(
-        "SELECT pid, application_name, state, wait_event_type, query FROM pg_stat_activity"
+        "SELECT pid, application_name, state, wait_event_type, translate(query, E'\\n', ' ')"
+        " FROM pg_stat_activity"
         f" WHERE datname = '{database.name}' AND application_name LIKE 'backup\\_db%'"
         f" AND {condition}"
     ).splitlines()

@@ -334,6 +334,30 @@ def test_migration_that_wants_more_is_not_the_victim_of_a_deadlock(
     assert_restores(project.dumps()[0], chat)
 
 
+@pytest.mark.parametrize(
+    "held",
+    [
+        "ALTER VIEW chat.recent RENAME TO latest",
+        "ALTER SEQUENCE chat.numbers OWNER TO CURRENT_USER",
+    ],
+)
+def test_migration_that_pg_dump_waits_for_is_not_the_victim_of_a_deadlock(
+    held: str, chat: Database, observer: Connection, make_project: MakeProject
+) -> None:
+    """It holds what cannot be locked beforehand, and wants a table that pg_dump has."""
+    project = make_project(chat)
+    with closing(connect(chat)) as migration:
+        execute(migration, f"BEGIN; {held}")
+        run = project.start()
+        wait_for(observer, PG_DUMP)
+        # pg_dump's own look for deadlocks is over: whoever comes now is the victim.
+        wait_until(lambda: waiting(observer, f"{PG_DUMP} AND now() > query_start + '1.1 s'"))
+        execute(migration, "ALTER TABLE chat.messages ADD more int")  # no "deadlock detected"
+        execute(migration, "COMMIT")
+    finish(run).succeeded()
+    assert_restores(project.dumps()[0], chat)
+
+
 # -- what pg_dump waits for -----------------------------------------------------------------------
 
 
@@ -342,7 +366,7 @@ def test_pg_dump_that_waits_for_ever_is_ended_and_the_blocker_named(
 ) -> None:
     """--lock-wait-timeout does not cover what pg_dump waits for here."""
     chat.psql("CREATE MATERIALIZED VIEW chat.total AS SELECT count(*) FROM chat.messages")
-    project = make_project(chat, constants={"LOCK_WAIT_SECONDS": 1, "WATCH_SECONDS": 0.2})
+    project = make_project(chat, constants={"LOCK_WAIT_SECONDS": 1, "WATCH_SECONDS": 0.1})
     with closing(connect(chat)) as session:
         execute(session, "BEGIN; REFRESH MATERIALIZED VIEW chat.total")
         result = project.run().failed_with(7, "Backup creation error")
