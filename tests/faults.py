@@ -15,6 +15,9 @@ from support import Database, Project, contents_of, wait_until
 # `exec`, so that it is one process.
 PAUSE = 'touch "$HOME/paused"; exec sleep 100'
 
+# The same, until the test lets it go on: then the program runs, as if nothing had been.
+HOLD = 'touch "$HOME/paused"; until [ -e "$HOME/go" ]; do sleep 0.05; done; exec "$real" "$@"'
+
 
 # -- what was there before, and what is there after -----------------------------------------------
 
@@ -174,6 +177,11 @@ CONTENTS = ("pg_restore", "--data-only")
 def paused(project: Project) -> bool:
     """Whether a script in the place of a program has come to PAUSE."""
     return (project.directory / "home" / "paused").exists()
+
+
+def let_go(project: Project) -> None:
+    """End a HOLD."""
+    (project.directory / "home" / "go").touch()
 
 
 def pausing(program: str, option: str) -> Phase:

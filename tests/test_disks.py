@@ -9,13 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults import CONTENTS, DUMP, fake_call, paused, published, untouched
+from faults import CONTENTS, DUMP, HOLD, fake_call, let_go, paused, published, untouched
 from support import UNPRIVILEGED, Database, Project, finish, small_disk, wait_until
 
 PAGE = 4096  # a tmpfs gives room by the page
-
-# Until the test lets it go on: then the program runs, as if nothing had been.
-HOLD = 'touch "$HOME/paused"; until [ -e "$HOME/go" ]; do sleep 0.05; done; exec "$real" "$@"'
 
 
 def earlier_size(project: Project) -> int:
@@ -189,7 +186,7 @@ def test_directory_removed_meanwhile(call: tuple[str, str], code: int, standing:
     process = standing.start()
     wait_until(lambda: paused(standing))
     shutil.rmtree(standing.backups)
-    (standing.directory / "home" / "go").touch()
+    let_go(standing)
     result = finish(process).failed_with(code)
     assert "No such file or directory" in result.stderr, result
     assert not standing.backups.exists()
@@ -203,7 +200,7 @@ def test_directory_closed_meanwhile(standing: Project) -> None:
     process = standing.start(prefix=UNPRIVILEGED)
     wait_until(lambda: paused(standing))
     standing.backups.chmod(0o500)
-    (standing.directory / "home" / "go").touch()
+    let_go(standing)
     result = finish(process).failed_with(4, "Permission error")
     assert "Permission denied" in result.stderr, result
     standing.backups.chmod(0o700)
