@@ -133,9 +133,9 @@ def be_no_longer_searchable(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
-        (be_a_file, "{}: it is no directory"),
+        (be_a_file, "{}: Not a directory"),
         (lie_below_a_file, "{}: Not a directory"),
-        (be_a_dangling_link, "{}: it is no directory"),
+        (be_a_dangling_link, "{}: Not a directory"),
         (be_closed, "{}/.{}_dev.lock: Permission denied"),
         (lie_below_a_closed_one, "{}: Permission denied"),
         (be_no_longer_searchable, "{}/.{}_dev.lock: Permission denied"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def test_password_is_nowhere(
     seen: set[str] = set()
     while process.poll() is None:
         seen.update(shown_to_everybody())
+        time.sleep(0.02)
     result = finish(process).succeeded()
     home = project.directory / "home"
     public = [*seen, (home / "arguments").read_text(), result.stdout, result.stderr]

@@ -110,8 +110,6 @@ def test_tool_that_fails_at_its_work(
     with untouched(standing):
         result = standing.run().failed_with(code)
     assert words in result.stderr, result
-    (standing.fakes / call[0]).unlink()
-    standing.back_up()
 
 
 def test_warning_of_pg_dump_is_passed_on(standing: Project) -> None:
