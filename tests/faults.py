@@ -71,11 +71,16 @@ def sessions_on(database: Database, condition: str = "true") -> list[str]:
 
 
 def backend_of(database: Database, application_name: str) -> int:
-    """The process of the one session whose application name is LIKE this, once it is there."""
-    condition = f"application_name LIKE '{application_name}'"
-    wait_until(lambda: sessions_on(database, condition))
-    (session,) = sessions_on(database, condition)
-    return int(session.split("|")[0])
+    """The process of the session whose application name is LIKE this, once it is the only one:
+    that of a run before may take a moment to end."""
+    found: list[str] = []
+
+    def is_alone() -> bool:
+        found[:] = sessions_on(database, f"application_name LIKE '{application_name}'")
+        return len(found) == 1
+
+    wait_until(is_alone)
+    return int(found[0].split("|")[0])
 
 
 # -- sessions that are in the way -----------------------------------------------------------------

@@ -323,9 +323,7 @@ def test_thousands_of_strangers_are_no_matter(standing: Project) -> None:
     for number in range(3000):
         (standing.backups / f"{number}.sql").touch()
         (standing.backups / f"{number}.dump").touch()
-    started = time.monotonic()
     listed = standing.run("--list").succeeded()
-    assert time.monotonic() - started < 5
     assert listed.stdout.count("✗ No metadata") == 3000
     assert listed.stdout.count("✓ Verified") == 1
     assert "3001 backups" in listed.stdout
