@@ -509,6 +509,8 @@ class MetadataError(ValueError):
     """Metadata that is missing, unreadable or ill-typed; the text names the key."""
 
 
+MOST_ROWS = 2**63 - 1  # what count(*) can return
+
 REQUIRED_KEYS: dict[str, type] = {
     "backup_timestamp": str,
     "environment": str,
@@ -554,8 +556,12 @@ class Metadata:
     @classmethod
     def read(cls, path: Path) -> Metadata:
         """Read and check a metadata file. Raises MetadataError, naming the key; OSError."""
-        # O_NONBLOCK: a pipe of that name must not hang a listing.
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+
+        def open_at_once(name: str, flags: int) -> int:
+            """A pipe of that name must not hang a listing, nor a run."""
+            return os.open(name, flags | os.O_NONBLOCK)
+
+        with open(path, "rb", opener=open_at_once) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > METADATA_MAX_BYTES:
                 raise MetadataError("it is no metadata file")
@@ -585,7 +591,11 @@ class Metadata:
         if values["backup_size_bytes"] < 0:
             raise MetadataError('the key "backup_size_bytes" is not a size')
         for table, rows in values["table_counts"].items():
-            if type(rows) is not int or rows < 0 or not TABLE_KEY.fullmatch(table):
+            if (
+                type(rows) is not int
+                or not 0 <= rows <= MOST_ROWS
+                or not TABLE_KEY.fullmatch(table)
+            ):
                 raise MetadataError(f'the key "table_counts" is wrong at {table!r}')
         # Of the further keys, those that are read below; one of another type counts as absent.
         optional: dict[str, tuple[type, ...]] = {
@@ -2455,11 +2465,18 @@ def dump_failure(failed: DumpFailed) -> Failure:
 
 def make_directory(directory: Path) -> None:
     """Make the output directory, for its owner alone; one that is there stays as it is."""
+    made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in made:  # its name, too, has to outlive a power cut
+            with contextlib.suppress(PermissionError):  # to read it is not ours to ask for
+                sync_directory(path.parent)
     except FileExistsError:  # "File exists" would be no news to who asked for a directory
-        raise file_failure(
-            OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
+        raise Failure(
+            ExitCode.PERMISSION,
+            f"{display_path(directory)}: {os.strerror(errno.ENOTDIR)}",
+            f"See what it is, a file or a link to nowhere: ls -ld {shell_words(str(directory))}",
+            "Move it out of the way, or use another directory: --output-dir DIR",
         ) from None
     except OSError as error:
         raise file_failure(error) from None

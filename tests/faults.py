@@ -15,6 +15,9 @@ from support import Database, Project, contents_of, wait_until
 # `exec`, so that it is one process.
 PAUSE = 'touch "$HOME/paused"; exec sleep 100'
 
+# The same, until the test lets it go on: then the program runs, as if nothing had been.
+HOLD = 'touch "$HOME/paused"; until [ -e "$HOME/go" ]; do sleep 0.05; done; exec "$real" "$@"'
+
 
 # -- what was there before, and what is there after -----------------------------------------------
 
@@ -69,11 +72,16 @@ def sessions_on(database: Database, condition: str = "true") -> list[str]:
 
 
 def backend_of(database: Database, application_name: str) -> int:
-    """The process of the one session whose application name is LIKE this, once it is there."""
-    condition = f"application_name LIKE '{application_name}'"
-    wait_until(lambda: sessions_on(database, condition))
-    (session,) = sessions_on(database, condition)
-    return int(session.split("|")[0])
+    """The process of the session whose application name is LIKE this, once it is the only one:
+    that of a run before may take a moment to end."""
+    found: list[str] = []
+
+    def is_alone() -> bool:
+        found[:] = sessions_on(database, f"application_name LIKE '{application_name}'")
+        return len(found) == 1
+
+    wait_until(is_alone)
+    return int(found[0].split("|")[0])
 
 
 # -- sessions that are in the way -----------------------------------------------------------------
@@ -175,6 +183,11 @@ CONTENTS = ("pg_restore", "--data-only")
 def paused(project: Project) -> bool:
     """Whether a script in the place of a program has come to PAUSE."""
     return (project.directory / "home" / "paused").exists()
+
+
+def let_go(project: Project) -> None:
+    """End a HOLD."""
+    (project.directory / "home" / "go").touch()
 
 
 def pausing(program: str, option: str) -> Phase:

@@ -13,12 +13,14 @@ import sys
 import pytest
 from faults import (
     DUMP,
+    HOLD,
     PHASES,
     TABLE_OF_CONTENTS,
     assert_nothing_runs,
     between_the_renames,
     dumping,
     fake_call,
+    let_go,
     paused,
     processes_of,
     published,
@@ -100,12 +102,11 @@ def test_further_signals_do_not_disturb_the_cleaning_up(
 
 
 def test_signal_that_nohup_ignores_stays_ignored(standing: Project) -> None:
-    wait = 'touch $HOME/paused; until [ -e "$HOME/go" ]; do sleep 0.05; done; exec "$real" "$@"'
-    fake_call(standing, *TABLE_OF_CONTENTS, wait)
+    fake_call(standing, *TABLE_OF_CONTENTS, HOLD)
     process = standing.start(prefix=["nohup"])
     wait_until(lambda: paused(standing))
     process.send_signal(signal.SIGHUP)
-    (standing.directory / "home" / "go").touch()
+    let_go(standing)
     finish(process).succeeded()
 
 

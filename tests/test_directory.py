@@ -1,0 +1,332 @@
+"""What else is in the directory: other runs, other databases, and damage of every kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeProject
+from faults import CONTENTS, PAUSE, fake_call, paused, published, untouched
+from support import UNPRIVILEGED, Database, Project, finish, wait_until
+
+# -- other runs -----------------------------------------------------------------------------------
+
+
+def metadata_of(dump: Path) -> Path:
+    return dump.with_name(dump.name.removesuffix(".dump") + ".metadata.json")
+
+
+def test_second_run_for_one_database_is_told_of_the_first(standing: Project) -> None:
+    fake_call(standing, *CONTENTS, PAUSE)
+    with untouched(standing):
+        before = datetime.now(timezone.utc).replace(microsecond=0)
+        first = standing.start()
+        wait_until(lambda: paused(standing))
+        partial = sorted(standing.backups.glob(".*.partial"))
+        result = standing.run().failed_with(1, "General error")
+        assert sorted(standing.backups.glob(".*.partial")) == partial
+        match = re.search(r"is running: process (\d+), started (\S+)\n", result.stderr)
+        assert match, result
+        assert int(match.group(1)) == first.pid
+        started = datetime.strptime(match.group(2), "%Y-%m-%dT%H:%M:%S%z")
+        assert before <= started <= datetime.now(timezone.utc)
+        first.terminate()
+        finish(first)
+
+
+def test_two_databases_are_backed_up_into_one_directory_at_once(
+    standing: Project, make_project: MakeProject, database: Database
+) -> None:
+    other = make_project(database)
+    runs = [p.start("--output-dir", standing.backups) for p in (standing, other)]
+    for run in runs:
+        finish(run).succeeded()
+    for dump in standing.dumps():
+        standing.run("--verify", dump).succeeded()
+    assert len(standing.dumps()) == 3
+
+
+def test_databases_whose_files_begin_alike_keep_out_of_each_others_way(
+    standing: Project, standing_database: Database, make_project: MakeProject
+) -> None:
+    """`x` and `x_dev` in dev share their file names, hence their lock; `x_dev_y` has its own."""
+    name = standing_database.name
+    cluster = standing_database.cluster
+    fake_call(standing, *CONTENTS, PAUSE)
+    first = standing.start()
+    wait_until(lambda: paused(standing))
+    for suffix, code in (("_dev", 1), ("_dev_y", 0)):
+        cluster.create_database(name + suffix)
+        other = make_project(Database(cluster, name + suffix))
+        result = other.run("--output-dir", standing.backups)
+        cluster.drop_database(name + suffix)
+        assert result.returncode == code, result
+    first.terminate()
+    finish(first)
+
+
+def test_runs_within_one_second_get_names_of_their_own(
+    make_project: MakeProject, database: Database
+) -> None:
+    project = make_project(database)
+    started = time.monotonic()
+    dumps = [project.back_up() for _ in range(4)]
+    assert time.monotonic() - started > 2.9  # else no two have met in a second
+    assert len({dump.name for dump in dumps}) == 4
+    for dump in dumps:
+        project.run("--verify", dump).succeeded()
+
+
+def test_clock_that_was_set_back_loses_nothing(
+    make_project: MakeProject, database: Database
+) -> None:
+    """Seen from the directory: there are backups from the future, the very next seconds too."""
+    project = make_project(database, settings={"BACKUP_KEEP": "100"})
+    original = project.back_up()
+    now = datetime.now(timezone.utc)
+    for seconds in (1, 2, 86400):
+        moment = now + timedelta(seconds=seconds)
+        stem = f"{database.name}_dev_{moment:%Y-%m-%dT%H-%M-%SZ}"
+        values = json.loads(metadata_of(original).read_text(encoding="utf-8"))
+        values |= {
+            "backup_timestamp": f"{moment:%Y-%m-%dT%H:%M:%SZ}",
+            "backup_file": f"{stem}.dump",
+        }
+        (project.backups / f"{stem}.metadata.json").write_text(json.dumps(values), encoding="utf-8")
+        (project.backups / f"{stem}.dump").write_bytes(original.read_bytes())
+    before = published(project.backups)
+    dump = project.back_up()
+    assert published(project.backups).items() > before.items()
+    listed = project.run("--list").succeeded()
+    assert listed.stdout.count("✓ Verified") == 5
+    # Of two to keep, the one just made is one, however old its name.
+    project.configure({**database.settings(), "BACKUP_KEEP": "2"})
+    made = project.run().succeeded()
+    assert len(project.dumps()) == 2, made
+    assert any(f"Backup File: db/backups/{dump.name}\n" in made.stdout for dump in project.dumps())
+    assert not dump.exists()
+
+
+# -- damage ---------------------------------------------------------------------------------------
+
+Metadata = dict[str, Any]
+
+
+def text(content: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(content)
+
+
+def changed(**values: object) -> Callable[[Path], object]:
+    """Metadata with other values; None takes the key away."""
+
+    def change(path: Path) -> None:
+        metadata = json.loads(path.read_text(encoding="utf-8")) | values
+        path.write_text(json.dumps({k: v for k, v in metadata.items() if v is not None}))
+
+    return change
+
+
+def replaced(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def replace(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return replace
+
+
+NOT_JSON = "it is not JSON"
+BAD_METADATA: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (text(""), NOT_JSON),
+    "binary": (lambda path: path.write_bytes(os.urandom(1000) + b"\xff\0"), NOT_JSON),
+    "cut off": (lambda path: os.truncate(path, 300), NOT_JSON),
+    "deeply nested": (text("[" * 100_000), NOT_JSON),
+    "nested in itself": (text('{"a":' * 100_000), NOT_JSON),
+    "a list": (text("[]"), "it is not a JSON object"),
+    "a number": (text("1e999"), "it is not a JSON object"),
+    "null": (text("null"), "it is not a JSON object"),
+    "an empty object": (text("{}"), 'the key "backup_timestamp" is missing'),
+    "an endless number": (text('{"backup_timestamp":' + "9" * 100_000), NOT_JSON),
+    "a directory": (replaced(Path.mkdir), ""),
+    "a FIFO": (replaced(os.mkfifo), "it is no metadata file"),
+    "a device": (replaced(lambda path: path.symlink_to("/dev/zero")), "it is no metadata file"),
+    "a loop of links": (replaced(lambda path: path.symlink_to(path.name)), ""),
+    **{
+        f"without {key}": (changed(**{key: None}), f'the key "{key}" is missing')
+        for key in ("checksum_sha256", "backup_size_bytes", "table_counts", "environment")
+    },
+    **{
+        f"{key} is {value!r:.20}": (changed(**{key: value}), f'the key "{key}" is ')
+        for key, value in [
+            ("backup_timestamp", "yesterday"),
+            ("backup_timestamp", 1769524200),
+            ("environment", ["dev"]),
+            ("database_name", {}),
+            ("backup_size_bytes", "528783"),
+            ("backup_size_bytes", True),
+            ("backup_size_bytes", -1),
+            ("backup_size_bytes", 1.5),
+            ("checksum_sha256", "z" * 64),
+            ("table_counts", []),
+            ("table_counts", {"messages": "3420"}),
+            ("table_counts", {"messages": -1}),
+            ("table_counts", {"messages": 10**4000}),
+            ("table_counts", {"": 1}),
+        ]
+    },
+}
+
+
+@pytest.fixture
+def damaged(standing: Project) -> Path:
+    """The one dump there is, for the test to damage; it needs no server, and no configuration."""
+    (standing.directory / ".env.local").unlink()
+    (dump,) = standing.dumps()
+    return dump
+
+
+def test_list_and_verify_name_bad_metadata(standing: Project, damaged: Path) -> None:
+    metadata = metadata_of(damaged)
+    original = metadata.read_bytes()
+    for name, (damage, words) in BAD_METADATA.items():
+        damage(metadata)
+        listed = standing.run("--list").succeeded()
+        (line,) = (line for line in listed.stdout.splitlines() if line.endswith("Bad metadata"))
+        assert line.startswith("20"), (name, line)  # the file name tells the rest
+        result = standing.run("--verify", damaged)
+        assert result.returncode in (4, 8), f"{name}: {result}"
+        assert "Traceback" not in result.stderr, f"{name}: {result}"
+        assert "✗ Backup verification failed" in result.stderr, f"{name}: {result}"
+        assert metadata.name in result.stderr, f"{name}: {result}"
+        assert words in result.stderr, f"{name}: {result}"
+        if metadata.is_dir() and not metadata.is_symlink():
+            metadata.rmdir()
+        else:
+            metadata.unlink()
+        metadata.write_bytes(original)
+    standing.run("--verify", damaged).succeeded()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"metadata_version": 99, "later": {"key": [1, 2]}},
+        {"metadata_version": None, "verification": {}},
+        {"large_object_count": "none", "not_included": 7, "locale": [], "roles": None},
+    ],
+)
+def test_metadata_of_another_version_is_read(
+    values: dict[str, object], standing: Project, damaged: Path
+) -> None:
+    changed(**values)(metadata_of(damaged))
+    standing.run("--list").succeeded()
+    standing.run("--verify", damaged).succeeded()
+
+
+def test_run_is_not_disturbed_by_a_damaged_neighbour(
+    standing: Project,
+) -> None:
+    (old,) = standing.dumps()
+    metadata = metadata_of(old)
+    for damage in (
+        replaced(os.mkfifo),
+        replaced(text("{")),
+        replaced(lambda path: path.symlink_to(path.name)),
+    ):
+        damage(metadata)
+        before = published(standing.backups)
+        standing.run().succeeded()
+        assert published(standing.backups).items() > before.items()
+
+
+def empty(dump: Path) -> None:
+    os.truncate(dump, 0)
+
+
+def cut(dump: Path) -> None:
+    os.truncate(dump, dump.stat().st_size - 1)
+
+
+def flip_a_bit(dump: Path) -> None:
+    content = bytearray(dump.read_bytes())
+    content[len(content) // 2] ^= 1
+    dump.write_bytes(content)
+
+
+def be_directory(dump: Path) -> None:
+    dump.unlink()
+    dump.mkdir()
+
+
+def be_fifo(dump: Path) -> None:
+    dump.unlink()
+    os.mkfifo(dump)
+
+
+def be_link_to_nowhere(dump: Path) -> None:
+    dump.unlink()
+    dump.symlink_to("nowhere")
+
+
+def be_gone(dump: Path) -> None:
+    dump.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "status", "words"),
+    [
+        (empty, "Size mismatch", "bytes, found 0)"),
+        (cut, "Size mismatch", "Checksum:    ✗ Mismatch (expected "),
+        (flip_a_bit, "Verified", "Checksum:    ✗ Mismatch (expected "),
+        (be_directory, "Size mismatch", "is not a .dump file"),
+        (be_fifo, "Size mismatch", "is not a .dump file"),
+        (be_link_to_nowhere, "Size mismatch", "there is no file"),
+        (be_gone, None, "there is no file"),
+    ],
+)
+def test_damaged_dump(
+    damage: Callable[[Path], None],
+    status: str | None,
+    words: str,
+    standing: Project,
+    damaged: Path,
+) -> None:
+    damage(damaged)
+    listed = standing.run("--list").succeeded()
+    lines = [line for line in listed.stdout.splitlines() if line.startswith("20")]
+    assert [line.rsplit("  ", 1)[1][2:] for line in lines] == ([status] if status else []), listed
+    result = standing.run("--verify", damaged)
+    assert result.returncode == 8, result
+    assert result.stdout == "", result
+    assert "Traceback" not in result.stderr, result
+    assert words in result.stderr, result
+
+
+def test_files_that_may_not_be_read(standing: Project, damaged: Path) -> None:
+    for path in (metadata_of(damaged), damaged):
+        path.chmod(0)
+        result = standing.run("--verify", damaged, prefix=UNPRIVILEGED)
+        result.failed_with(4, "Permission error")
+        assert f"{path.name}: Permission denied" in result.stderr, result
+        listed = standing.run("--list", prefix=UNPRIVILEGED).succeeded()
+        assert ("Bad metadata" in listed.stdout) == (path != damaged), listed
+        path.chmod(0o600)
+
+
+def test_thousands_of_strangers_are_no_matter(standing: Project) -> None:
+    for number in range(3000):
+        (standing.backups / f"{number}.sql").touch()
+        (standing.backups / f"{number}.dump").touch()
+    listed = standing.run("--list").succeeded()
+    assert listed.stdout.count("✗ No metadata") == 3000
+    assert listed.stdout.count("✓ Verified") == 1
+    assert "3001 backups" in listed.stdout
+    before = published(standing.backups)
+    standing.run().succeeded()
+    assert published(standing.backups).items() > before.items()

@@ -1,0 +1,220 @@
+"""What a disk, a directory and its permissions can do to a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faults import CONTENTS, DUMP, HOLD, fake_call, let_go, paused, published, untouched
+from support import UNPRIVILEGED, Database, Project, finish, small_disk, wait_until
+
+PAGE = 4096  # a tmpfs gives room by the page
+
+
+def earlier_size(project: Project) -> int:
+    """What a dump of the standing database takes: the next one is as large."""
+    return project.dumps()[0].stat().st_size
+
+
+def with_backups(directory: Path, project: Project) -> Path:
+    """The directory, with the earlier backups in it."""
+    return Path(shutil.copytree(project.backups, directory))
+
+
+# -- full disks -----------------------------------------------------------------------------------
+
+
+# The free pages are those that the dump needs, less a half, or plus or minus one.
+@pytest.mark.parametrize(
+    ("pages", "words"),
+    [
+        (lambda _size: 0, "could not write to output file: No space left on device"),
+        (lambda size: size // PAGE // 2, "could not write to output file: No space left on device"),
+        # pg_dump 15 to 18 exit 0 when the last write of all fails.
+        (lambda size: size // PAGE, "the disk is full: the new dump does not hold"),
+        (lambda size: size // PAGE + 1, ".metadata.json.partial: No space left on device"),
+    ],
+    ids=["before", "during", "at the last buffer", "for the metadata"],
+)
+def test_full_disk(pages: Callable[[int], int], words: str, standing: Project) -> None:
+    standing.rewrite({"NEED_OF_LAST_BACKUP": 0, "NEED_OF_TABLES": 0})  # or it stops before
+    size = earlier_size(standing)
+    assert size % PAGE, "the dump ends with a page, and so has no last buffer to lose"
+    with small_disk("size=8m") as disk:
+        directory = with_backups(disk / "backups", standing)
+        # The lock file takes its page now.
+        standing.run("--output-dir", directory, env={"DEV_DB_PORT": "1"}).failed_with(3)
+        space = os.statvfs(disk)
+        (disk / "filler").write_bytes(bytes((space.f_bavail - pages(size)) * space.f_frsize))
+        before = published(directory)
+        result = standing.run("--output-dir", directory).failed_with(5, "Disk space error")
+        assert words in result.stderr, result
+        assert f"df -h {directory}; df -i {directory}\n" in result.stderr, result
+        assert published(directory) == before
+        (disk / "filler").unlink()
+        standing.run("--output-dir", directory).succeeded()
+        assert published(directory).items() > before.items()
+
+
+def test_disk_with_too_little_space_is_refused_before_anything_is_written(
+    standing: Project,
+) -> None:
+    with small_disk("size=1m") as disk:
+        directory = with_backups(disk / "backups", standing)
+        (disk / "filler").write_bytes(bytes(1024 * 1024 - 2 * earlier_size(standing) * 9 // 10))
+        before = published(directory)
+        fake_call(standing, *DUMP, "touch $HOME/called")
+        result = standing.run("--output-dir", directory).failed_with(5, "Disk space error")
+        assert published(directory) == before
+    assert "KB free, at least 413." in result.stderr, result
+    assert not (standing.directory / "home" / "called").exists()
+
+
+@pytest.mark.parametrize("free", [0, 1])
+def test_no_inodes(free: int, standing: Project) -> None:
+    """For the dump and its metadata two are needed; the lock file is there."""
+    with small_disk("size=8m,nr_inodes=40") as disk:
+        directory = with_backups(disk / "backups", standing)
+        for number in range(os.statvfs(disk).f_favail - free):
+            (disk / str(number)).touch()
+        before = published(directory)
+        result = standing.run("--output-dir", directory).failed_with(5, "Disk space error")
+        assert "No space left on device" in result.stderr, result
+        assert f"df -i {directory}\n" in result.stderr, result
+        assert published(directory) == before
+
+
+@pytest.mark.parametrize("limit", [0, 100_000])
+def test_limit_on_file_sizes(limit: int, standing: Project) -> None:
+    with untouched(standing):
+        result = standing.run(prefix=["prlimit", f"--fsize={limit}"])
+        result.failed_with(7, "Backup creation error")
+    assert "ulimit -f" in result.stderr, result
+    standing.back_up()
+
+
+# -- directories ----------------------------------------------------------------------------------
+
+
+def be_a_file(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+def lie_below_a_file(path: Path) -> Path:
+    path.touch()
+    return path / "backups"
+
+
+def be_a_dangling_link(path: Path) -> Path:
+    path.symlink_to("nowhere")
+    return path
+
+
+def be_closed(path: Path) -> Path:
+    path.mkdir(mode=0o500)
+    return path
+
+
+def lie_below_a_closed_one(path: Path) -> Path:
+    path.mkdir(mode=0o500)
+    return path / "backups"
+
+
+def be_no_longer_searchable(path: Path) -> Path:
+    path.mkdir(mode=0o600)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (be_a_file, "{}: Not a directory"),
+        (lie_below_a_file, "{}: Not a directory"),
+        (be_a_dangling_link, "{}: Not a directory"),
+        (be_closed, "{}/.{}_dev.lock: Permission denied"),
+        (lie_below_a_closed_one, "{}: Permission denied"),
+        (be_no_longer_searchable, "{}/.{}_dev.lock: Permission denied"),
+    ],
+)
+def test_output_directory_that_cannot_be_used(
+    prepare: Callable[[Path], Path],
+    words: str,
+    standing: Project,
+    standing_database: Database,
+    tmp_path: Path,
+) -> None:
+    directory = prepare(tmp_path / "odd")
+    result = standing.run("--output-dir", directory, prefix=UNPRIVILEGED)
+    result.failed_with(4, "Permission error")
+    assert words.format(directory, standing_database.name) in result.stderr, result
+    assert f"ls -ld {tmp_path}" in result.stderr, result
+
+
+def test_read_only_disk(standing: Project) -> None:
+    with small_disk("size=8m") as disk:
+        directory = with_backups(disk / "backups", standing)
+        holder = disk.parts[2]
+        remount = ["nsenter", f"--mount=/proc/{holder}/ns/mnt", "mount", "-o", "remount,ro", "/tmp"]
+        assert os.spawnvp(os.P_WAIT, remount[0], remount) == 0
+        before = published(directory)
+        result = standing.run("--output-dir", directory).failed_with(4, "Permission error")
+        assert "Read-only file system" in result.stderr, result
+        standing.run("--list", "--output-dir", directory).succeeded()
+        standing.run("--verify", next(directory.glob("*.dump"))).succeeded()
+        assert published(directory) == before
+
+
+def test_lock_file_of_another_user(standing: Project, standing_database: Database) -> None:
+    lock = standing.backups / f".{standing_database.name}_dev.lock"
+    lock.unlink()
+    lock.touch(mode=0o400)
+    with untouched(standing):
+        result = standing.run(prefix=UNPRIVILEGED).failed_with(4, "Permission error")
+    assert f"{lock.name}: Permission denied" in result.stderr, result
+
+
+@pytest.mark.parametrize(
+    ("call", "code"), [(DUMP, 7), (CONTENTS, 8)], ids=["dumping", "reading back"]
+)
+def test_directory_removed_meanwhile(call: tuple[str, str], code: int, standing: Project) -> None:
+    fake_call(standing, *call, HOLD)
+    process = standing.start()
+    wait_until(lambda: paused(standing))
+    shutil.rmtree(standing.backups)
+    let_go(standing)
+    result = finish(process).failed_with(code)
+    assert "No such file or directory" in result.stderr, result
+    assert not standing.backups.exists()
+    standing.back_up()
+
+
+def test_directory_closed_meanwhile(standing: Project) -> None:
+    """What has to stay is hidden; the next run sweeps it."""
+    before = published(standing.backups)
+    fake_call(standing, *CONTENTS, HOLD)
+    process = standing.start(prefix=UNPRIVILEGED)
+    wait_until(lambda: paused(standing))
+    standing.backups.chmod(0o500)
+    let_go(standing)
+    result = finish(process).failed_with(4, "Permission error")
+    assert "Permission denied" in result.stderr, result
+    standing.backups.chmod(0o700)
+    assert all(name.startswith(".") for name in published(standing.backups).keys() - before.keys())
+    dump = standing.back_up()
+    new = published(standing.backups).keys() - before.keys()
+    assert new == {dump.name, dump.name.removesuffix(".dump") + ".metadata.json"}
+
+
+def test_new_directory_is_private_and_an_old_one_stays_as_it_is(
+    standing: Project, tmp_path: Path
+) -> None:
+    standing.run("--output-dir", tmp_path / "a" / "b").succeeded()
+    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
+    (tmp_path / "old").mkdir(mode=0o755)
+    standing.run("--output-dir", tmp_path / "old").succeeded()
+    assert stat.S_IMODE((tmp_path / "old").stat().st_mode) == 0o755
