@@ -142,8 +142,8 @@ def frozen(cluster: Cluster) -> Iterator[None]:
 def test_server_falls_silent(phase: Phase, fragile: Project, fragile_database: Database) -> None:
     with untouched(fragile), phase(fragile, fragile_database) as process:
         with frozen(fragile_database.cluster):
-            # A second of silence, one for asking again, one for pg_dump to end, and the rest.
-            result = finish(process, 5).failed_with(7, "Backup creation error")
+            # A second of silence, one for asking again, one for pg_dump to end.
+            result = finish(process, NOTICED_SECONDS).failed_with(7, "Backup creation error")
         assert "no answer for 1 seconds, and then: connection to server" in result.stderr, result
         assert "timeout expired" in result.stderr, result
         assert_nothing_runs(fragile, fragile_database)
