@@ -28,6 +28,7 @@ import re
 import select
 import shlex
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -225,6 +226,12 @@ def file_failure(error: OSError, otherwise: ExitCode = ExitCode.CREATION) -> Fai
         detail,
         f"Check the file system and its limits: df -h {folder}; ulimit -f; dmesg | tail",
     )
+
+
+def other_file_failure(number: int, path: Path, detail: str) -> Failure:
+    """The same for an errno that another program met, or none yet; `detail` says what happened."""
+    failure = file_failure(OSError(number, os.strerror(number), os.fspath(path)))
+    return Failure(failure.code, detail, *failure.steps)
 
 
 @contextlib.contextmanager
@@ -1343,6 +1350,8 @@ class Session:
 
     def _connect(self, client_encoding: str) -> None:
         psycopg2 = import_psycopg2()
+        deadline = time.monotonic() + self._connect_seconds
+        self._await_host_name(deadline)
         way = ""
         try:
             self._connection = psycopg2.connect(
@@ -1356,11 +1365,31 @@ class Session:
                 async_=True,
             )
             way = self._config.way  # libpq says it by itself only where it connects at one go
-            self._wait(time.monotonic() + self._connect_seconds)
+            self._wait(deadline)
         except UnicodeDecodeError as error:
             raise ServerError(way + decode_words(error.object)) from None
         except (psycopg2.Error, ValueError) as error:
             raise ServerError(f"{way}{error}") from None
+
+    def _await_host_name(self, deadline: float) -> None:
+        """Wait until the resolver knows the host, or says that it does not: libpq asks it too, but
+        with neither a time limit nor an ear for signals."""
+        host = self._config.host
+        if host.startswith(("/", "@")):
+            return
+
+        def resolve() -> None:
+            with contextlib.suppress(OSError, UnicodeError):  # libpq will say it in its own words
+                socket.getaddrinfo(host, self._config.port, type=socket.SOCK_STREAM)
+
+        resolver = threading.Thread(target=resolve, daemon=True)
+        resolver.start()
+        while resolver.is_alive():
+            resolver.join(TICK_SECONDS)
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f'could not translate host name "{host}" to address: timeout expired', lost=True
+                )
 
     def query(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         """Run a statement, or several in one string, and return the rows of the last."""
@@ -1519,6 +1548,16 @@ def begin(session: Session, isolation: str) -> None:
     session.query(BEGIN_READING.format(isolation=isolation, lock_wait_seconds=LOCK_WAIT_SECONDS))
     if session.server_version >= 170000:
         session.query("SET LOCAL transaction_timeout = 0")
+    if session.server_version >= 140000:
+        session.query("SAVEPOINT looking_after")
+        try:
+            # Should this process be killed, the server ends a long count or wait by itself.
+            session.query("SET LOCAL client_connection_check_interval = '5s'")
+        except ServerError as error:
+            if error.lost:
+                raise
+            session.query("ROLLBACK TO SAVEPOINT looking_after")  # a platform that cannot
+        session.query("RELEASE SAVEPOINT looking_after")
 
 
 def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
@@ -2117,13 +2156,18 @@ class Dumped:
         return {table.key: self.counts[table.oid] for table in self.tables}
 
 
-def dump_database(
-    config: DatabaseConfig,
-    tools: Tools,
-    lock: DatabaseLock,
-    partial: PartialBackup,
-    progress: Progress,
-) -> Dumped:
+@dataclass(frozen=True)
+class Run:
+    """What a run works with, from the moment that it may write."""
+
+    config: DatabaseConfig
+    tools: Tools
+    lock: DatabaseLock
+    partial: PartialBackup
+    progress: Progress
+
+
+def dump_database(run: Run) -> Dumped:
     """Dump the database into the partial file, and count its rows in the same snapshot.
 
     DDL that slipped in before pg_dump took its own locks (a view dropped, an ALTER TABLE queued
@@ -2134,35 +2178,35 @@ def dump_database(
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     while True:
         try:
-            session = Session(config)
+            session = Session(run.config)
         except ServerError as error:
-            raise connection_failure(config, error) from None
+            raise connection_failure(run.config, error) from None
         doing = "reading the catalog"
         try:
             with session:
-                refuse_older_dump(tools.pg_dump, session.server_version)
+                refuse_older_dump(run.tools.pg_dump, session.server_version)
                 begin(session, "READ COMMITTED")
                 check_privileges(session)
                 session.query("COMMIT")
                 doing = "locking the tables"
-                snapshot = take_snapshot(session, progress)
+                snapshot = take_snapshot(session, run.progress)
                 doing = "dumping and counting the rows"
                 try:
-                    return dump_snapshot(config, tools, session, snapshot, lock, partial, progress)
+                    return dump_snapshot(run, session, snapshot)
                 except InTheWay as found:
                     waits_for = found.session
                     if time.monotonic() > deadline:
                         raise pg_dump_waited_too_long(waits_for) from None
                 except DumpFailed as failed:
                     attempts += 1
-                    cause = find_cause(config, failed, session, partial)
-                    retry = failed.status == 1 and partial.size_bytes == 0
+                    cause = find_cause(run, failed, session)
+                    retry = failed.status == 1 and run.partial.size_bytes == 0
                     if cause is not None or not retry or attempts == DUMP_ATTEMPTS:
                         raise cause or dump_failure(failed) from None
                     continue
         except ServerError as error:
             raise server_failure(error, doing) from None
-        pause(LOCK_RETRY_SECONDS, progress, f"Waiting: {waits_for} holds what pg_dump needs")
+        pause(LOCK_RETRY_SECONDS, run.progress, f"Waiting: {waits_for} holds what pg_dump needs")
 
 
 def refuse_older_dump(pg_dump: Tool, server_version: int) -> None:
@@ -2172,41 +2216,34 @@ def refuse_older_dump(pg_dump: Tool, server_version: int) -> None:
         raise older_tool(pg_dump, major, f"too old for the server, which is version {major}")
 
 
-def dump_snapshot(
-    config: DatabaseConfig,
-    tools: Tools,
-    session: Session,
-    snapshot: Snapshot,
-    lock: DatabaseLock,
-    partial: PartialBackup,
-    progress: Progress,
-) -> Dumped:
+def dump_snapshot(run: Run, session: Session, snapshot: Snapshot) -> Dumped:
     """Run pg_dump on the snapshot while our session counts in it. Raises DumpFailed, InTheWay."""
+    pg_dump_tool, partial = run.tools.pg_dump, run.partial
     facts = describe_database(session)
     sizes = table_sizes(session, snapshot.tables)
     large_objects_size = session.query("SELECT pg_catalog.pg_table_size('pg_largeobject')")[0][0]
-    check_disk_space(partial.directory, config, facts, sum(sizes.values()) + large_objects_size)
+    check_disk_space(partial.directory, run.config, facts, sum(sizes.values()) + large_objects_size)
     moment = partial.claim_name()
     # By this its backend is found; ASCII, since the server replaces anything else.
     application_name = f"backup_db {os.getpid()} {os.urandom(4).hex()}"
     argv = [
-        tools.pg_dump.path,
+        pg_dump_tool.path,
         "--format=custom",
         "--no-password",
         "--no-sync",  # we do it ourselves, before we read the file back
         f"--snapshot={snapshot.id}",
         f"--encoding={facts.encoding}",
         f"--lock-wait-timeout={DUMP_LOCK_TIMEOUT}",
-        f"--compress={tools.compress_value}",
+        f"--compress={run.tools.compress_value}",
         f"--file={partial.dump}",
     ]
-    environment = {**tools.pg_dump.environment, "PGAPPNAME": application_name}
+    environment = {**pg_dump_tool.environment, "PGAPPNAME": application_name}
     counted: dict[int, int] = {}
     with (
-        Program(argv, environment, pass_fds=[lock.descriptor]) as pg_dump,
-        DumpProgress(config, application_name, snapshot, sizes, progress) as dump_progress,
+        Program(argv, environment, pass_fds=[run.lock.descriptor]) as pg_dump,
+        DumpProgress(run, application_name, snapshot, sizes) as dump_progress,
     ):
-        lock.note(f"pg_dump {pg_dump.process.pid}")
+        run.lock.note(f"pg_dump {pg_dump.process.pid}")
 
         def look_after() -> None:
             check_dump_status(pg_dump)
@@ -2311,15 +2348,14 @@ class DumpProgress:
 
     def __init__(
         self,
-        config: DatabaseConfig,
+        run: Run,
         application_name: str,
         snapshot: Snapshot,
         sizes: Mapping[int, int],
-        progress: Progress,
     ) -> None:
-        self._config = config
+        self._config = run.config
+        self._progress = run.progress
         self._application_name = application_name
-        self._progress = progress
         self._session: Session | None = None
         self._asking = False
         self._next_look = time.monotonic() + 2 * self.LOOK_SECONDS
@@ -2388,43 +2424,32 @@ OUTPUT_FILE_ERROR = re.compile(
 )
 
 
-def find_cause(
-    config: DatabaseConfig, failed: DumpFailed, session: Session, partial: PartialBackup
-) -> Failure | None:
+def find_cause(run: Run, failed: DumpFailed, session: Session) -> Failure | None:
     """Why pg_dump failed: settled by looking again at the file, the server and the privileges.
 
     The only words of pg_dump's that count are its own on its output file, whose end is the text
     of the errno (in English: LC_ALL=C). None where nothing explains it.
     """
+    directory = run.partial.directory
     if match := OUTPUT_FILE_ERROR.search(failed.words):
-        for number in (
-            *DISK_SPACE_ERRNOS,
-            *PERMISSION_ERRNOS,
-            errno.EFBIG,
-            errno.EIO,
-            errno.ENOENT,
-        ):
+        for number in errno.errorcode:
             if match.group("reason") == os.strerror(number):
-                failure = file_failure(OSError(number, os.strerror(number), str(partial.directory)))
-                return Failure(failure.code, failed.words, *failure.steps)
+                return other_file_failure(number, directory, failed.words)
     if failed.status == -signal.SIGXFSZ:
-        failure = file_failure(OSError(errno.EFBIG, "", str(partial.directory)))
-        return Failure(
-            failure.code, f"{failed.words}: the limit on file sizes was reached", *failure.steps
-        )
-    if is_disk_full(partial.directory):
-        failure = file_failure(OSError(errno.ENOSPC, "", str(partial.directory)))
-        return Failure(failure.code, failed.words, *failure.steps)
+        detail = f"{failed.words}: the limit on file sizes was reached"
+        return other_file_failure(errno.EFBIG, directory, detail)
+    if is_disk_full(directory):
+        return other_file_failure(errno.ENOSPC, directory, failed.words)
     if failed.status < 0:
         return None
     try:
-        with Session(config) as again:
+        with Session(run.config) as again:
             begin(again, "READ COMMITTED")
             check_privileges(again)
     except Failure as failure:
         return Failure(failure.code, f"{failed.words}\n{failure.detail}", *failure.steps)
     except ServerError as error:
-        return find_lost_connection(config, failed, session, error)
+        return find_lost_connection(run.config, failed, session, error)
     return None
 
 
@@ -2732,13 +2757,11 @@ def check_disk_space(
     disk = os.statvfs(directory)
     free = disk.f_bavail * disk.f_frsize
     if free < need:
-        failure = file_failure(OSError(errno.ENOSPC, "", str(directory)))
-        raise Failure(
-            failure.code,
+        detail = (
             f"{display_path(directory)}: {format_size(free)} free, at least "
-            f"{format_size(int(need))} needed ({basis})",
-            *failure.steps,
+            f"{format_size(int(need))} needed ({basis})"
         )
+        raise other_file_failure(errno.ENOSPC, directory, detail)
 
 
 @dataclass(frozen=True)
@@ -2851,9 +2874,10 @@ def create_backup(choice: str, output_dir: Path, progress: Progress) -> Creation
     with DatabaseLock(output_dir / f".{prefix}.lock") as lock:
         sweep(output_dir, prefix)
         with PartialBackup(output_dir, prefix) as partial:
-            dumped = dump_database(config, tools, lock, partial, progress)
+            run = Run(config, tools, lock, partial, progress)
+            dumped = dump_database(run)
             sync_file(partial.dump)
-            size_bytes, checksum, contents = read_back(tools.pg_restore, dumped, partial, progress)
+            size_bytes, checksum, contents = read_back(run, dumped)
             metadata = Metadata(
                 backup_timestamp=iso_timestamp(dumped.moment),
                 environment=config.environment.value,
@@ -2906,20 +2930,21 @@ def load_configuration(choice: str) -> DatabaseConfig:
     return config
 
 
-def read_back(
-    pg_restore: Tool, dumped: Dumped, partial: PartialBackup, progress: Progress
-) -> tuple[int, str, Contents]:
+def read_back(run: Run, dumped: Dumped) -> tuple[int, str, Contents]:
     """Read the dump from the disk to its end: its size, SHA-256 and contents.
 
     Raises Failure where it does not hold exactly the rows that were counted.
     """
+    pg_restore, partial = run.tools.pg_restore, run.partial
     counts = dumped.table_counts
     total_rows = sum(counts.values())
     size_bytes = partial.size_bytes
 
     def show(rows: int) -> None:
         done = rows / total_rows if total_rows else 1.0
-        progress.show("Verifying", DUMP_SHARE + (1 - DUMP_SHARE) * done, f"{rows} rows read back")
+        run.progress.show(
+            "Verifying", DUMP_SHARE + (1 - DUMP_SHARE) * done, f"{rows} rows read back"
+        )
 
     try:
         with BackgroundHash(partial.dump) as checksum:
@@ -2935,8 +2960,7 @@ def read_back(
         return size_bytes, digest, contents
     detail = "the new dump does not hold what the database held\n" + list_problems(problems)
     if is_disk_full(partial.directory):
-        failure = file_failure(OSError(errno.ENOSPC, "", str(partial.directory)))
-        raise Failure(failure.code, f"the disk is full: {detail}", *failure.steps)
+        raise other_file_failure(errno.ENOSPC, partial.directory, f"the disk is full: {detail}")
     raise Failure(
         ExitCode.VERIFICATION,
         detail,
