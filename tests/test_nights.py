@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-
+import contextlib
+import fcntl
 import json
-import os
 import shutil
-
+import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 from conftest import MakeProject
 from support import (
-    UNPRIVILEGED,
     Database,
     Project,
-    assert_restores,
+    Result,
     contents_of,
     finish,
     restored,
@@ -62,6 +60,12 @@ def metadata_of(dump: Path) -> Path:
     return dump.with_name(dump.name.removesuffix(".dump") + ".metadata.json")
 
 
+def visible(directory: Path) -> dict[str, str]:
+    """What anyone would take for a backup, or for a file of their own."""
+    found = contents_of(directory)
+    return {name: content for name, content in found.items() if not name.startswith(".")}
+
+
 # -- BACKUP_KEEP ----------------------------------------------------------------------------------
 
 
@@ -80,7 +84,6 @@ def test_oldest_beyond_the_newest_are_removed_and_named(keeping: Project) -> Non
     oldest, older, old = (aged(first, days) for days in (40, 3, 2))
     result = keeping.run().succeeded()
     (newest,) = set(keeping.dumps()) - {first}
-    assert set(os.listdir(keeping.backups)) - {".lock"} >= pair(newest) | pair(first)
     assert keeping.dumps() == [first, newest]
     assert not any(metadata_of(gone).exists() for gone in (oldest, older, old))
     removed = [f"db/backups/{gone.name}" for gone in (old, older, oldest)]
@@ -100,29 +103,22 @@ def test_what_is_not_a_verified_backup_of_this_database_is_never_touched(keeping
     metadata_of(aged(first, 15)).unlink()
     aged(first, 16).unlink()
     metadata_of(aged(first, 17)).write_text("{")
-    for suffix in SUFFIXES:
-        # Another database whose name begins or ends like this one's; a copy that somebody made.
-        name = aged(first, 18)
-        for other in (f"x_{name.stem}", f"{stem}_x_dev_2020-01-01T00-00-00Z", f"{name.stem} (2)"):
-            shutil.copy(name, folder / f"{other}{suffix}")
-        name.unlink()
-        metadata_of(name).unlink()
+    # Another database whose name begins or ends like this one's, by file name alone; a copy.
+    other = aged(first, 18)
+    for name in (f"x_{other.stem}", f"{stem}_x_dev_2020-01-01T00-00-00Z", f"{other.stem} (2)"):
+        shutil.copy(other, folder / f"{name}.dump")
+        shutil.copy(metadata_of(other), folder / f"{name}.metadata.json")
+    other.unlink()
+    metadata_of(other).unlink()
     (folder / f"{stem}_2020-01-01T00-00-00Z.dump.gz").write_text("mine")
     (folder / "notes.txt").write_text("mine")
     (folder / f"{stem}_2019-01-01T00-00-00Z.dump").mkdir()
-    before = contents_of(folder)
+    before = visible(folder)
     for _ in range(3):
         keeping.run().succeeded()
-    after = contents_of(folder)
-    gone = {name for name in before.keys() - after.keys()}
-    assert gone == pair(first)
-    assert {
-        name: after[name] for name in before if name in after and not name.endswith(".lock")
-    } == {
-        name: content
-        for name, content in before.items()
-        if name not in gone and not name.endswith(".lock")
-    }
+    after = visible(folder)
+    assert before.keys() - after.keys() == pair(first)
+    assert before.items() - after.items() == {(name, before[name]) for name in pair(first)}
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "three", "1.5", "", " ", "²", "1e3"])
@@ -144,13 +140,10 @@ def test_failed_run_removes_nothing(keeping: Project) -> None:
     for days in range(1, 5):
         aged(first, days)
     keeping.fake("pg_dump", 'case "$*" in *--snapshot*) exit 1 ;; esac; exec "$real" "$@"')
-    before = contents_of(keeping.backups)
+    before = visible(keeping.backups)
     keeping.run().failed_with(7)
     keeping.run(env={"DEV_DB_NAME": "nowhere"}).failed_with(3)
-    after = contents_of(keeping.backups)
-    assert {n: c for n, c in after.items() if not n.endswith(".lock")} == {
-        n: c for n, c in before.items() if not n.endswith(".lock")
-    }
+    assert visible(keeping.backups) == before
 
 
 def test_backup_just_made_stays_though_the_clock_was_set_back(
@@ -182,3 +175,108 @@ def test_file_that_cannot_be_removed_is_a_warning(keeping: Project) -> None:
     assert metadata_of(stuck).exists()
     assert f"Warning: db/backups/{stuck.name} was not removed: " in result.stderr
     assert len(keeping.dumps()) == 3  # the new one, the first, and the one that is stuck
+
+
+# -- a month --------------------------------------------------------------------------------------
+
+AS_USUAL = 'exec "$real" "$@"'
+DUMPING = 'case "$*" in *--snapshot*)'
+
+
+def stopped_by(number: int) -> Callable[[Project, Path], Result]:
+    """A night on which a signal ends the run while it dumps."""
+
+    def run(project: Project, folder: Path) -> Result:
+        project.fake("pg_dump", f'{DUMPING} touch "$HOME/dumping"; sleep 1 ;; esac; {AS_USUAL}')
+        run = project.start("--output-dir", folder)
+        wait_until((project.directory / "home" / "dumping").exists)
+        run.send_signal(number)
+        result = finish(run)
+        (project.directory / "home" / "dumping").unlink()
+        assert result.returncode == -number
+        # The pg_dump of a run that was killed holds the lock to its end; by the next night it has.
+        (lock,) = folder.glob(".*.lock")
+        wait_until(lambda: is_free(lock))
+        return result
+
+    return run
+
+
+def is_free(lock: Path) -> bool:
+    with lock.open() as file, contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def failing_dump(project: Project, folder: Path) -> Result:
+    project.fake("pg_dump", f"{DUMPING} echo no luck >&2; exit 1 ;; esac; {AS_USUAL}")
+    return project.run("--output-dir", folder).failed_with(7)
+
+
+def damaged_dump(project: Project, folder: Path) -> Result:
+    cut = 'for a; do case $a in --file=*) truncate -s -9 "${a#--file=}"; esac; done'
+    project.fake("pg_dump", f'{DUMPING} "$real" "$@"; {cut}; exit ;; esac; {AS_USUAL}')
+    return project.run("--output-dir", folder).failed_with(8)
+
+
+def full_disk(project: Project, folder: Path) -> Result:
+    filler = folder.parent / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    result = project.run("--output-dir", folder).failed_with(5)
+    filler.unlink()
+    return result
+
+
+def no_server(project: Project, folder: Path) -> Result:
+    return project.run("--output-dir", folder, env={"DEV_DB_PORT": "1"}).failed_with(3)
+
+
+FAULTS = {
+    2: no_server,
+    6: failing_dump,
+    11: stopped_by(signal.SIGKILL),
+    12: stopped_by(signal.SIGKILL),
+    16: full_disk,
+    20: damaged_dump,
+    24: stopped_by(signal.SIGTERM),
+    27: failing_dump,
+}
+
+
+def test_month_of_nights(small_database: Database, make_project: MakeProject) -> None:
+    settings = small_database.settings() | {"BACKUP_KEEP": "7", "BACKUP_COMPRESS": "none"}
+    project = make_project(small_database, settings=settings)
+    held: dict[str, list[str]] = {}  # by dump: what the database held that night
+    with small_disk("size=2m") as disk:
+        folder = disk / "backups"
+        for night in range(30):
+            small_database.psql(
+                "INSERT INTO notes (note) SELECT repeat(md5(random()::text), 9)"
+                " FROM generate_series(1, 20);"
+                f"UPDATE notes SET note = 'night {night}' WHERE id % 7 = {night % 7};"
+                f"DELETE FROM notes WHERE id % 11 = {night % 11}"
+            )
+            before = visible(folder) if folder.exists() else {}
+            if night in FAULTS:
+                FAULTS[night](project, folder)
+                assert visible(folder) == before
+            else:
+                project.fake("pg_dump", AS_USUAL)
+                project.run("--output-dir", folder).succeeded()
+                (new,) = {n for n in visible(folder) if n.endswith(".dump")} - before.keys()
+                held[new] = small_database.contents()
+
+        dumps = sorted(folder.glob("*.dump"))
+        assert [dump.name for dump in dumps] == sorted(held)[-7:]
+        # No metadata without its dump, and nothing that a killed run left.
+        assert visible(folder).keys() == set().union(*map(pair, dumps))
+        assert not list(folder.glob(".*.partial"))
+        listing = project.run("--list", "--output-dir", folder).succeeded().stdout
+        assert listing.count("✓ Verified") == 7
+        for dump in (dumps[0], dumps[-1]):
+            project.run("--verify", dump).succeeded()
+            with restored(dump, small_database.cluster) as copy:
+                assert copy.contents() == held[dump.name]
