@@ -1360,7 +1360,11 @@ class Session:
         except UnicodeDecodeError as error:
             raise ServerError(way + decode_words(error.object)) from None
         except (psycopg2.Error, ValueError) as error:
-            raise ServerError(f"{way}{error}") from None
+            words = str(error)
+            if not words and self._connection is not None:
+                # Python 3.10 loses a text that is no UTF-8; here it is, but for those bytes.
+                words = self._connection.info.error_message or ""
+            raise ServerError(f"{way}{words}") from None
 
     def query(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         """Run a statement, or several in one string, and return the rows of the last."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -230,7 +232,10 @@ def test_german_server_is_understood(
     database = Database(german_cluster, "postgres")
     way = {**database.settings("mueller", "x"), **settings}
     result = make_project(database, settings=way).run().failed_with(code, category)
-    assert words in result.stderr
+    pattern = re.escape(words)
+    if sys.version_info < (3, 11):  # of a connection's error it may keep the ASCII alone
+        pattern = re.sub(r"[^ -~]", r"(?:\g<0>|�+)", pattern)
+    assert re.search(pattern, result.stderr)
     assert step in result.stderr
 
 
