@@ -871,18 +871,18 @@ def missing_tool(name: str) -> Failure:
 
 
 def tool_folders(name: str) -> list[str]:
-    """The usual folders that hold the tool, the newest version first."""
+    """The usual folders that hold the tool: the newest version first, then in their order."""
     import glob
 
     def version(folder: str) -> list[int]:
         return [int(number) for number in re.findall(r"\d+", folder)]
 
-    found = {
+    found = [
         folder
         for pattern in TOOL_FOLDERS
         for folder in glob.glob(pattern)
         if os.access(os.path.join(folder, name), os.X_OK)
-    }
+    ]
     return sorted(found, key=version, reverse=True)
 
 
