@@ -878,18 +878,18 @@ def missing_tool(name: str) -> Failure:
 
 
 def tool_folders(name: str) -> list[str]:
-    """The usual folders that hold the tool, the newest version first."""
+    """The usual folders that hold the tool: the newest version first, then in their order."""
     import glob
 
     def version(folder: str) -> list[int]:
         return [int(number) for number in re.findall(r"\d+", folder)]
 
-    found = {
+    found = [
         folder
         for pattern in TOOL_FOLDERS
         for folder in glob.glob(pattern)
         if os.access(os.path.join(folder, name), os.X_OK)
-    }
+    ]
     return sorted(found, key=version, reverse=True)
 
 
@@ -1369,7 +1369,11 @@ class Session:
         except UnicodeDecodeError as error:
             raise ServerError(way + decode_words(error.object)) from None
         except (psycopg2.Error, ValueError) as error:
-            raise ServerError(f"{way}{error}") from None
+            words = str(error)
+            if not words and self._connection is not None:
+                # Python 3.10 loses a text that is no UTF-8; here it is, but for those bytes.
+                words = self._connection.info.error_message or ""
+            raise ServerError(f"{way}{words}") from None
 
     def _await_host_name(self, deadline: float) -> None:
         """Wait until the resolver knows the host, or says that it does not: libpq asks it too, but

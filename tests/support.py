@@ -22,6 +22,9 @@ from cluster import Cluster
 # The PostgreSQL versions for the tests that depend on the version.
 SERVERS = tuple(map(int, os.environ.get("BACKUP_TEST_SERVERS", "17").split()))
 
+# The python that runs the script: .ci/run has one with the oldest packages that it may have.
+PYTHON = os.environ.get("BACKUP_TEST_PYTHON", sys.executable)
+
 # More than any run of the script on a small database takes, on a busy machine too.
 RUN_SECONDS = 120
 
@@ -145,7 +148,7 @@ class Project:
         (Such as UNPRIVILEGED, or `nohup`, or `prlimit --fsize=1000`.)
         """
         return subprocess.Popen(
-            [*prefix, sys.executable, self.directory / "backup_db.py", *arguments],
+            [*prefix, PYTHON, self.directory / "backup_db.py", *arguments],
             cwd=cwd or self.directory,
             env={**self.environ, **env},
             stdin=subprocess.DEVNULL,

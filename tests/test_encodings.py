@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -63,11 +65,11 @@ def test_names_are_text_in_the_metadata(cluster: Cluster, make_project: MakeProj
 
 # -- settings of the role or the database that would break or bend a dump ------------------------
 
-# Shorter than the pauses below, longer than any one statement takes.
+# Shorter than the pauses below, or than those between two looks at pg_dump.
 TIMEOUTS = {
     "statement_timeout": "300ms",
     "lock_timeout": "50ms",
-    "idle_in_transaction_session_timeout": "300ms",
+    "idle_in_transaction_session_timeout": "50ms",
     "transaction_timeout": "300ms",  # 17 and newer
 }
 BENT = {
@@ -89,7 +91,6 @@ BENT = {
     "client_min_messages": "error",
     "role": "reading",
 }
-SCOPES = {"role": "ALTER ROLE chatty", "database": 'ALTER DATABASE "{name}"'}
 FILL = """
 CREATE TABLE plain (id serial, at timestamptz, span interval, raw bytea, number float8, note text);
 INSERT INTO plain (at, span, raw, number, note)
@@ -120,20 +121,18 @@ def filled_database(each_cluster: Cluster) -> Iterator[Database]:
         database.psql("DROP OWNED BY reading, chatty; DROP ROLE reading, chatty")
 
 
-def change(scope: str, database: Database, settings: dict[str, str]) -> None:
+def change(alter: str, database: Database, settings: dict[str, str]) -> None:
     known = database.psql("SELECT lower(name) FROM pg_settings UNION SELECT 'role'").splitlines()
     for name, value in settings.items():
         if name.lower() in known:
-            alter = SCOPES[scope].format(name=database.name)
             quoted = value if name == "search_path" else f"'{value}'"
             database.cluster.psql(f"{alter} SET {name} = {quoted}")
 
 
-@pytest.mark.parametrize("scope", SCOPES)
 def test_settings_do_not_bend_a_backup(
-    scope: str, filled_database: Database, make_project: MakeProject
+    filled_database: Database, make_project: MakeProject
 ) -> None:
-    change(scope, filled_database, BENT)
+    change(f'ALTER DATABASE "{filled_database.name}"', filled_database, BENT)
     project = make_project(filled_database, settings=filled_database.settings("chatty", "x"))
     dump = project.back_up()
     filled_database.cluster.psql(f'ALTER DATABASE "{filled_database.name}" RESET ALL')  # for psql
@@ -143,7 +142,7 @@ def test_settings_do_not_bend_a_backup(
 
 
 def test_timeouts_do_not_end_a_backup(filled_database: Database, make_project: MakeProject) -> None:
-    change("role", filled_database, TIMEOUTS)
+    change("ALTER ROLE chatty", filled_database, TIMEOUTS)
     project = make_project(filled_database, settings=filled_database.settings("chatty", "x"))
     # Our session is idle in its transaction while pg_dump has not yet come.
     project.fake("pg_dump", 'case "$*" in *--snapshot*) sleep 0.6 ;; esac; exec "$real" "$@"')
@@ -230,7 +229,10 @@ def test_german_server_is_understood(
     database = Database(german_cluster, "postgres")
     way = {**database.settings("mueller", "x"), **settings}
     result = make_project(database, settings=way).run().failed_with(code, category)
-    assert words in result.stderr
+    pattern = re.escape(words)
+    if sys.version_info < (3, 11):  # of a connection's error it may keep the ASCII alone
+        pattern = re.sub(r"[^ -~]", r"(?:\g<0>|�+)", pattern)
+    assert re.search(pattern, result.stderr)
     assert step in result.stderr
 
 

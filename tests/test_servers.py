@@ -20,6 +20,8 @@ from environment import TESTS
 from sample import DATABASE
 from support import SERVERS, Database, Project, assert_restores, new_database
 
+import backup_db
+
 VERSIONS = (15, 16, 17, 18)
 
 
@@ -181,3 +183,27 @@ def test_older_tools_are_refused(
     assert f"too old for the server, which is version {server}" in result.stderr
     assert f"apt-get install postgresql-client-{server} " in result.stderr
     assert not list(project.backups.glob("*.dump"))
+
+
+@pytest.mark.parametrize(
+    ("folders", "best"),
+    [
+        (["opt/homebrew/opt/postgresql@9/bin", "opt/homebrew/opt/postgresql@17/bin"], 1),
+        (["usr/local/opt/postgresql@16/bin", "usr/local/opt/libpq/bin"], 0),
+        (["opt/homebrew/bin", "opt/homebrew/opt/libpq/bin"], 0),
+        (["Applications/Postgres.app/Contents/Versions/18/bin", "usr/bin"], 0),
+        (["usr/bin", "opt/local/lib/postgresql15/bin"], 1),
+        (["usr/lib/postgresql/15/bin", "usr/pgsql-16/bin"], 1),
+    ],
+)
+def test_tools_are_found_where_other_systems_have_them(
+    folders: list[str], best: int, make_project: MakeProject, tmp_path: Path
+) -> None:
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "pg_dump").touch(mode=0o755)
+    below = tuple(f"{tmp_path}{pattern}" for pattern in backup_db.TOOL_FOLDERS)
+    project = make_project(constants={"TOOL_FOLDERS": below})
+    project.configure({"DB_NAME": "any"})
+    result = project.run(env={"PATH": "/nowhere"}).failed_with(6, "Tool error")
+    assert f"It is in {tmp_path / folders[best]}. For cron, put this line" in result.stderr

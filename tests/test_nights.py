@@ -1,0 +1,282 @@
+"""Every night: BACKUP_KEEP, and a month of nights with writes and faults."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from conftest import MakeProject
+from support import (
+    Database,
+    Project,
+    Result,
+    contents_of,
+    finish,
+    restored,
+    small_disk,
+    wait_until,
+)
+
+SUFFIXES = (".dump", ".metadata.json")
+
+
+@pytest.fixture
+def small_database(database: Database) -> Database:
+    database.psql("CREATE TABLE notes (id serial PRIMARY KEY, note text)")
+    return database
+
+
+@pytest.fixture
+def keeping(small_database: Database, make_project: MakeProject) -> Project:
+    return make_project(small_database, settings=small_database.settings() | {"BACKUP_KEEP": "2"})
+
+
+def pair(dump: Path) -> set[str]:
+    return {dump.name.removesuffix(".dump") + suffix for suffix in SUFFIXES}
+
+
+def aged(dump: Path, days: int, **changes: object) -> Path:
+    """A copy of a backup that says it was made that many days earlier, with other metadata too."""
+    stem = dump.name.removesuffix(".dump")
+    prefix, _, stamp = stem.rpartition("_")
+    moment = datetime.strptime(stamp, "%Y-%m-%dT%H-%M-%SZ").replace(tzinfo=timezone.utc)
+    moment -= timedelta(days=days)
+    old = dump.with_name(f"{prefix}_{moment:%Y-%m-%dT%H-%M-%SZ}.dump")
+    shutil.copy(dump, old)
+    metadata = json.loads(dump.with_name(f"{stem}.metadata.json").read_text())
+    metadata |= {"backup_timestamp": f"{moment:%Y-%m-%dT%H:%M:%SZ}", "backup_file": old.name}
+    metadata_of(old).write_text(json.dumps(metadata | changes))
+    return old
+
+
+def metadata_of(dump: Path) -> Path:
+    return dump.with_name(dump.name.removesuffix(".dump") + ".metadata.json")
+
+
+def visible(directory: Path) -> dict[str, str]:
+    """What anyone would take for a backup, or for a file of their own."""
+    found = contents_of(directory)
+    return {name: content for name, content in found.items() if not name.startswith(".")}
+
+
+# -- BACKUP_KEEP ----------------------------------------------------------------------------------
+
+
+def test_all_are_kept_where_nothing_is_said(
+    small_database: Database, make_project: MakeProject
+) -> None:
+    project = make_project(small_database)
+    first = project.back_up()
+    old = [aged(first, days) for days in range(1, 30)]
+    assert "Removed" not in project.run().succeeded().stdout
+    assert len(project.dumps()) == len(old) + 2
+
+
+def test_oldest_beyond_the_newest_are_removed_and_named(keeping: Project) -> None:
+    first = keeping.back_up()
+    oldest, older, old = (aged(first, days) for days in (40, 3, 2))
+    result = keeping.run().succeeded()
+    (newest,) = set(keeping.dumps()) - {first}
+    assert keeping.dumps() == [first, newest]
+    assert not any(metadata_of(gone).exists() for gone in (oldest, older, old))
+    removed = [f"db/backups/{gone.name}" for gone in (old, older, oldest)]
+    assert f"\nRemoved:     {', '.join(removed)}\n" in result.stdout
+
+
+def test_what_is_not_a_verified_backup_of_this_database_is_never_touched(keeping: Project) -> None:
+    first = keeping.back_up()
+    stem = first.name.removesuffix(".dump").rpartition("_")[0]
+    folder = keeping.backups
+
+    aged(first, 10, database_name="another")
+    aged(first, 11, environment="prod")
+    aged(first, 12, verification=None)
+    aged(first, 13, backup_size_bytes=1)
+    aged(first, 14, checksum_sha256="none")
+    metadata_of(aged(first, 15)).unlink()
+    aged(first, 16).unlink()
+    metadata_of(aged(first, 17)).write_text("{")
+    # Another database whose name begins or ends like this one's, by file name alone; a copy.
+    other = aged(first, 18)
+    for name in (f"x_{other.stem}", f"{stem}_x_dev_2020-01-01T00-00-00Z", f"{other.stem} (2)"):
+        shutil.copy(other, folder / f"{name}.dump")
+        shutil.copy(metadata_of(other), folder / f"{name}.metadata.json")
+    other.unlink()
+    metadata_of(other).unlink()
+    (folder / f"{stem}_2020-01-01T00-00-00Z.dump.gz").write_text("mine")
+    (folder / "notes.txt").write_text("mine")
+    (folder / f"{stem}_2019-01-01T00-00-00Z.dump").mkdir()
+    before = visible(folder)
+    for _ in range(3):
+        keeping.run().succeeded()
+    after = visible(folder)
+    assert before.keys() - after.keys() == pair(first)
+    assert before.items() - after.items() == {(name, before[name]) for name in pair(first)}
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "three", "1.5", "", " ", "²", "1e3"])
+def test_number_that_is_none_is_a_configuration_error(
+    value: str, small_database: Database, make_project: MakeProject
+) -> None:
+    settings = small_database.settings() | {"BACKUP_KEEP": value}
+    project = make_project(small_database, settings=settings)
+    if not value:  # an empty variable counts as unset
+        project.run().succeeded()
+        return
+    result = project.run().failed_with(2, "Configuration error")
+    assert "BACKUP_KEEP" in result.stderr
+    assert not project.backups.exists()
+
+
+def test_failed_run_removes_nothing(keeping: Project) -> None:
+    first = keeping.back_up()
+    for days in range(1, 5):
+        aged(first, days)
+    keeping.fake("pg_dump", 'case "$*" in *--snapshot*) exit 1 ;; esac; exec "$real" "$@"')
+    before = visible(keeping.backups)
+    keeping.run().failed_with(7)
+    keeping.run(env={"DEV_DB_NAME": "nowhere"}).failed_with(3)
+    assert visible(keeping.backups) == before
+
+
+def test_backup_just_made_stays_though_the_clock_was_set_back(
+    small_database: Database, make_project: MakeProject
+) -> None:
+    settings = small_database.settings() | {"BACKUP_KEEP": "1"}
+    project = make_project(small_database, settings=settings)
+    first = project.back_up()
+    future = aged(first, -400)
+    newest = project.back_up()
+    assert project.dumps() == [newest]
+    assert not future.exists()
+
+
+def test_file_that_cannot_be_removed_is_a_warning(keeping: Project) -> None:
+    first = keeping.back_up()
+    for days in (1, 2, 3):
+        aged(first, days)
+    stuck = aged(first, 2)
+    stuck.unlink()
+    # A directory in the place of the dump: not even root can unlink it. Of the same size, so that
+    # it is listed as verified; what a directory has is asked of the file system.
+    stuck.mkdir()
+    metadata = json.loads(metadata_of(stuck).read_text())
+    metadata["backup_size_bytes"] = stuck.stat().st_size
+    metadata_of(stuck).write_text(json.dumps(metadata))
+    result = keeping.run().succeeded()
+    assert stuck.is_dir()
+    assert metadata_of(stuck).exists()
+    assert f"Warning: db/backups/{stuck.name} was not removed: " in result.stderr
+    assert len(keeping.dumps()) == 3  # the new one, the first, and the one that is stuck
+
+
+# -- a month --------------------------------------------------------------------------------------
+
+AS_USUAL = 'exec "$real" "$@"'
+DUMPING = 'case "$*" in *--snapshot*)'
+
+
+def stopped_by(number: int) -> Callable[[Project, Path], Result]:
+    """A night on which a signal ends the run while it dumps."""
+
+    def run(project: Project, folder: Path) -> Result:
+        project.fake("pg_dump", f'{DUMPING} touch "$HOME/dumping"; sleep 1 ;; esac; {AS_USUAL}')
+        run = project.start("--output-dir", folder)
+        wait_until((project.directory / "home" / "dumping").exists)
+        run.send_signal(number)
+        result = finish(run)
+        (project.directory / "home" / "dumping").unlink()
+        assert result.returncode == -number
+        # The pg_dump of a run that was killed holds the lock to its end; by the next night it has.
+        (lock,) = folder.glob(".*.lock")
+        wait_until(lambda: is_free(lock))
+        return result
+
+    return run
+
+
+def is_free(lock: Path) -> bool:
+    with lock.open() as file, contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def failing_dump(project: Project, folder: Path) -> Result:
+    project.fake("pg_dump", f"{DUMPING} echo no luck >&2; exit 1 ;; esac; {AS_USUAL}")
+    return project.run("--output-dir", folder).failed_with(7)
+
+
+def damaged_dump(project: Project, folder: Path) -> Result:
+    cut = 'for a; do case $a in --file=*) truncate -s -9 "${a#--file=}"; esac; done'
+    project.fake("pg_dump", f'{DUMPING} "$real" "$@"; {cut}; exit ;; esac; {AS_USUAL}')
+    return project.run("--output-dir", folder).failed_with(8)
+
+
+def full_disk(project: Project, folder: Path) -> Result:
+    filler = folder.parent / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    result = project.run("--output-dir", folder).failed_with(5)
+    filler.unlink()
+    return result
+
+
+def no_server(project: Project, folder: Path) -> Result:
+    return project.run("--output-dir", folder, env={"DEV_DB_PORT": "1"}).failed_with(3)
+
+
+FAULTS = {
+    2: no_server,
+    6: failing_dump,
+    11: stopped_by(signal.SIGKILL),
+    12: stopped_by(signal.SIGKILL),
+    16: full_disk,
+    20: damaged_dump,
+    24: stopped_by(signal.SIGTERM),
+    27: failing_dump,
+}
+
+
+def test_month_of_nights(small_database: Database, make_project: MakeProject) -> None:
+    settings = small_database.settings() | {"BACKUP_KEEP": "7", "BACKUP_COMPRESS": "none"}
+    project = make_project(small_database, settings=settings)
+    held: dict[str, list[str]] = {}  # by dump: what the database held that night
+    with small_disk("size=2m") as disk:
+        folder = disk / "backups"
+        for night in range(30):
+            small_database.psql(
+                "INSERT INTO notes (note) SELECT repeat(md5(random()::text), 9)"
+                " FROM generate_series(1, 20);"
+                f"UPDATE notes SET note = 'night {night}' WHERE id % 7 = {night % 7};"
+                f"DELETE FROM notes WHERE id % 11 = {night % 11}"
+            )
+            before = visible(folder) if folder.exists() else {}
+            if night in FAULTS:
+                FAULTS[night](project, folder)
+                assert visible(folder) == before
+            else:
+                project.fake("pg_dump", AS_USUAL)
+                project.run("--output-dir", folder).succeeded()
+                (new,) = {n for n in visible(folder) if n.endswith(".dump")} - before.keys()
+                held[new] = small_database.contents()
+
+        dumps = sorted(folder.glob("*.dump"))
+        assert [dump.name for dump in dumps] == sorted(held)[-7:]
+        # No metadata without its dump, and nothing that a killed run left.
+        assert visible(folder).keys() == set().union(*map(pair, dumps))
+        assert not list(folder.glob(".*.partial"))
+        listing = project.run("--list", "--output-dir", folder).succeeded().stdout
+        assert listing.count("✓ Verified") == 7
+        for dump in (dumps[0], dumps[-1]):
+            project.run("--verify", dump).succeeded()
+            with restored(dump, small_database.cluster) as copy:
+                assert copy.contents() == held[dump.name]
