@@ -1875,19 +1875,21 @@ SELECT rolname FROM pg_catalog.pg_roles r
 
 # What pg_dump leaves out and exits 0: (sentence, names or NULL, how many).
 NOT_INCLUDED = """
-SELECT 'data of foreign tables',
-       pg_catalog.string_agg(c.oid::pg_catalog.regclass::text, ', ' ORDER BY c.oid), 0
-  FROM pg_catalog.pg_class c WHERE c.relkind = 'f'
+WITH rel AS (
+  SELECT c.oid, c.relkind, c.relpersistence, n.nspname,
+         CASE n.nspname WHEN 'public' THEN '' ELSE pg_catalog.quote_ident(n.nspname) || '.' END
+         || pg_catalog.quote_ident(c.relname) AS name
+    FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace)
+SELECT 'data of foreign tables', pg_catalog.string_agg(name, ', ' ORDER BY oid), 0
+  FROM rel WHERE relkind = 'f'
 UNION ALL
 SELECT 'data of unlogged tables, which a standby does not have',
-       pg_catalog.string_agg(c.oid::pg_catalog.regclass::text, ', ' ORDER BY c.oid), 0
-  FROM pg_catalog.pg_class c
- WHERE c.relkind = 'r' AND c.relpersistence = 'u' AND pg_catalog.pg_is_in_recovery()
+       pg_catalog.string_agg(name, ', ' ORDER BY oid), 0
+  FROM rel WHERE relkind = 'r' AND relpersistence = 'u' AND pg_catalog.pg_is_in_recovery()
 UNION ALL
 SELECT 'tables in the schema information_schema',
-       pg_catalog.string_agg(c.oid::pg_catalog.regclass::text, ', ' ORDER BY c.oid), 0
-  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
- WHERE c.relkind IN ('r', 'p') AND c.oid >= 16384 AND n.nspname = 'information_schema'
+       pg_catalog.string_agg(name, ', ' ORDER BY oid), 0
+  FROM rel WHERE relkind IN ('r', 'p') AND oid >= 16384 AND nspname = 'information_schema'
 UNION ALL
 SELECT 'subscriptions, which only a superuser can back up', NULL, pg_catalog.count(*)
   FROM pg_catalog.pg_subscription s JOIN pg_catalog.pg_database d ON d.oid = s.subdbid
@@ -2834,10 +2836,13 @@ def find_backups(directory: Path) -> list[Backup]:
 
 def read_backup(dump: Path) -> Backup:
     """One backup, from its metadata and the size of its dump."""
+    size_bytes: int | None = None
     try:
-        size_bytes: int | None = dump.stat().st_size
+        status = dump.stat()
+        if stat.S_ISREG(status.st_mode):
+            size_bytes = status.st_size
     except OSError:
-        size_bytes = None
+        pass  # unreadable, or a link to nowhere
     try:
         metadata = Metadata.read(metadata_path(dump))
     except FileNotFoundError:
@@ -2846,8 +2851,8 @@ def read_backup(dump: Path) -> Backup:
         return Backup(dump, size_bytes, None, "✗ Bad metadata")
     if size_bytes != metadata.backup_size_bytes:
         return Backup(dump, size_bytes, metadata, "✗ Size mismatch")
-    status = Backup.VERIFIED if metadata.verification else "✗ Not verified"
-    return Backup(dump, size_bytes, metadata, status)
+    verdict = Backup.VERIFIED if metadata.verification else "✗ Not verified"
+    return Backup(dump, size_bytes, metadata, verdict)
 
 
 # ---------------------------------------------------------------------------------------------

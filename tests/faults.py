@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from support import Database, Project, contents_of, wait_until
+from support import Database, Project, contents_of, program, wait_until
 
 # A stub's way to be seen and to stay: a mark in the home directory, then nothing for a long time.
 # `exec`, so that it is one process.
@@ -213,7 +213,7 @@ def between_the_renames(project: Project, _database: Database) -> Iterator[subpr
     # Two renames for the name that is claimed, one for the metadata: the fourth is the dump's.
     slow = "inject=/^rename:delay_enter=700000:when=4"
     process = project.start(
-        prefix=(*STRACE, "-e", "trace=/^rename", "-e", slow),
+        prefix=(program("strace", "strace"), *STRACE, "-e", "trace=/^rename", "-e", slow),
         env={"PYTHONDONTWRITEBYTECODE": "1"},  # Python renames these
     )
     wait_until(lambda: set(project.backups.glob("*.metadata.json")) - before)
@@ -221,7 +221,7 @@ def between_the_renames(project: Project, _database: Database) -> Iterator[subpr
 
 
 # -D: the script, not strace, is the child that a test sends its signals to.
-STRACE = ("strace", "-D", "-qq", "-o", "/dev/null")
+STRACE = ("-D", "-qq", "-o", "/dev/null")
 
 # In all of these nothing is published yet.
 PHASES: dict[str, Phase] = {

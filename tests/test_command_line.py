@@ -142,7 +142,7 @@ def test_more_than_six_tables_are_summed_up(database: Database, make_project: Ma
         'Tables:      8 (3 a, 70 c, 5 "D e", 6 other.f, 4 g, 8 "select", and 2 more)'
     )
     assert lines[9] == "Verified:    ✓ Integrity check passed (99 rows in 8 tables read back)"
-    assert lines[10:] == ["Not included: data of foreign tables (public.far)"]
+    assert lines[10:] == ["Not included: data of foreign tables (far)"]
 
 
 def test_empty_database_is_backed_up(database: Database, make_project: MakeProject) -> None:

@@ -119,7 +119,7 @@ def test_hot_standby(
         dump = project.back_up()
         metadata = read_metadata(dump)
         assert metadata["not_included"] == [
-            "data of unlogged tables, which a standby does not have (public.scratch)"
+            "data of unlogged tables, which a standby does not have (scratch)"
         ]
         sample_database.psql("TRUNCATE scratch")
         assert_restores(dump, sample_database)

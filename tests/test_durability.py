@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from support import Project
+from support import Project, program
+
+# strace is one of Debian's packages.
+pytestmark = pytest.mark.servers(15)
 
 
 @pytest.fixture
@@ -16,7 +19,18 @@ def calls(standing: Project, tmp_path: Path) -> list[str]:
     trace = tmp_path / "trace"
     kinds = "trace=open,openat,creat,write,fsync,fdatasync,/^rename,/^unlink,/^mkdir,/^chmod"
     umask = ("sh", "-c", 'umask 000; exec "$@"', "sh")
-    strace = ("strace", "-f", "-y", "-qq", "-s", "200", "-o", str(trace), "-e", kinds)
+    strace = (
+        program("strace", "strace"),
+        "-f",
+        "-y",
+        "-qq",
+        "-s",
+        "200",
+        "-o",
+        str(trace),
+        "-e",
+        kinds,
+    )
     standing.run("--output-dir", tmp_path / "new" / "er", prefix=(*umask, *strace)).succeeded()
     return trace.read_text(errors="replace").splitlines()
 

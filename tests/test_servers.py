@@ -137,7 +137,7 @@ def test_database_with_everything_is_restored_equal(
     assert metadata["extensions"] == dict(line.split("|") for line in extensions)
     assert set(metadata["roles"]) == {"postgres", "reader"}
     assert metadata["large_object_count"] == 2
-    assert metadata["not_included"] == ["data of foreign tables (public.far)"]
+    assert metadata["not_included"] == ["data of foreign tables (far)"]
     counts = metadata["table_counts"]
     assert counts["vehicle"] == 1  # by itself, without the tables that inherit from it
     assert counts["no_columns"] == 2

@@ -53,6 +53,7 @@ def test_signal_ends_the_run(phase: str, standing: Project, standing_database: D
     standing.back_up()
 
 
+@pytest.mark.servers(15)
 @pytest.mark.parametrize("number", TERMINATING, ids=lambda number: str(number.name))
 def test_signal_between_the_renames_leaves_a_whole_backup(
     number: signal.Signals, standing: Project, standing_database: Database
@@ -155,7 +156,9 @@ def test_ctrl_c_in_a_terminal_prints_one_line(
 # -- SIGKILL: the script itself cannot clean up ---------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", [*PHASES, "between the renames"])
+@pytest.mark.parametrize(
+    "phase", [*PHASES, pytest.param("between the renames", marks=pytest.mark.servers(15))]
+)
 def test_next_run_sweeps_what_a_killed_one_left(
     phase: str, standing: Project, standing_database: Database
 ) -> None:
