@@ -282,6 +282,10 @@ def contents_of(directory: Path) -> dict[str, str]:
     return found
 
 
+# A prefix for a command that may mount what only it sees.
+MOUNTING = ("unshare", "--mount", *(() if os.geteuid() == 0 else ("--map-root-user",)))
+
+
 @contextlib.contextmanager
 def small_disk(options: str) -> Iterator[Path]:
     """A tmpfs with mount options such as `size=1m` or `nr_inodes=5,mode=500`.
@@ -290,8 +294,7 @@ def small_disk(options: str) -> Iterator[Path]:
     process that holds it is, and takes no root where the kernel gives namespaces to everybody.
     """
     script = 'mount -t tmpfs -o "$0" tmpfs /tmp && echo mounted && exec cat'
-    as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
-    command = ["unshare", *as_root, "--mount", "sh", "-c", script, options]
+    command = [*MOUNTING, "sh", "-c", script, options]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdin
         assert holder.stdout

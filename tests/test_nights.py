@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import MakeProject
 from support import (
+    MOUNTING,
     Database,
     Project,
     Result,
@@ -164,14 +165,10 @@ def test_file_that_cannot_be_removed_is_a_warning(keeping: Project) -> None:
         aged(first, days)
     stuck = aged(first, 2)
     stuck.unlink()
-    # A directory in the place of the dump: not even root can unlink it. Of the same size, so that
-    # it is listed as verified; what a directory has is asked of the file system.
-    stuck.mkdir()
-    metadata = json.loads(metadata_of(stuck).read_text())
-    metadata["backup_size_bytes"] = stuck.stat().st_size
-    metadata_of(stuck).write_text(json.dumps(metadata))
-    result = keeping.run().succeeded()
-    assert stuck.is_dir()
+    # Mounted on itself, for the run alone: not even root can unlink it.
+    mount = 'mount --bind "$0" "$0" && exec "$@"'
+    result = keeping.run(prefix=[*MOUNTING, "sh", "-c", mount, str(stuck)]).succeeded()
+    assert stuck.exists()
     assert metadata_of(stuck).exists()
     assert f"Warning: db/backups/{stuck.name} was not removed: " in result.stderr
     assert len(keeping.dumps()) == 3  # the new one, the first, and the one that is stuck
