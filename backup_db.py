@@ -57,6 +57,7 @@ LOCK_WAIT_SECONDS = 600  # in all, for what another session holds
 LOCK_RETRY_SECONDS = 1.0  # between two tries; nothing is held meanwhile
 SILENCE_SECONDS = 60  # without an answer, before asking whether the server is still there
 WATCH_SECONDS = 0.2  # between two looks at whom pg_dump waits for; see BlockerWatch
+READ_SILENCE_SECONDS = 600  # for pg_restore to go on: on some damaged archives it never does
 TOOL_SECONDS = 30  # for a tool to tell its version
 STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
 CANCEL_SECONDS = 0.5  # to reach the server, when a query is not wanted any more
@@ -1070,15 +1071,15 @@ class BackgroundHash:
 
     def __init__(self, path: Path) -> None:
         self.done_bytes = 0
+        self.digest = ""  # until all is read
         self._path = path
         self._stopping = False
-        self._digest = ""
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
         try:
-            self._digest = hash_file(self._path, self._note)
+            self.digest = hash_file(self._path, self._note)
         except OSError as error:
             self._error = error
         except self.Stopped:
@@ -1102,7 +1103,7 @@ class BackgroundHash:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        return self._digest
+        return self.digest
 
 
 @dataclass(frozen=True)
@@ -1224,18 +1225,42 @@ class TableOfContents:
     large_objects: Sequence[bytes]
 
 
+def read_output(program: Program, look_after: Callable[[], None]) -> Iterator[bytes]:
+    """What pg_restore writes, block by block, to its successful end; `look_after` is called all
+    the while. Raises ArchiveError with its words for any other end, and for too long a silence.
+    """
+    assert program.process.stdout is not None
+    pipe = program.process.stdout.fileno()
+    if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
+        with contextlib.suppress(OSError):  # a smaller pipe will do
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, BLOCK_BYTES)
+    last_heard = time.monotonic()
+    block = b"begin"
+    while block:
+        look_after()
+        if select.select([pipe], [], [], TICK_SECONDS)[0]:
+            block = os.read(pipe, BLOCK_BYTES)
+            last_heard = time.monotonic()
+            yield block
+        elif time.monotonic() - last_heard > READ_SILENCE_SECONDS:
+            raise ArchiveError(
+                f"{program.name} is stuck: silent for {READ_SILENCE_SECONDS} seconds"
+            )
+    if program.wait() != 0 or program.words:
+        raise ArchiveError(program.words)
+
+
 def read_table_of_contents(pg_restore: Tool, dump: Path) -> TableOfContents:
     """`pg_restore --list`. Raises ArchiveError with pg_restore's words; a warning is one too."""
     found: dict[bytes, list[bytes]] = {b"TABLE DATA": [], b"BLOBS": []}
     argv = [pg_restore.path, "--format=custom", "--list", os.path.abspath(dump)]
     with Program(argv, pg_restore.environment, stdout=subprocess.PIPE) as program:
-        assert program.process.stdout is not None
-        for line in program.process.stdout:
-            if match := TOC_DATA_ENTRY.match(line):
-                found[match.group(2)].append(match.group(1))
-        status = program.wait()
-        if status != 0 or program.words:
-            raise ArchiveError(program.words)
+        unread = b""
+        for block in read_output(program, lambda: None):
+            *lines, unread = (unread + block).split(b"\n")
+            for line in lines:
+                if match := TOC_DATA_ENTRY.match(line):
+                    found[match.group(2)].append(match.group(1))
     return TableOfContents(found[b"TABLE DATA"], found[b"BLOBS"])
 
 
@@ -1255,17 +1280,8 @@ def read_contents(
         stdout=subprocess.PIPE,
     ) as program:
         send(program, b"".join(entry + b";\n" for entry in (*toc.tables, *toc.large_objects)))
-        assert program.process.stdout is not None
-        pipe = program.process.stdout.fileno()
-        if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
-            with contextlib.suppress(OSError):  # a smaller pipe will do
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, BLOCK_BYTES)
-        while block := os.read(pipe, BLOCK_BYTES):
+        for block in read_output(program, lambda: on_rows(reader.rows_read)):
             reader.feed(block)
-            on_rows(reader.rows_read)
-        status = program.wait()
-        if status != 0 or program.words:
-            raise ArchiveError(program.words)
     contents = reader.finish()
     if len(contents.rows) != len(toc.tables):
         raise ArchiveError(
@@ -3003,38 +3019,28 @@ def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
     if metadata is None:
         return report
     pg_restore = find_tool("pg_restore", tool_environment())
-    total = report.size_bytes or 1
+    toc, unreadable = None, ""
+    try:
+        toc = read_table_of_contents(pg_restore, dump)
+        report.structure = "✓ Valid (pg_restore --list succeeded)"
+    except ArchiveError as error:
+        unreadable = str(error)
+        report.structure = f"✗ Invalid ({first_line(unreadable)})"
 
-    if report.size_bytes != metadata.backup_size_bytes:
-        report.checksum = (
-            f"✗ Mismatch (expected {metadata.backup_size_bytes} bytes, found {report.size_bytes})"
-        )
-    else:
-        checksum = hash_file(dump, lambda done: progress.show("Checksum", done / total / 2))
-        if checksum == metadata.checksum_sha256:
-            report.checksum = f"✓ Match ({checksum[:12]}...)"
-        else:
-            expected = f"{metadata.checksum_sha256[:12]}..."
-            report.checksum = f"✗ Mismatch (expected {expected}, found {checksum[:12]}...)"
-    intact = report.checksum.startswith("✓")
-    if not intact:
+    contents = read_hashed(pg_restore, toc, metadata, report, progress)
+    if not report.checksum.startswith("✓"):
         report.problems.append("the dump is not the file that was verified when it was made")
         report.steps += [
             "Do not rely on this dump: its bytes have changed since it was made",
             "Compare it with a copy elsewhere, and check the disk it lies on: dmesg | tail -50",
             f"Choose another backup: {list_command(dump.parent)}",
         ]
-    try:
-        toc = read_table_of_contents(pg_restore, dump)
-    except ArchiveError as error:
-        if intact:
-            refuse_unfit_restore(pg_restore, metadata)
-        report.structure = f"✗ Invalid ({first_line(str(error))})"
-        report.problems.append(str(error))
-        return report
-    report.structure = "✓ Valid (pg_restore --list succeeded)"
-    if intact:
-        check_contents(pg_restore, toc, metadata, report, progress)
+    elif unreadable:
+        refuse_unfit_restore(pg_restore, metadata)
+    else:
+        judge_contents(contents, metadata, report)
+    if unreadable:
+        report.problems.append(unreadable)
     return report
 
 
@@ -3074,31 +3080,63 @@ def load_verified_metadata(report: VerificationReport) -> Metadata | None:
     return None
 
 
-def check_contents(
+def read_hashed(
     pg_restore: Tool,
-    toc: TableOfContents,
+    toc: TableOfContents | None,
     metadata: Metadata,
     report: VerificationReport,
     progress: Progress,
+) -> Contents | ArchiveError | None:
+    """Take the checksum, into the report, and read the contents meanwhile: them, or why they
+    cannot be read.
+
+    Together they take as long as the slower of the two. Once the checksum is known to differ no
+    more is read, and what was read counts for nothing.
+    """
+    if report.size_bytes != metadata.backup_size_bytes:
+        sizes = f"expected {metadata.backup_size_bytes} bytes, found {report.size_bytes} bytes"
+        report.checksum = f"✗ Mismatch ({sizes})"
+        return None
+    size_bytes, total_rows = metadata.backup_size_bytes or 1, metadata.total_rows or 1
+    contents: Contents | ArchiveError | None = None
+    with BackgroundHash(report.dump) as checksum:
+
+        def look_after(rows: int) -> None:
+            if checksum.digest and checksum.digest != metadata.checksum_sha256:
+                raise ArchiveError("its checksum differs")
+            done = (checksum.done_bytes / size_bytes + rows / total_rows) / 2
+            progress.show("Verifying", done, f"{rows} rows read back")
+
+        if toc is not None:
+            try:
+                contents = read_contents(pg_restore, report.dump, toc, look_after)
+            except ArchiveError as error:
+                contents = error
+        found = checksum.result()
+    if found == metadata.checksum_sha256:
+        report.checksum = f"✓ Match ({found[:12]}...)"
+    else:
+        digits = f"expected {metadata.checksum_sha256[:12]}..., found {found[:12]}..."
+        report.checksum = f"✗ Mismatch ({digits})"
+    return contents
+
+
+def judge_contents(
+    contents: Contents | ArchiveError | None, metadata: Metadata, report: VerificationReport
 ) -> None:
-    """Read the whole archive and compare it with the counts, into the report."""
-    expected = metadata.total_rows
-
-    def show(rows: int) -> None:
-        progress.show("Contents", 0.5 + (rows / expected / 2 if expected else 0.5))
-
-    try:
-        contents = read_contents(pg_restore, report.dump, toc, show)
-    except ArchiveError as error:
-        report.contents = f"✗ Invalid ({first_line(str(error))})"
-        report.problems.append(str(error))
+    """Compare what was read with the counts, into the report."""
+    if not isinstance(contents, Contents):
+        report.contents = f"✗ Invalid ({first_line(str(contents))})"
+        report.problems.append(str(contents))
         return
     problems = compare_contents(contents, metadata.table_counts, metadata.large_object_count)
     found = row_summary(contents.total_rows, len(contents.rows), contents.large_objects)
     if not problems:
         report.contents = f"✓ Match ({found})"
         return
-    wanted = row_summary(expected, len(metadata.table_counts), metadata.large_object_count or 0)
+    wanted = row_summary(
+        metadata.total_rows, len(metadata.table_counts), metadata.large_object_count or 0
+    )
     report.contents = f"✗ Mismatch (expected {wanted}, found {found})"
     report.problems.append(list_problems(problems))
 
