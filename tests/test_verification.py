@@ -419,6 +419,7 @@ FAILING_RESTORES = {
     "says nothing": ("cat >/dev/null", "it holds that of 0"),
     "stops early": ('"$real" "$@" | head --lines=100', "it breaks off within a table"),
     "loses a row": ('"$real" "$@" | sed "/^7\t/d"', "399 rows in the dump, 400 expected"),
+    "is stuck": ("sleep 60", "pg_restore is stuck: silent for 2 seconds"),
 }
 
 
@@ -453,7 +454,7 @@ def test_backup_that_pg_restore_cannot_read_is_not_verified(
     failure: str, source: Database, backup: Backup, make_project: MakeProject
 ) -> None:
     script, words = FAILING_RESTORES[failure]
-    project = make_project(source)
+    project = make_project(source, constants={"READ_SILENCE_SECONDS": 2})
     fake_at_work(project, "pg_restore", "--use-list", script)
     created = project.run().failed_with(8, "Verification error")
     assert words in created.stderr, created
