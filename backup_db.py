@@ -3094,7 +3094,7 @@ def read_hashed(
     more is read, and what was read counts for nothing.
     """
     if report.size_bytes != metadata.backup_size_bytes:
-        sizes = f"expected {metadata.backup_size_bytes} bytes, found {report.size_bytes} bytes"
+        sizes = f"expected {metadata.backup_size_bytes} bytes, found {report.size_bytes}"
         report.checksum = f"✗ Mismatch ({sizes})"
         return None
     size_bytes, total_rows = metadata.backup_size_bytes or 1, metadata.total_rows or 1
