@@ -72,8 +72,12 @@ COUNT_LOCK_TIMEOUT_MS = 1
 DUMP_LOCK_TIMEOUT = "10s"
 DUMP_ATTEMPTS = 3
 
-# 1 MiB reads through a 1 MiB pipe: the fastest of the sizes measured (FACTS: 906 MB/s).
-BLOCK_BYTES = 1024 * 1024
+HASH_BLOCK_BYTES = 1024 * 1024
+
+# A large pipe lets pg_restore run ahead; reads that malloc need not map anew take a third less of
+# our time than reads of 1 MiB (for 1 GB 0.9 s against 1.4 s; of 64 and 256 KiB 1.0 s).
+PIPE_BYTES = 1024 * 1024
+READ_BYTES = 128 * 1024
 STDERR_TAIL_BYTES = 64 * 1024
 METADATA_MAX_BYTES = 256 * 1024 * 1024
 
@@ -1053,7 +1057,7 @@ def send(program: Program, data: bytes) -> None:
 def hash_file(path: Path, on_block: Callable[[int], None]) -> str:
     """The SHA-256 of the file, as hexadecimal digits; `on_block` hears how many bytes are read."""
     digest = hashlib.sha256()
-    block = memoryview(bytearray(BLOCK_BYTES))
+    block = memoryview(bytearray(HASH_BLOCK_BYTES))
     done = 0
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
@@ -1144,6 +1148,7 @@ class ScriptReader:
     LARGE_OBJECT = b"SELECT pg_catalog.lo_open("
     ENCODING = re.compile(rb"SET client_encoding = '(\w+)';\n")
     LONGEST_LINE_BYTES = 16 * 1024 * 1024
+    LONGEST_STATEMENT_BYTES = 1024 * 1024  # 1,600 columns of 63 bytes take a third of it
 
     def __init__(self) -> None:
         self.rows_read = 0
@@ -1160,7 +1165,10 @@ class ScriptReader:
         position = 0
         while True:
             if self._table is not None:
-                end = script.find(self.END_OF_DATA, position)
+                # Nearly always there is none; rfind finds none in two thirds of find's time.
+                end = script.rfind(self.END_OF_DATA, position)
+                if end >= 0:
+                    end = script.find(self.END_OF_DATA, position)
                 # Keep the last bytes: the end of the data may lie across two blocks.
                 stop = end if end >= 0 else max(position, len(script) - len(self.END_OF_DATA) + 1)
                 rows = script.count(b"\n", position, stop)
@@ -1188,6 +1196,8 @@ class ScriptReader:
             if self._statement.count(b'"') % 2 == 0 and line.endswith(b" FROM stdin;\n"):
                 self._begin_table(self._statement)
                 self._statement = b""
+            elif len(self._statement) > self.LONGEST_STATEMENT_BYTES:
+                raise ArchiveError("a COPY statement that does not end")
         elif line.startswith(self.LARGE_OBJECT):
             self._large_objects += 1
         elif match := self.ENCODING.fullmatch(line):
@@ -1233,13 +1243,13 @@ def read_output(program: Program, look_after: Callable[[], None]) -> Iterator[by
     pipe = program.process.stdout.fileno()
     if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
         with contextlib.suppress(OSError):  # a smaller pipe will do
-            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, BLOCK_BYTES)
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     last_heard = time.monotonic()
     block = b"begin"
     while block:
         look_after()
         if select.select([pipe], [], [], TICK_SECONDS)[0]:
-            block = os.read(pipe, BLOCK_BYTES)
+            block = os.read(pipe, READ_BYTES)
             last_heard = time.monotonic()
             yield block
         elif time.monotonic() - last_heard > READ_SILENCE_SECONDS:

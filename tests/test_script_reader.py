@@ -108,6 +108,13 @@ def test_line_without_end_does_not_fill_the_memory() -> None:
         reader.feed(b"-")
 
 
+def test_statement_without_end_does_not_fill_the_memory() -> None:
+    reader = ScriptReader()
+    reader.feed(b'COPY public."t (a) FROM stdin;\n' + b"x" * reader.LONGEST_STATEMENT_BYTES)
+    with pytest.raises(ArchiveError, match="does not end"):
+        reader.feed(b"\n")
+
+
 def test_names_are_read_in_the_encoding_that_the_script_sets() -> None:
     for encoding, raw, name in (
         ("UTF8", "König", "König"),
