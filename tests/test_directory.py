@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -72,16 +71,20 @@ def test_databases_whose_files_begin_alike_keep_out_of_each_others_way(
     finish(first)
 
 
-def test_runs_within_one_second_get_names_of_their_own(
+def test_run_waits_for_a_second_whose_name_is_free(
     make_project: MakeProject, database: Database
 ) -> None:
     project = make_project(database)
-    started = time.monotonic()
-    dumps = [project.back_up() for _ in range(4)]
-    assert time.monotonic() - started > 2.9  # else no two have met in a second
-    assert len({dump.name for dump in dumps}) == 4
-    for dump in dumps:
-        project.run("--verify", dump).succeeded()
+    prefix = project.back_up().name.rpartition("_")[0]
+    now = datetime.now(timezone.utc)
+    seconds = [now + timedelta(seconds=number) for number in range(4)]
+    taken = [project.backups / f"{prefix}_{moment:%Y-%m-%dT%H-%M-%SZ}.dump" for moment in seconds]
+    for path in taken:
+        path.write_text("somebody's")
+    dump = project.back_up()
+    assert dump.name > taken[-1].name
+    assert {path.read_text() for path in taken} == {"somebody's"}
+    project.run("--verify", dump).succeeded()
 
 
 def test_clock_that_was_set_back_loses_nothing(
