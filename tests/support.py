@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+import psycopg2
 from cluster import Cluster
+from psycopg2.extensions import connection as Connection  # noqa: N812 - a class, oddly named
 
 # The PostgreSQL versions for the tests that depend on the version.
 SERVERS = tuple(map(int, os.environ.get("BACKUP_TEST_SERVERS", "17").split()))
@@ -238,6 +240,18 @@ class Database:
         )
         # These two hold a key that is another one every time.
         return [line for line in script.splitlines() if not re.match(r"\\(un)?restrict ", line)]
+
+
+def connect(database: Database) -> Connection:
+    """A session whose transactions a test begins and ends itself."""
+    session = psycopg2.connect(
+        host=database.cluster.host,
+        port=database.cluster.port,
+        dbname=database.name,
+        user="postgres",
+    )
+    session.autocommit = True
+    return session
 
 
 @contextlib.contextmanager

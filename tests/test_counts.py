@@ -10,12 +10,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import psycopg2
 import pytest
 from cluster import Cluster, copy_installation, installation
 from conftest import MakeProject
-from psycopg2.extensions import connection as Connection  # noqa: N812 - a class, oddly named
-from support import Database, assert_restores, new_database
+from support import Database, assert_restores, connect, new_database
 
 # An extension as others are: tables that it fills itself, and such as users add rows to. A
 # schema and a table of its own are in the way of whoever takes them for the user's.
@@ -212,14 +210,3 @@ def test_standby_is_backed_up_without_what_it_does_not_have(
         assert left_out in metadata["not_included"]
         primary.psql("TRUNCATE unlogged")
         assert_restores(dump, primary)
-
-
-def connect(database: Database) -> Connection:
-    session = psycopg2.connect(
-        host=database.cluster.host,
-        port=database.cluster.port,
-        dbname=database.name,
-        user="postgres",
-    )
-    session.autocommit = True
-    return session

@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-import psycopg2
 import pytest
 from cluster import Cluster
 from conftest import MakeProject
@@ -19,6 +18,7 @@ from support import (
     Database,
     Project,
     assert_restores,
+    connect,
     finish,
     new_database,
     restored,
@@ -95,18 +95,6 @@ def observer(chat: Database) -> Iterator[Connection]:
     """A session to look at the others with."""
     with closing(connect(chat)) as session:
         yield session
-
-
-def connect(database: Database) -> Connection:
-    """A session whose transactions a test begins and ends itself."""
-    session = psycopg2.connect(
-        host=database.cluster.host,
-        port=database.cluster.port,
-        dbname=database.name,
-        user="postgres",
-    )
-    session.autocommit = True
-    return session
 
 
 def execute(session: Connection, sql: str) -> list[tuple[object, ...]]:
