@@ -456,6 +456,11 @@ def parse_iso_timestamp(text: str) -> datetime:
     return datetime.fromisoformat(text[:-1]).replace(tzinfo=timezone.utc)
 
 
+def match_name(dump: Path) -> re.Match[str] | None:
+    """The prefix and the timestamp in a dump's name; None where it is not named as ours are."""
+    return BACKUP_NAME.fullmatch(dump.name.removesuffix(DUMP_SUFFIX))
+
+
 def metadata_path(dump: Path) -> Path:
     """The metadata file that belongs to a dump."""
     return dump.with_name(dump.name.removesuffix(DUMP_SUFFIX) + METADATA_SUFFIX)
@@ -2825,7 +2830,7 @@ class Backup:
         """Its time in ISO 8601, from the metadata or else from the file name, or `-`."""
         if self.metadata is not None:
             return self.metadata.backup_timestamp
-        match = BACKUP_NAME.fullmatch(self.dump.name.removesuffix(DUMP_SUFFIX))
+        match = match_name(self.dump)
         if match is None:
             return "-"
         date, clock = match.group("timestamp").split("T")
@@ -2836,7 +2841,7 @@ class Backup:
         """`dev` or `prod`, from the metadata or else from the file name, or `-`."""
         if self.metadata is not None:
             return self.metadata.environment
-        match = BACKUP_NAME.fullmatch(self.dump.name.removesuffix(DUMP_SUFFIX))
+        match = match_name(self.dump)
         ending = re.search(r"_(dev|prod)$", match.group("prefix")) if match else None
         return ending.group(1) if ending else "-"
 
@@ -2845,7 +2850,7 @@ class Backup:
         """The database, from the metadata, or else what the file name begins with, or `-`."""
         if self.metadata is not None:
             return self.metadata.database_name
-        match = BACKUP_NAME.fullmatch(self.dump.name.removesuffix(DUMP_SUFFIX))
+        match = match_name(self.dump)
         return match.group("prefix") if match else "-"
 
 
@@ -3192,7 +3197,7 @@ def remove_old_backups(report: CreationReport, warn: Callable[[str], None]) -> l
     if report.keep is None:
         return []
     made = report.metadata
-    prefix = BACKUP_NAME.fullmatch(report.dump.name.removesuffix(DUMP_SUFFIX))
+    prefix = match_name(report.dump)
     assert prefix is not None
     others = [
         backup
@@ -3200,7 +3205,7 @@ def remove_old_backups(report: CreationReport, warn: Callable[[str], None]) -> l
         if backup.is_verified
         and backup.belongs_to(made.database_name, made.environment)
         and backup.dump != report.dump
-        and (name := BACKUP_NAME.fullmatch(backup.dump.name.removesuffix(DUMP_SUFFIX)))
+        and (name := match_name(backup.dump))
         and name.group("prefix") == prefix.group("prefix")
     ]
     others.sort(key=lambda backup: backup.timestamp, reverse=True)
