@@ -788,7 +788,6 @@ def test_table_key_leads_back_to_the_table(schema: str) -> None:
             schema_is_quoted=quoted[schema],
             name_is_quoted=quoted[name],
             has_rows=True,
-            estimated_rows=0,
         )
         assert backup_db.parse_table_key(table.key) == (schema, name)
         keys.add(table.key)

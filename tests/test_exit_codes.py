@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import re
@@ -459,7 +458,7 @@ def pg_dump_is_killed(stage: Stage) -> Result:
 
 @situation(ExitCode.CREATION, "the connection to the server was lost", "run the backup again")
 def session_is_terminated(stage: Stage) -> Result:
-    project = stage.project(constants={"WATCH_SECONDS": 0.1})
+    project = stage.project()
     terminate = (
         '"$(dirname "$real")/psql" -qc "SELECT pg_terminate_backend(pid) FROM pg_stat_activity'
         " WHERE application_name = 'backup_db'\" >/dev/null; exec sleep 60"
@@ -658,7 +657,7 @@ def test_readme_has_the_exit_codes() -> None:
 
 def test_readme_has_the_fields_of_the_metadata() -> None:
     rows = table_rows(readme_section("Files"))
-    fields = [field.name for field in dataclasses.fields(backup_db.Metadata)]
+    fields = list(backup_db.Metadata._fields)
     assert [row[0].strip("`") for row in rows] == fields
 
 

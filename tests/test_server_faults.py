@@ -49,7 +49,6 @@ def test_our_session_is_ended(
 ) -> None:
     if (phase, function) == (dumping, "pg_cancel_backend"):
         return  # our session runs nothing then
-    standing.rewrite({"WATCH_SECONDS": 0.2})
     with untouched(standing), phase(standing, standing_database) as process:
         standing_database.psql(f"SELECT {function}({backend_of(standing_database, OURS)})")
         result = finish(process, NOTICED_SECONDS).failed_with(7, "Backup creation error")
@@ -94,7 +93,7 @@ def fragile(make_project: MakeProject, fragile_database: Database) -> Project:
     project = make_project(
         fragile_database,
         settings={**fragile_database.settings("chat", "sample"), "PGCONNECT_TIMEOUT": "1"},
-        constants={"SILENCE_SECONDS": 1, "WATCH_SECONDS": 0.2},
+        constants={"SILENCE_SECONDS": 1},
     )
     project.back_up()
     return project
@@ -235,7 +234,7 @@ def test_migration_that_lets_go_is_waited_for(
 def test_migration_that_never_lets_go_is_named(
     phase: Phase, words: str, standing: Project, standing_database: Database
 ) -> None:
-    standing.rewrite({"LOCK_WAIT_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.2, "WATCH_SECONDS": 0.2})
+    standing.rewrite({"LOCK_WAIT_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.2})
     with untouched(standing), phase(standing, standing_database) as process:
         result = finish(process, NOTICED_SECONDS).failed_with(7, "Backup creation error")
         assert_nothing_runs(standing, standing_database)

@@ -354,7 +354,7 @@ def test_pg_dump_that_waits_for_ever_is_ended_and_the_blocker_named(
 ) -> None:
     """--lock-wait-timeout does not cover what pg_dump waits for here."""
     chat.psql("CREATE MATERIALIZED VIEW chat.total AS SELECT count(*) FROM chat.messages")
-    project = make_project(chat, constants={"LOCK_WAIT_SECONDS": 1, "WATCH_SECONDS": 0.1})
+    project = make_project(chat, constants={"LOCK_WAIT_SECONDS": 1})
     with closing(connect(chat)) as session:
         execute(session, "BEGIN; REFRESH MATERIALIZED VIEW chat.total")
         result = project.run().failed_with(7, "Backup creation error")
