@@ -58,6 +58,8 @@ TOOL_SECONDS = 30  # for a tool to tell its version
 STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
 CANCEL_SECONDS = 0.5  # to reach the server, when a query is not wanted any more
 TICK_SECONDS = 0.1  # between two looks at anything else that is waited for
+PROGRESS_SECONDS = 0.5  # between two looks at how far pg_dump is
+REDRAW_SECONDS = 0.2  # between two states of the progress line
 
 # Our own wait for a table lock stays below PostgreSQL's deadlock_timeout (1 s by default, and half
 # of it where it is set lower): a backup that waits longer while it holds other tables makes a
@@ -645,7 +647,6 @@ class Progress:
     """One line on a terminal's stderr, redrawn in place; silent where stderr is no terminal."""
 
     BAR_WIDTH = 20
-    REDRAW_SECONDS = 0.2
 
     def __init__(self, stream: IO[str] | None) -> None:
         try:
@@ -656,6 +657,7 @@ class Progress:
         self._started = time.monotonic()
         self._drawn_at = 0.0
         self._fraction = 0.0
+        self._first: tuple[float, float] | None = None  # the first fraction, and when it was known
 
     def show(self, phase: str, fraction: float | None = None, *details: str) -> None:
         """Draw the line, a few times a second at most.
@@ -664,7 +666,7 @@ class Progress:
         of their worth: a narrow terminal shows the first ones.
         """
         now = time.monotonic()
-        if not self.enabled or now - self._drawn_at < self.REDRAW_SECONDS:
+        if not self.enabled or now - self._drawn_at < REDRAW_SECONDS:
             return
         self._drawn_at = now
         elapsed = now - self._started
@@ -674,8 +676,11 @@ class Progress:
             filled = int(self._fraction * self.BAR_WIDTH)
             parts.append(f"[{'#' * filled}{'-' * (self.BAR_WIDTH - filled)}]")
             parts.append(f"{int(self._fraction * 100):3d} %")
-            if self._fraction > 0.02:
-                parts.append(f"{_clock(elapsed * (1 / self._fraction - 1))} left")
+            # What came before it, such as a wait for a lock, says nothing of the time left.
+            self._first = self._first or (self._fraction, now)
+            first_fraction, then = self._first
+            if (gained := self._fraction - first_fraction) > 0.02:
+                parts.append(f"{_clock((now - then) * (1 - self._fraction) / gained)} left")
         self._draw([*parts, f"{_clock(elapsed)} elapsed", *details])
 
     def clear(self) -> None:
@@ -688,7 +693,7 @@ class Progress:
         assert self._stream is not None
         try:
             room = (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1
-            parts = [printable(part) for part in parts]
+            parts = [printable(part) for part in parts if part]
             while len(parts) > 1 and len("  ".join(parts)) > room:
                 parts.pop()
             self._stream.write(f"\r{'  '.join(parts)[:room]}\x1b[K")
@@ -2375,8 +2380,6 @@ class DumpProgress:
     for a terminal, and only once pg_dump must have its own; without it there is no percentage.
     """
 
-    LOOK_SECONDS = 0.5
-
     def __init__(
         self,
         run: Run,
@@ -2389,7 +2392,7 @@ class DumpProgress:
         self._application_name = application_name
         self._session: Session | None = None
         self._asking = False
-        self._next_look = time.monotonic() + 2 * self.LOOK_SECONDS
+        self._next_look = time.monotonic() + 2 * PROGRESS_SECONDS
         self._tables = {table.oid: table for table in snapshot.tables}
         self._sizes = sizes
         self._total = sum(sizes.values()) or 1
@@ -2434,7 +2437,7 @@ class DumpProgress:
                 for oid, done_rows, estimated_rows in rows[:1]:
                     self._note(oid, done_rows, counted.get(oid) or estimated_rows)
         elif time.monotonic() > self._next_look:
-            self._next_look = time.monotonic() + self.LOOK_SECONDS
+            self._next_look = time.monotonic() + PROGRESS_SECONDS
             if self._session is None:
                 self._session = Session(self._config)
             self._session.send(COPY_PROGRESS, self._application_name)

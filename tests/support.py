@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import pty
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -190,6 +195,54 @@ def finish(process: subprocess.Popen[bytes], seconds: float = RUN_SECONDS) -> Re
     result = Result(" ".join(map(str, process.args)), process.returncode, stdout, stderr)
     assert ended, f"did not end within {seconds} seconds:{result}"
     return result
+
+
+class Terminal:
+    """A run of the script on a terminal of its own, and all that it shows there."""
+
+    def __init__(self, project: Project, *arguments: str | Path, columns: int = 100) -> None:
+        self._keyboard, screen = pty.openpty()
+        fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        self._process = subprocess.Popen(
+            ["setsid", "--ctty", PYTHON, project.directory / "backup_db.py", *arguments],
+            cwd=project.directory,
+            env=project.environ,
+            stdin=screen,
+            stdout=screen,
+            stderr=screen,
+        )
+        os.close(screen)
+        self._shown = b""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError), open(self._keyboard, "rb", buffering=0) as screen:
+            while block := screen.read(4096):
+                self._shown += block
+
+    def type(self, keys: str) -> None:
+        os.write(self._keyboard, keys.encode())
+
+    @property
+    def shown(self) -> str:
+        """Everything so far, control characters too."""
+        return self._shown.decode("utf-8", "replace").replace("\r\n", "\n")
+
+    @property
+    def progress(self) -> list[str]:
+        """What the progress line has been, one after the other."""
+        return re.findall(r"\r([^\r\n]*)\x1b\[K", self.shown)
+
+    def finish(self, seconds: float = RUN_SECONDS) -> tuple[int, str]:
+        """The exit status, and what is left on the screen when the progress line is erased."""
+        try:
+            status = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
+        self._reader.join()
+        return status, re.sub(r"[^\n]*\r\x1b\[K", "", self.shown)
 
 
 # -- databases, and whether a restored one is the same --------------------------------------------

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pty
-import re
 import signal
 import subprocess
-import sys
 
 import pytest
 from faults import (
@@ -26,7 +23,7 @@ from faults import (
     published,
     untouched,
 )
-from support import Database, Project, finish, wait_until
+from support import Database, Project, Terminal, finish, wait_until
 
 # What the user, or the shutdown of a machine, has to wait at most.
 GONE_SECONDS = 2
@@ -129,28 +126,13 @@ def test_ctrl_c_in_a_terminal_prints_one_line(
     standing: Project, standing_database: Database
 ) -> None:
     fake_call(standing, *TABLE_OF_CONTENTS, "touch $HOME/paused; exec sleep 100")
-    keyboard, terminal = pty.openpty()
     with untouched(standing):
-        process = subprocess.Popen(
-            ["setsid", "--ctty", sys.executable, standing.directory / "backup_db.py"],
-            cwd=standing.directory,
-            env=standing.environ,
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-        )
-        os.close(terminal)
+        terminal = Terminal(standing)
         wait_until(lambda: paused(standing))
-        os.write(keyboard, b"\x03")
-        assert process.wait(GONE_SECONDS) == -signal.SIGINT
+        terminal.type("\x03")
+        # The progress line, and the ^C behind it, are erased.
+        assert terminal.finish(GONE_SECONDS) == (-signal.SIGINT, STOPPED.format("SIGINT"))
         assert_nothing_runs(standing, standing_database)
-    shown = b""
-    with contextlib.suppress(OSError), open(keyboard, "rb", buffering=0) as screen:
-        while block := screen.read(4096):
-            shown += block
-    # The progress line, and the ^C behind it, are erased.
-    text = re.sub(r"[^\n]*\r\x1b\[K", "", shown.decode())
-    assert text == STOPPED.format("SIGINT").replace("\n", "\r\n"), shown
 
 
 # -- SIGKILL: the script itself cannot clean up ---------------------------------------------------

@@ -1,0 +1,137 @@
+"""The progress line: only on a terminal, from real measures, and gone before the result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import pairwise
+
+import pytest
+from cluster import Cluster
+from conftest import MakeProject
+from support import Database, Project, Terminal, assert_restores, connect, new_database, wait_until
+
+# Two tables that gzip:9 takes a second for; the second is dumped last, and made first.
+LARGE = """
+CREATE TABLE z_messages AS
+SELECT n AS id, sha512(n::text::bytea)::text || sha512((-n)::text::bytea) AS content
+  FROM generate_series(1, 80000) AS n;
+CREATE TABLE a_messages AS SELECT * FROM z_messages LIMIT 40000;
+ANALYZE;
+"""
+
+
+@pytest.fixture(scope="module")
+def large_database(cluster: Cluster) -> Iterator[Database]:
+    with new_database(cluster) as new:
+        new.psql(LARGE)
+        yield new
+
+
+@pytest.fixture
+def large(make_project: MakeProject, large_database: Database) -> Project:
+    settings = {**large_database.settings(), "BACKUP_COMPRESS": "gzip:9"}
+    return make_project(
+        settings=settings, constants={"PROGRESS_SECONDS": 0.1, "REDRAW_SECONDS": 0.05}
+    )
+
+
+def test_the_line_tells_how_far_a_backup_is(large: Project, large_database: Database) -> None:
+    terminal = Terminal(large, columns=120)
+    status, left = terminal.finish()
+    assert status == 0, left
+    # Not a trace of it stays on the screen.
+    assert left.startswith("✓ Backup created successfully\n\nBackup File: db/backups/"), left
+    assert not re.search(r"[\r\x1b]|elapsed", left), left
+
+    lines = terminal.progress
+    assert [line for line in lines if line][-1].startswith("Verifying  [")
+    percent = [int(found) for found in re.findall(r"\] +(\d+) %", "\n".join(lines))]
+    assert percent == sorted(percent)
+    assert len(set(percent)) > 3, lines
+    measured = re.compile(
+        r"Dumping  \[#+-+\] +\d+ %(?P<left>  \d:\d\d left)?  \d:\d\d elapsed  [\d.]+ [KM]B written"
+        r"  (?P<table>\w+) \([\d.]+ MB\)"
+    )
+    found = [match for line in lines if (match := measured.fullmatch(line))]
+    tables = [match["table"] for match in found]
+    assert any(match["left"] for match in found), lines
+    assert set(tables) == {"a_messages", "z_messages"}, lines
+    assert tables == sorted(tables)
+    assert_restores(large.dumps()[0], large_database)
+
+
+def test_time_left_does_not_count_what_came_before(
+    large: Project, large_database: Database
+) -> None:
+    with closing(connect(large_database)) as session, session.cursor() as cursor:
+        cursor.execute("SET application_name = 'migration'")
+        cursor.execute("BEGIN; LOCK TABLE a_messages")
+        terminal = Terminal(large, columns=200)
+        waiting = (
+            f"Waiting: session {session.info.backend_pid}"
+            " (postgres, migration: BEGIN; LOCK TABLE a_messages) holds the table a_messages"
+        )
+        wait_until(lambda: f"{waiting}  0:03 elapsed" in terminal.progress)
+        cursor.execute("COMMIT")
+    status, left = terminal.finish()
+    assert status == 0, left
+    times = [
+        [60 * int(minutes) + int(seconds) for minutes, seconds in re.findall(r"(\d+):(\d\d)", line)]
+        for line in terminal.progress
+        if " left " in line
+    ]
+    assert times
+    took = times[-1][1]
+    for time_left, elapsed in times:
+        # Were those three seconds counted, it would be more than ten at first.
+        assert time_left <= 2 * (took - elapsed) + 3, terminal.progress
+
+
+def test_whom_pg_dump_waits_for_is_shown(large: Project, large_database: Database) -> None:
+    large_database.psql("CREATE MATERIALIZED VIEW total AS SELECT count(*) FROM a_messages")
+    with closing(connect(large_database)) as session, session.cursor() as cursor:
+        cursor.execute("BEGIN; REFRESH MATERIALIZED VIEW total")
+        terminal = Terminal(large, columns=200)
+        waiting = (
+            f"Waiting: session {session.info.backend_pid}"
+            " (postgres: BEGIN; REFRESH MATERIALIZED VIEW total) blocks pg_dump  0:"
+        )
+        wait_until(lambda: any(line.startswith(waiting) for line in terminal.progress))
+        cursor.execute("COMMIT")
+    assert terminal.finish()[0] == 0
+
+
+@pytest.mark.parametrize("columns", [80, 40, 12])
+def test_the_line_fits_the_terminal(columns: int, large: Project) -> None:
+    terminal = Terminal(large, columns=columns)
+    status, left = terminal.finish()
+    assert status == 0, left
+    assert max(map(len, terminal.progress)) < columns
+    dumping = {line for line in terminal.progress if line.startswith("Dumping")}
+    assert len(dumping) > 1 or columns < 20, terminal.progress
+    for line in dumping:  # whole parts
+        assert re.search(r"Dumping$|\]$| %$| left$| elapsed$| written$|\)$", line), line
+
+
+def test_a_verification_has_one_too(large: Project) -> None:
+    dump = large.back_up()
+    terminal = Terminal(large, "--verify", dump)
+    status, left = terminal.finish()
+    assert status == 0, left
+    assert left.startswith("✓ Backup verification passed\n\nFile:        db/backups/"), left
+    assert terminal.progress[-1] == ""
+    lines = terminal.progress[:-1]
+    assert lines
+    assert all(line.startswith("Verifying  [") for line in lines), lines
+    for before, after in pairwise(line.count("#") for line in lines):
+        assert before <= after
+
+
+def test_there_is_none_where_stderr_is_no_terminal(large: Project) -> None:
+    creation = large.run()
+    for result in (creation, large.run("--verify", large.dumps()[0])):
+        result.succeeded()
+        assert result.stderr == "", result
+        assert not re.search(r"[\r\x1b]", result.stdout), result
