@@ -57,6 +57,7 @@ READ_SILENCE_SECONDS = 600  # for pg_restore to go on: on some damaged archives 
 TOOL_SECONDS = 30  # for a tool to tell its version
 STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
 CANCEL_SECONDS = 0.5  # to reach the server, when a query is not wanted any more
+ORPHAN_SECONDS = 5  # for the server to see that this process was killed, and to end its query
 TICK_SECONDS = 0.1  # between two looks at anything else that is waited for
 PROGRESS_SECONDS = 0.5  # between two looks at how far pg_dump is
 REDRAW_SECONDS = 0.2  # between two states of the progress line
@@ -1592,7 +1593,7 @@ def begin(session: Session, isolation: str) -> None:
         session.query("SAVEPOINT looking_after")
         try:
             # Should this process be killed, the server ends a long count or wait by itself.
-            session.query("SET LOCAL client_connection_check_interval = '5s'")
+            session.query(f"SET LOCAL client_connection_check_interval = '{ORPHAN_SECONDS}s'")
         except ServerError as error:
             if error.lost:
                 raise
@@ -1605,7 +1606,8 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     lets us in; the server's words are shown as they are, in whatever language."""
     options = client_options(config)
     name = config.name
-    known = _look_up_database(config)
+    # Where there was no answer in time, there is no other database to ask either.
+    known = "unknown" if error.lost else _look_up_database(config)
     check_name = f"Check database name {config.places['name']}"
     if known == "missing":
         return Failure(

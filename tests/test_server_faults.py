@@ -6,7 +6,10 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from cluster import Cluster
@@ -25,7 +28,7 @@ from faults import (
     waiting_for_a_lock,
 )
 from sample import load_sample
-from support import Database, Project, Result, finish, wait_until
+from support import MOUNTING, Database, Project, Result, finish, wait_until
 
 # How long a run that was struck may take to notice, where it waits for no time limit.
 NOTICED_SECONDS = 15
@@ -262,3 +265,63 @@ def test_catalog_that_is_locked_is_not_waited_for_without_an_end(
         result: Result = standing.run().failed_with(7, "Backup creation error")
     assert "gave up after 1 second: while reading the catalog" in result.stderr, result
     wait_until(lambda: not processes_in(standing.directory))
+
+
+# -- what the server is not told, and what is not the server's ------------------------------------
+
+
+def test_query_of_a_killed_run_is_ended_by_the_server(
+    standing: Project, standing_database: Database
+) -> None:
+    standing.rewrite({"ORPHAN_SECONDS": 1})
+    with transaction(standing_database, "LOCK TABLE pg_largeobject_metadata"):
+        process = standing.start()
+        wait_until(lambda: sessions_on(standing_database, "wait_event_type = 'Lock'"))
+        process.kill()
+        finish(process)
+        wait_until(lambda: not sessions_on(standing_database), 10)
+
+
+# Runs a command where the only name server takes every question and answers none: it is a socket
+# of the command's own, on a network of its own.
+WITH_SILENT_RESOLVER = """
+import fcntl, os, socket, struct, subprocess, sys
+resolver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+up = struct.pack("16sh14x", b"lo", 1)  # IFF_UP
+fcntl.ioctl(resolver, 0x8914, up)  # SIOCSIFFLAGS
+resolver.bind(("127.0.0.1", 53))
+resolver.set_inheritable(True)
+with open(os.path.join(os.environ["HOME"], "resolv.conf"), "w") as file:
+    file.write("nameserver 127.0.0.1\\n")
+subprocess.run(["mount", "--bind", file.name, os.path.realpath("/etc/resolv.conf")], check=True)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@contextlib.contextmanager
+def resolving(project: Project) -> Iterator[subprocess.Popen[bytes]]:
+    """The script asks for the address of its host."""
+    process = project.start(
+        env={"DEV_DB_HOST": "db.example.test", "PGCONNECT_TIMEOUT": "3"},
+        prefix=(*MOUNTING, "--net", sys.executable, "-c", WITH_SILENT_RESOLVER),
+    )
+
+    def has_asked() -> bool:
+        sockets = Path(f"/proc/{process.pid}/net/udp").read_text(encoding="ascii").splitlines()
+        # Its local address, and what is received but not read.
+        return any(re.search(r": 0100007F:0035 .*:(?!0{8})[0-9A-F]{8} ", line) for line in sockets)
+
+    wait_until(has_asked)
+    yield process
+
+
+def test_signal_ends_the_wait_for_a_name_server(standing: Project) -> None:
+    with untouched(standing), resolving(standing) as process:
+        process.terminate()
+        assert finish(process, 2).returncode == -signal.SIGTERM
+
+
+def test_name_server_that_never_answers_is_given_up(standing: Project) -> None:
+    with untouched(standing), resolving(standing) as process:
+        result = finish(process, 5).failed_with(3, "Database connection error")
+    assert 'could not translate host name "db.example.test" to address: timeout' in result.stderr
