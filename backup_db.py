@@ -815,6 +815,10 @@ class Tool(NamedTuple):
     version: str
     environment: Mapping[str, str]
 
+    def __repr__(self) -> str:
+        """Without the environment, where the password is."""
+        return f"Tool({self.path!r}, {self.version!r})"
+
     @property
     def major(self) -> int:
         """17 for 17.10 and for 17beta1."""
@@ -2087,7 +2091,7 @@ COUNT_BATCH_TABLES = 50
 
 def table_sizes(session: Session, tables: Sequence[Table]) -> dict[int, int]:
     """The bytes of each table with its TOAST, by oid. Only with the locks held: it takes a lock
-    itself. (pg_table_size would count a little more, and take five times as long.)"""
+    itself. (pg_table_size would add the maps and TOAST's index, in five times the time.)"""
     return dict(
         session.query(
             "SELECT oid::bigint, COALESCE(pg_catalog.pg_relation_size(oid), 0)"

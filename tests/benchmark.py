@@ -48,6 +48,7 @@ SETTINGS = {
 GROWTH_GB = (0.25, 4.0)
 # What takes a second needs more runs than what takes a minute for a median as steady.
 QUICK_RUNS = 5
+MORE_RUNS = f"What takes a second was run {QUICK_RUNS} times as often."
 
 MANY_TABLES = 5000
 MANY_BACKUPS = 10_000
@@ -457,7 +458,7 @@ def compare(place: ServerWorkplace, size_gb: float, runs: int) -> Report:
     place.cluster.drop_database("benchmark")
     return Report(
         f"PostgreSQL {place.server_version}, {data_bytes / GB:.2f} GB of tables, compression"
-        f" {compression}, {describe_runs(runs)}, of the last three {runs * QUICK_RUNS}",
+        f" {compression}, {describe_runs(runs)}",
         ("", "time", "from–to", "of pg_dump -Fc", "size", "of pg_dump -Fc"),
         rows,
         [
@@ -641,7 +642,7 @@ def update_readme(reports: Sequence[Report], machine: str) -> None:
     _old, end, after = rest.partition(README_MARKS[1])
     if not (begin and end):
         raise BenchmarkFailure(f"{README} does not have the lines {' and '.join(README_MARKS)}.")
-    lines = [f"Measured on {machine}.", ""]
+    lines = [f"Measured on {machine}. {MORE_RUNS}", ""]
     if any(report.bars for report in reports):
         CHART.write_text(draw_chart(reports), encoding="utf-8")
         say(f"Written: {CHART}")
@@ -686,7 +687,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         help="15 to 18 (default: 17)",
     )
     parser.add_argument(
-        "--runs", type=int, default=3, metavar="N", help="of each contender (default: 3)"
+        "--runs", type=int, default=3, metavar="N", help="of what takes long (default: 3)"
     )
     parser.add_argument(
         "--readme", action="store_true", help="put the tables into README.md, with a chart"
@@ -763,7 +764,7 @@ def main(arguments: Sequence[str]) -> int:
         machine = describe_machine()
         load = os.getloadavg()[0]
         reports = measure(options)
-        print(f"\n{machine}; load when it began: {load:.1f}")
+        print(f"\n{machine}; load when it began: {load:.1f}\n{MORE_RUNS}")
         for report in reports:
             print("\n".join(report.lines()))
         if options.readme:

@@ -221,6 +221,14 @@ class Terminal:
             while block := screen.read(4096):
                 self._shown += block
 
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._process.kill()  # one that has ended takes no harm
+        self._process.wait()
+        self._reader.join()
+
     def type(self, keys: str) -> None:
         os.write(self._keyboard, keys.encode())
 
@@ -236,11 +244,7 @@ class Terminal:
 
     def finish(self, seconds: float = RUN_SECONDS) -> tuple[int, str]:
         """The exit status, and what is left on the screen when the progress line is erased."""
-        try:
-            status = self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            raise
+        status = self._process.wait(seconds)
         self._reader.join()
         return status, re.sub(r"[^\n]*\r\x1b\[K", "", self.shown)
 

@@ -291,9 +291,11 @@ up = struct.pack("16sh14x", b"lo", 1)  # IFF_UP
 fcntl.ioctl(resolver, 0x8914, up)  # SIOCSIFFLAGS
 resolver.bind(("127.0.0.1", 53))
 resolver.set_inheritable(True)
-with open(os.path.join(os.environ["HOME"], "resolv.conf"), "w") as file:
-    file.write("nameserver 127.0.0.1\\n")
-subprocess.run(["mount", "--bind", file.name, os.path.realpath("/etc/resolv.conf")], check=True)
+for name, text in (("resolv.conf", "nameserver 127.0.0.1"), ("nsswitch.conf", "hosts: files dns")):
+    with open(os.path.join(os.environ["HOME"], name), "w") as file:
+        print(text, file=file)
+    there = os.path.realpath(os.path.join("/etc", name))
+    subprocess.run(["mount", "--bind", file.name, there], check=True)
 os.execv(sys.argv[1], sys.argv[1:])
 """
 
@@ -302,11 +304,12 @@ os.execv(sys.argv[1], sys.argv[1:])
 def resolving(project: Project) -> Iterator[subprocess.Popen[bytes]]:
     """The script asks for the address of its host."""
     process = project.start(
-        env={"DEV_DB_HOST": "db.example.test", "PGCONNECT_TIMEOUT": "3"},
+        env={"DEV_DB_HOST": "db.example.test", "PGCONNECT_TIMEOUT": "4"},
         prefix=(*MOUNTING, "--net", sys.executable, "-c", WITH_SILENT_RESOLVER),
     )
 
     def has_asked() -> bool:
+        assert process.poll() is None, "this test needs unshare with --mount and --net"
         sockets = Path(f"/proc/{process.pid}/net/udp").read_text(encoding="ascii").splitlines()
         # Its local address, and what is received but not read.
         return any(re.search(r": 0100007F:0035 .*:(?!0{8})[0-9A-F]{8} ", line) for line in sockets)
@@ -323,5 +326,5 @@ def test_signal_ends_the_wait_for_a_name_server(standing: Project) -> None:
 
 def test_name_server_that_never_answers_is_given_up(standing: Project) -> None:
     with untouched(standing), resolving(standing) as process:
-        result = finish(process, 5).failed_with(3, "Database connection error")
+        result = finish(process, 7).failed_with(3, "Database connection error")  # not twice 4
     assert 'could not translate host name "db.example.test" to address: timeout' in result.stderr

@@ -127,11 +127,11 @@ def test_ctrl_c_in_a_terminal_prints_one_line(
 ) -> None:
     fake_call(standing, *TABLE_OF_CONTENTS, "touch $HOME/paused; exec sleep 100")
     with untouched(standing):
-        terminal = Terminal(standing)
-        wait_until(lambda: paused(standing))
-        terminal.type("\x03")
-        # The progress line, and the ^C behind it, are erased.
-        assert terminal.finish(GONE_SECONDS) == (-signal.SIGINT, STOPPED.format("SIGINT"))
+        with Terminal(standing) as terminal:
+            wait_until(lambda: paused(standing))
+            terminal.type("\x03")
+            # The progress line, and the ^C behind it, are erased.
+            assert terminal.finish(GONE_SECONDS) == (-signal.SIGINT, STOPPED.format("SIGINT"))
         assert_nothing_runs(standing, standing_database)
 
 
