@@ -540,6 +540,11 @@ REQUIRED_KEYS: dict[str, type] = {
 }
 
 
+def open_at_once(path: str, flags: int) -> int:
+    """An opener for `open`: a pipe of that name must not hang a listing, nor a run."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 class Metadata(NamedTuple):
     """What stands in a `.metadata.json`. The fields with a default are not in every file."""
 
@@ -571,12 +576,7 @@ class Metadata(NamedTuple):
     @classmethod
     def read(cls, path: Path) -> Metadata:
         """Read and check a metadata file. Raises MetadataError, naming the key; OSError."""
-
-        def open_at_once(name: str, flags: int) -> int:
-            """A pipe of that name must not hang a listing, nor a run."""
-            return os.open(name, flags | os.O_NONBLOCK)
-
-        with open(path, "rb", opener=open_at_once) as file:
+        with open(path, "rb", buffering=0, opener=open_at_once) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > METADATA_MAX_BYTES:
                 raise MetadataError("it is no metadata file")
@@ -609,7 +609,7 @@ class Metadata(NamedTuple):
             if (
                 type(rows) is not int
                 or not 0 <= rows <= MOST_ROWS
-                or not TABLE_KEY.fullmatch(table)
+                or not (table.isidentifier() or TABLE_KEY.fullmatch(table))
             ):
                 raise MetadataError(f'the key "table_counts" is wrong at {table!r}')
         # Of the further keys, those that are read below; one of another type counts as absent.
@@ -3298,6 +3298,11 @@ def display_width(text: str) -> int:
     )
 
 
+def pad(text: str, columns: int) -> str:
+    """The text, and spaces until it takes so many columns."""
+    return text + " " * (columns - display_width(text))
+
+
 LIST_COLUMNS = (
     ("Timestamp", 25),
     ("Environment", 13),
@@ -3323,16 +3328,13 @@ def list_lines(backups: Sequence[Backup], output_dir: Path, now: datetime) -> li
         for backup in backups
     ]
     widths = [
-        max(least, *(display_width(row[column]) + 2 for row in rows)) if least else 0
-        for column, (_title, least) in enumerate(LIST_COLUMNS)
+        max(least, *(display_width(cell) + 2 for cell in set(column)))
+        for column, (_title, least) in zip(zip(*rows, strict=True), LIST_COLUMNS, strict=True)
     ]
 
     def line(cells: Sequence[str]) -> str:
-        padded = (
-            cell + " " * (width - display_width(cell))
-            for cell, width in zip(cells, widths, strict=True)
-        )
-        return "".join(padded)
+        *padded, last = cells
+        return "".join(map(pad, padded, widths)) + last
 
     total = sum(backup.size_bytes or 0 for backup in backups)
     return [
