@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import pty
 import re
@@ -21,9 +22,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import psycopg2
 from cluster import Cluster
+from environment import PROJECT
 from psycopg2.extensions import connection as Connection  # noqa: N812 - a class, oddly named
 
 # The PostgreSQL versions for the tests that depend on the version.
@@ -247,6 +250,23 @@ class Terminal:
         status = self._process.wait(seconds)
         self._reader.join()
         return status, re.sub(r"[^\n]*\r\x1b\[K", "", self.shown)
+
+
+def metadata_path(dump: Path) -> Path:
+    return dump.with_name(dump.name.removesuffix(".dump") + ".metadata.json")
+
+
+def read_metadata(dump: Path) -> dict[str, Any]:
+    values = json.loads(metadata_path(dump).read_text(encoding="utf-8"))
+    assert isinstance(values, dict)
+    return values
+
+
+def readme_section(title: str) -> str:
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    assert section, f"README.md has no section {title}"
+    return section
 
 
 # -- databases, and whether a restored one is the same --------------------------------------------

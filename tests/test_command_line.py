@@ -13,14 +13,13 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cluster import Cluster
 from conftest import MakeProject
 from environment import PROJECT
 from sample import DATABASE
-from support import Database, Project, Result, contents_of, finish
+from support import Database, Project, Result, contents_of, finish, read_metadata
 
 import backup_db
 
@@ -49,15 +48,9 @@ def copy_pair(dump: Path, directory: Path) -> Path:
     return Path(shutil.copy(dump, directory))
 
 
-def metadata_of(dump: Path) -> dict[str, Any]:
-    values = json.loads(backup_db.metadata_path(dump).read_text(encoding="utf-8"))
-    assert isinstance(values, dict)
-    return values
-
-
 def change_metadata(dump: Path, **changes: object) -> None:
     path = backup_db.metadata_path(dump)
-    path.write_text(json.dumps(metadata_of(dump) | changes), encoding="utf-8")
+    path.write_text(json.dumps(read_metadata(dump) | changes), encoding="utf-8")
 
 
 def lines_of(template: str) -> str:
@@ -176,7 +169,7 @@ def test_environment_is_detected_or_chosen(
     expected = {"dev": "project_chat_dev", "prod": "project_chat_dev_prod"}[environment]
     assert re.fullmatch(rf"{expected}_{TIMESTAMP}\.dump", dump.name)
     assert f"Environment: {environment}\nDatabase:    {DATABASE}\n" in result.stdout
-    assert metadata_of(dump)["environment"] == environment
+    assert read_metadata(dump)["environment"] == environment
 
 
 # -- paths ----------------------------------------------------------------------------------------
@@ -264,7 +257,7 @@ def test_any_directory_name_is_served(directory: str, shown: str, sample: Projec
 
 def test_verify_prints_the_lines_of_the_contract(bare: Project) -> None:
     (dump,) = bare.dumps()
-    metadata = metadata_of(dump)
+    metadata = read_metadata(dump)
     result = bare.run("--verify", f"db/backups/{dump.name}").succeeded()
     assert result.stdout == lines_of(f"""
         ✓ Backup verification passed
@@ -287,7 +280,7 @@ def test_verify_of_a_changed_byte_prints_the_same_lines_on_stderr(bare: Project)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
     found = subprocess.run(["sha256sum", dump], capture_output=True, check=True, text=True).stdout
-    metadata = metadata_of(dump)
+    metadata = read_metadata(dump)
     expected = metadata["checksum_sha256"][:12]
     result = bare.run("--verify", dump).failed_with(8)
     lines = result.stderr.splitlines()
@@ -309,7 +302,7 @@ def test_verify_of_a_changed_byte_prints_the_same_lines_on_stderr(bare: Project)
 
 def test_verify_of_other_counts_names_each_table(bare: Project) -> None:
     (dump,) = bare.dumps()
-    counts = metadata_of(dump)["table_counts"]
+    counts = read_metadata(dump)["table_counts"]
     change_metadata(dump, table_counts={**counts, "messages": 3421, "gone": 1} | {"other.x": 0})
     result = bare.run("--verify", dump).failed_with(8)
     assert (
@@ -627,9 +620,9 @@ def test_names_are_the_same_in_every_locale(
         assert "Backup created successfully" in made.stdout
         (dump,) = project.dumps()
         assert re.fullmatch(rf"{name}_dev_{TIMESTAMP}\.dump", dump.name)
-        assert metadata_of(dump)["database_name"] == name
-        assert metadata_of(dump)["backup_file"] == dump.name
-        assert metadata_of(dump)["table_counts"] == {'"tä😀"': 1}
+        assert read_metadata(dump)["database_name"] == name
+        assert read_metadata(dump)["backup_file"] == dump.name
+        assert read_metadata(dump)["table_counts"] == {'"tä😀"': 1}
         project.run("--verify", dump, env=env).succeeded()
         assert "Verified" in project.run("--list", env=env).succeeded().stdout
         # Names from the environment too, and a failure.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import socket
@@ -16,7 +15,7 @@ import trustme
 from cluster import Cluster
 from conftest import MakeProject
 from sample import PASSWORD, USER
-from support import Database, assert_restores, new_database, program, wait_until
+from support import Database, assert_restores, new_database, program, read_metadata, wait_until
 
 
 @pytest.fixture
@@ -28,12 +27,6 @@ def role(cluster: Cluster) -> Iterator[str]:
     for database in databases:
         cluster.psql("DROP OWNED BY plain", database)
     cluster.psql("DROP ROLE plain")
-
-
-def read_metadata(dump: Path) -> dict[str, object]:
-    text = dump.with_name(f"{dump.stem}.metadata.json").read_text(encoding="utf-8")
-    metadata: dict[str, object] = json.loads(text)
-    return metadata
 
 
 # -- roles ----------------------------------------------------------------------------------------

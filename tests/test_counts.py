@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cluster import Cluster, copy_installation, installation
 from conftest import MakeProject
-from support import Database, assert_restores, connect, new_database
+from support import Database, assert_restores, connect, new_database, read_metadata
 
 # An extension as others are: tables that it fills itself, and such as users add rows to. A
 # schema and a table of its own are in the way of whoever takes them for the user's.
@@ -149,13 +147,6 @@ def extended_cluster() -> Iterator[Cluster]:
             yield cluster
 
 
-def metadata_of(dump: Path) -> dict[str, Any]:
-    path = dump.with_name(dump.name.replace(".dump", ".metadata.json"))
-    values = json.loads(path.read_text(encoding="utf-8"))
-    assert isinstance(values, dict)
-    return values
-
-
 def test_every_kind_of_relation_is_counted(
     each_cluster: Cluster, make_project: MakeProject
 ) -> None:
@@ -164,7 +155,7 @@ def test_every_kind_of_relation_is_counted(
         with other.cursor() as cursor:
             cursor.execute("CREATE TEMP TABLE temporary AS SELECT 1 AS a")
         dump = make_project(database).back_up()
-        metadata = metadata_of(dump)
+        metadata = read_metadata(dump)
         assert metadata["table_counts"] == KINDS_COUNTS
         assert list(metadata["table_counts"]) == list(KINDS_COUNTS)
         assert metadata["not_included"] == ['data of foreign tables ("Foreign", foreign_child)']
@@ -177,7 +168,7 @@ def test_rows_of_an_extension_are_counted_as_it_asks(
     with new_database(extended_cluster) as database:
         database.psql(EXTENDED)
         dump = make_project(database).back_up()
-        metadata = metadata_of(dump)
+        metadata = read_metadata(dump)
         assert metadata["table_counts"] == EXTENDED_COUNTS
         assert metadata["extensions"] == {"chat_settings": "1.0", "plpgsql": "1.0"}
 
@@ -188,7 +179,7 @@ def test_thousands_of_tables_take_a_lock_each_and_no_more(
     with new_database(extended_cluster) as database:
         database.psql(MANY_TABLES)
         dump = make_project(database).back_up()
-        counts = metadata_of(dump)["table_counts"]
+        counts = read_metadata(dump)["table_counts"]
         assert len(counts) == TABLES
         assert sum(counts.values()) == TABLES / 10
 
@@ -203,7 +194,7 @@ def test_standby_is_backed_up_without_what_it_does_not_have(
         with standby:
             assert standby.psql("SELECT pg_is_in_recovery()") == "t"
             dump = make_project(Database(standby, primary.name)).back_up()
-        metadata = metadata_of(dump)
+        metadata = read_metadata(dump)
         counts = {key: rows for key, rows in KINDS_COUNTS.items() if key != "unlogged"}
         assert metadata["table_counts"] == counts
         left_out = "data of unlogged tables, which a standby does not have (unlogged)"

@@ -13,13 +13,17 @@ from typing import Any
 import pytest
 from conftest import MakeProject
 from faults import CONTENTS, PAUSE, fake_call, paused, published, untouched
-from support import UNPRIVILEGED, Database, Project, finish, wait_until
+from support import (
+    UNPRIVILEGED,
+    Database,
+    Project,
+    finish,
+    metadata_path,
+    read_metadata,
+    wait_until,
+)
 
 # -- other runs -----------------------------------------------------------------------------------
-
-
-def metadata_of(dump: Path) -> Path:
-    return dump.with_name(dump.name.removesuffix(".dump") + ".metadata.json")
 
 
 def test_second_run_for_one_database_is_told_of_the_first(standing: Project) -> None:
@@ -97,7 +101,7 @@ def test_clock_that_was_set_back_loses_nothing(
     for seconds in (1, 2, 86400):
         moment = now + timedelta(seconds=seconds)
         stem = f"{database.name}_dev_{moment:%Y-%m-%dT%H-%M-%SZ}"
-        values = json.loads(metadata_of(original).read_text(encoding="utf-8"))
+        values = read_metadata(original)
         values |= {
             "backup_timestamp": f"{moment:%Y-%m-%dT%H:%M:%SZ}",
             "backup_file": f"{stem}.dump",
@@ -195,7 +199,7 @@ def damaged(standing: Project) -> Path:
 
 
 def test_list_and_verify_name_bad_metadata(standing: Project, damaged: Path) -> None:
-    metadata = metadata_of(damaged)
+    metadata = metadata_path(damaged)
     original = metadata.read_bytes()
     for name, (damage, words) in BAD_METADATA.items():
         damage(metadata)
@@ -227,7 +231,7 @@ def test_list_and_verify_name_bad_metadata(standing: Project, damaged: Path) -> 
 def test_metadata_of_another_version_is_read(
     values: dict[str, object], standing: Project, damaged: Path
 ) -> None:
-    changed(**values)(metadata_of(damaged))
+    changed(**values)(metadata_path(damaged))
     standing.run("--list").succeeded()
     standing.run("--verify", damaged).succeeded()
 
@@ -236,7 +240,7 @@ def test_run_is_not_disturbed_by_a_damaged_neighbour(
     standing: Project,
 ) -> None:
     (old,) = standing.dumps()
-    metadata = metadata_of(old)
+    metadata = metadata_path(old)
     for damage in (
         replaced(os.mkfifo),
         replaced(text("{")),
@@ -312,7 +316,7 @@ def test_damaged_dump(
 
 
 def test_files_that_may_not_be_read(standing: Project, damaged: Path) -> None:
-    for path in (metadata_of(damaged), damaged):
+    for path in (metadata_path(damaged), damaged):
         path.chmod(0)
         result = standing.run("--verify", damaged, prefix=UNPRIVILEGED)
         result.failed_with(4, "Permission error")

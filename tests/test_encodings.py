@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -16,7 +15,15 @@ import psycopg2
 import pytest
 from cluster import Cluster, installation
 from conftest import MakeProject
-from support import Database, assert_restores, finish, new_database, program, wait_until
+from support import (
+    Database,
+    assert_restores,
+    finish,
+    new_database,
+    program,
+    read_metadata,
+    wait_until,
+)
 
 # -- databases that are not UTF-8 -----------------------------------------------------------------
 
@@ -49,7 +56,7 @@ def test_database_of_another_encoding(
         project = make_project(database)
         dump = project.back_up()
         assert "✓ Match (10 rows in 2 tables)" in project.run("--verify", dump).succeeded().stdout
-        metadata = json.loads(dump.with_name(f"{dump.stem}.metadata.json").read_text("utf-8"))
+        metadata = read_metadata(dump)
         assert metadata["encoding"] == encoding
         assert sorted(metadata["table_counts"].values()) == [1, 9]
         assert_restores(dump, database)
@@ -59,7 +66,7 @@ def test_names_are_text_in_the_metadata(cluster: Cluster, make_project: MakeProj
     with new_database(cluster, "--template=template0", "--encoding=EUC_JP") as database:
         database.psql('CREATE TABLE "日本語" (x int)')
         dump = make_project(database).back_up()
-        metadata = json.loads(dump.with_name(f"{dump.stem}.metadata.json").read_text("utf-8"))
+        metadata = read_metadata(dump)
         assert metadata["table_counts"] == {'"日本語"': 0}
 
 
@@ -136,7 +143,7 @@ def test_settings_do_not_bend_a_backup(
     project = make_project(filled_database, settings=filled_database.settings("chatty", "x"))
     dump = project.back_up()
     filled_database.cluster.psql(f'ALTER DATABASE "{filled_database.name}" RESET ALL')  # for psql
-    counts = json.loads(dump.with_name(f"{dump.stem}.metadata.json").read_text())["table_counts"]
+    counts = read_metadata(dump)["table_counts"]
     assert counts == {"plain": 50, "elsewhere.plain": 0, '"Quoted"': 0}
     assert_restores(dump, filled_database)
 

@@ -28,6 +28,7 @@ from support import (
     contents_of,
     finish,
     new_database,
+    readme_section,
     small_disk,
 )
 
@@ -628,13 +629,6 @@ def test_failure_leaves_the_backups_as_they_were(
 
 
 # -- what the README says -------------------------------------------------------------------------
-
-
-def readme_section(title: str) -> str:
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    section = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-    assert section, f"README.md has no section {title}"
-    return section
 
 
 def table_rows(section: str) -> Sequence[Sequence[str]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from conftest import MakeProject
-from support import Database, Project, Result, assert_restores, finish, new_database
+from support import Database, Project, Result, assert_restores, finish, new_database, read_metadata
 
 # As they stand, quoted by no one. The COPY statements are what a careless reader of a script
 # takes for the beginning, or the end, of a table's data.
@@ -103,13 +103,6 @@ def role(cluster: Cluster) -> Iterator[str]:
     cluster.psql(f"DROP ROLE {quoted}")
 
 
-def metadata_of(dump: Path) -> dict[str, object]:
-    path = dump.with_name(dump.name.replace(".dump", ".metadata.json"))
-    values = json.loads(path.read_text(encoding="utf-8"))
-    assert isinstance(values, dict)
-    return values
-
-
 def test_hostile_names_and_values_are_restored(
     cluster: Cluster, role: str, make_project: MakeProject
 ) -> None:
@@ -117,7 +110,7 @@ def test_hostile_names_and_values_are_restored(
         database.psql(hostile_schema(role))
         project = make_project(database)
         dump = project.back_up()
-        metadata = metadata_of(dump)
+        metadata = read_metadata(dump)
         counts = metadata["table_counts"]
         assert isinstance(counts, dict)
         assert list(counts) == json.loads(database.psql(KEYS))
@@ -151,7 +144,7 @@ def test_names_in_any_encoding_are_restored(
         )
         project = make_project(database)
         dump = project.back_up()
-        assert metadata_of(dump)["encoding"] == encoding
+        assert read_metadata(dump)["encoding"] == encoding
         project.run("--verify", dump).succeeded()
         assert_restores(dump, database)
 
@@ -166,7 +159,7 @@ def test_one_huge_value_takes_no_memory_of_ours(
     project = make_project(database)
     peaks = [peak_memory(project)]
     (dump,) = project.dumps()
-    assert metadata_of(dump)["table_counts"] == {"huge": 1}
+    assert read_metadata(dump)["table_counts"] == {"huge": 1}
     peaks.append(peak_memory(project, "--verify", dump))
     assert max(peaks) < 64 * 1024 * 1024
     assert_restores(dump, database)

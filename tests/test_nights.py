@@ -20,6 +20,8 @@ from support import (
     Result,
     contents_of,
     finish,
+    metadata_path,
+    read_metadata,
     restored,
     small_disk,
     wait_until,
@@ -51,14 +53,10 @@ def aged(dump: Path, days: int, **changes: object) -> Path:
     moment -= timedelta(days=days)
     old = dump.with_name(f"{prefix}_{moment:%Y-%m-%dT%H-%M-%SZ}.dump")
     shutil.copy(dump, old)
-    metadata = json.loads(dump.with_name(f"{stem}.metadata.json").read_text())
+    metadata = read_metadata(dump)
     metadata |= {"backup_timestamp": f"{moment:%Y-%m-%dT%H:%M:%SZ}", "backup_file": old.name}
-    metadata_of(old).write_text(json.dumps(metadata | changes))
+    metadata_path(old).write_text(json.dumps(metadata | changes))
     return old
-
-
-def metadata_of(dump: Path) -> Path:
-    return dump.with_name(dump.name.removesuffix(".dump") + ".metadata.json")
 
 
 def visible(directory: Path) -> dict[str, str]:
@@ -86,7 +84,7 @@ def test_oldest_beyond_the_newest_are_removed_and_named(keeping: Project) -> Non
     result = keeping.run().succeeded()
     (newest,) = set(keeping.dumps()) - {first}
     assert keeping.dumps() == [first, newest]
-    assert not any(metadata_of(gone).exists() for gone in (oldest, older, old))
+    assert not any(metadata_path(gone).exists() for gone in (oldest, older, old))
     removed = [f"db/backups/{gone.name}" for gone in (old, older, oldest)]
     assert f"\nRemoved:     {', '.join(removed)}\n" in result.stdout
 
@@ -101,16 +99,16 @@ def test_what_is_not_a_verified_backup_of_this_database_is_never_touched(keeping
     aged(first, 12, verification=None)
     aged(first, 13, backup_size_bytes=1)
     aged(first, 14, checksum_sha256="none")
-    metadata_of(aged(first, 15)).unlink()
+    metadata_path(aged(first, 15)).unlink()
     aged(first, 16).unlink()
-    metadata_of(aged(first, 17)).write_text("{")
+    metadata_path(aged(first, 17)).write_text("{")
     # Another database whose name begins or ends like this one's, by file name alone; a copy.
     other = aged(first, 18)
     for name in (f"x_{other.stem}", f"{stem}_x_dev_2020-01-01T00-00-00Z", f"{other.stem} (2)"):
         shutil.copy(other, folder / f"{name}.dump")
-        shutil.copy(metadata_of(other), folder / f"{name}.metadata.json")
+        shutil.copy(metadata_path(other), folder / f"{name}.metadata.json")
     other.unlink()
-    metadata_of(other).unlink()
+    metadata_path(other).unlink()
     (folder / f"{stem}_2020-01-01T00-00-00Z.dump.gz").write_text("mine")
     (folder / "notes.txt").write_text("mine")
     (folder / f"{stem}_2019-01-01T00-00-00Z.dump").mkdir()
@@ -168,7 +166,7 @@ def test_file_that_cannot_be_removed_is_a_warning(keeping: Project) -> None:
     mount = 'mount --bind "$0" "$0" && exec "$@"'
     result = keeping.run(prefix=[*MOUNTING, "sh", "-c", mount, str(stuck)]).succeeded()
     assert stuck.exists()
-    assert metadata_of(stuck).exists()
+    assert metadata_path(stuck).exists()
     assert f"Warning: db/backups/{stuck.name} was not removed: " in result.stderr
     assert len(keeping.dumps()) == 3  # the new one, the first, and the one that is stuck
 

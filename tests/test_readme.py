@@ -5,7 +5,6 @@ What stands there for something of the reader's own (FILE.dump, /path/to/project
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -17,27 +16,21 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from conftest import MakeProject
-from environment import PROJECT
 from sample import PASSWORD, USER
-from support import Database, Project, Result, program
-
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
-
-
-def section(title: str) -> str:
-    text = README.split(f"\n## {title}\n")[1]
-    return text.split("\n## ")[0]
+from support import Database, Project, Result, program, read_metadata, readme_section
 
 
 def blocks(title: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", section(title), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", readme_section(title), re.MULTILINE | re.DOTALL
+    )
 
 
 # The table of the restore section: what for, and the command, in which a table quotes each `|`.
 RESTORES = {
     what: command.replace(r"\|", "|")
     for what, command in re.findall(
-        r"^\| (.+?) \| `(pg_restore .+)` \|$", section("Restore"), re.MULTILINE
+        r"^\| (.+?) \| `(pg_restore .+)` \|$", readme_section("Restore"), re.MULTILINE
     )
 }
 CRON = [line for block in blocks("Every night", "cron") for line in block.splitlines()]
@@ -46,7 +39,7 @@ UNITS = blocks("Every night", "ini")
 
 def test_readme_is_read() -> None:
     """What is not found would not be tested."""
-    assert len(RESTORES) == section("Restore").count("| `pg_restore") == 6
+    assert len(RESTORES) == readme_section("Restore").count("| `pg_restore") == 6
     assert [line.split()[0] for line in CRON] == [
         "PATH=/usr/lib/postgresql/17/bin:/usr/local/bin:/usr/bin:/bin",
         "0",
@@ -86,10 +79,10 @@ def backed_up(
     """A backup called FILE.dump, and the sample database that it is of; its roles elsewhere."""
     project = make_project(sample_database)
     dump = project.back_up()
-    metadata = json.loads((dump.parent / f"{dump.stem}.metadata.json").read_text())
+    metadata = read_metadata(dump)
     (dump.parent / "FILE.dump").symlink_to(dump)
     known = elsewhere.psql("SELECT rolname FROM pg_roles").splitlines()
-    (create_role,) = re.findall(r"`(createuser NAME)`", section("Restore"))
+    (create_role,) = re.findall(r"`(createuser NAME)`", readme_section("Restore"))
     for role in set(metadata["roles"]) - set(known):
         type_in(create_role.replace("NAME", shlex.quote(role)), project, elsewhere)
     yield project, sample_database
@@ -110,7 +103,7 @@ def test_restore_into_a_new_database(
 def test_new_database_with_an_encoding_and_locale(
     backed_up: tuple[Project, Database], elsewhere: Cluster
 ) -> None:
-    (command,) = re.findall(r"`(createdb .*--encoding.*)`", section("Restore"))
+    (command,) = re.findall(r"`(createdb .*--encoding.*)`", readme_section("Restore"))
     type_in(command, backed_up[0], elsewhere)
     assert Database(elsewhere, "restored").encoding() == "UTF8"
 
@@ -212,7 +205,7 @@ def test_nightly_line(nightly: Project) -> None:
 
 def test_only_failures_are_mailed(nightly: Project) -> None:
     (redirection,) = re.findall(r">> \S+ 2>&1$", CRON[1])
-    assert "`>/dev/null` in place of the log" in " ".join(section("Every night").split())
+    assert "`>/dev/null` in place of the log" in " ".join(readme_section("Every night").split())
     line = CRON[1].replace(redirection, ">/dev/null")
     result = cron(line, nightly).succeeded()
     assert (result.stdout, result.stderr) == ("", "")
@@ -237,7 +230,7 @@ def test_monthly_verification(nightly: Project) -> None:
 
 def test_line_by_hand(nightly: Project) -> None:
     """The way to see what cron sees: here, that there are no PostgreSQL tools on its PATH."""
-    (command,) = re.findall(r"`(env -i [^`]*'LINE')`", section("Every night"))
+    (command,) = re.findall(r"`(env -i [^`]*'LINE')`", readme_section("Every night"))
     line = as_here(CRON[1].split(maxsplit=5)[5], nightly).split(" >> ")[0]
     home = {"HOME": str(nightly.directory / "home"), "PATH": "/usr/bin:/bin"}
     bare = nightly.directory / "bare"  # this machine may have tools in /usr/bin
@@ -268,7 +261,9 @@ def test_copy_off_the_machine(nightly: Project, tmp_path: Path) -> None:
 
 @pytest.mark.servers(15)
 def test_systemd_units(nightly: Project, tmp_path: Path) -> None:
-    names = re.findall(r"`(?:/etc/systemd/system/)?(backup-db\.\w+)`", section("Every night"))
+    names = re.findall(
+        r"`(?:/etc/systemd/system/)?(backup-db\.\w+)`", readme_section("Every night")
+    )
     assert sorted(set(names)) == ["backup-db.service", "backup-db.timer"]
     for name, unit in zip(names, UNITS, strict=False):
         (tmp_path / name).write_text(as_here(unit, nightly))

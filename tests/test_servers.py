@@ -6,19 +6,17 @@ BACKUP_TEST_SERVERS names the versions; the pairs of server and tools are made f
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cluster import Cluster, installation
 from conftest import MakeProject
 from environment import TESTS
 from sample import DATABASE
-from support import SERVERS, Database, Project, assert_restores, new_database
+from support import SERVERS, Database, Project, assert_restores, new_database, read_metadata
 
 import backup_db
 
@@ -114,12 +112,6 @@ def with_tools(project: Project, version: int) -> Project:
     bin_dir = installation(version)
     path = project.environ["PATH"].replace(str(project.bin_dir), str(bin_dir))
     return replace(project, environ={**project.environ, "PATH": path}, bin_dir=bin_dir)
-
-
-def read_metadata(dump: Path) -> dict[str, Any]:
-    text = dump.with_name(f"{dump.stem}.metadata.json").read_text(encoding="utf-8")
-    metadata: dict[str, Any] = json.loads(text)
-    return metadata
 
 
 @pytest.mark.parametrize("server", SERVERS)

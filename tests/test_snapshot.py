@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from support import (
     connect,
     finish,
     new_database,
+    read_metadata,
     restored,
     wait_until,
 )
@@ -129,8 +129,7 @@ PG_DUMP = "application_name LIKE 'backup_db %'"
 
 
 def table_counts(dump: Path) -> dict[str, int]:
-    metadata = dump.with_name(dump.name.replace(".dump", ".metadata.json"))
-    counts = json.loads(metadata.read_text(encoding="utf-8"))["table_counts"]
+    counts = read_metadata(dump)["table_counts"]
     assert isinstance(counts, dict)
     return counts
 

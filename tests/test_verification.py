@@ -16,7 +16,16 @@ from typing import Any
 import pytest
 from cluster import Cluster, installation
 from conftest import MakeProject, project_maker
-from support import Database, Project, Result, contents_of, finish, new_database
+from support import (
+    Database,
+    Project,
+    Result,
+    contents_of,
+    finish,
+    metadata_path,
+    new_database,
+    read_metadata,
+)
 
 from backup_db import REQUIRED_KEYS
 
@@ -45,12 +54,10 @@ class Backup:
 
     @property
     def metadata(self) -> Path:
-        return self.dump.with_name(self.dump.name.replace(".dump", ".metadata.json"))
+        return metadata_path(self.dump)
 
     def read_metadata(self) -> dict[str, Any]:
-        values = json.loads(self.metadata.read_text(encoding="utf-8"))
-        assert isinstance(values, dict)
-        return values
+        return read_metadata(self.dump)
 
     def edit(self, **values: object) -> None:
         self.metadata.write_text(json.dumps({**self.read_metadata(), **values}), encoding="utf-8")
