@@ -1594,15 +1594,18 @@ def begin(session: Session, isolation: str) -> None:
     if session.server_version >= 170000:
         session.query("SET LOCAL transaction_timeout = 0")
     if session.server_version >= 140000:
-        session.query("SAVEPOINT looking_after")
         try:
             # Should this process be killed, the server ends a long count or wait by itself.
-            session.query(f"SET LOCAL client_connection_check_interval = '{ORPHAN_SECONDS}s'")
+            session.query(
+                "SAVEPOINT looking_after;"
+                f" SET LOCAL client_connection_check_interval = '{ORPHAN_SECONDS}s';"
+                " RELEASE SAVEPOINT looking_after"
+            )
         except ServerError as error:
             if error.lost:
                 raise
-            session.query("ROLLBACK TO SAVEPOINT looking_after")  # a platform that cannot
-        session.query("RELEASE SAVEPOINT looking_after")
+            # A platform that cannot.
+            session.query("ROLLBACK TO SAVEPOINT looking_after; RELEASE SAVEPOINT looking_after")
 
 
 def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
