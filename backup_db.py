@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from brain_core.config import DatabaseConfig
@@ -49,17 +49,17 @@ DEFAULT_OUTPUT_DIR = SCRIPT_DIR / "db" / "backups"
 METADATA_VERSION = 1
 
 # Time limits, in seconds.
-LOCK_WAIT_SECONDS = 600  # in all, for what another session holds
+STALL_SECONDS = 600  # without any movement, before a wait is given up
+ANSWER_SECONDS = 10  # beyond it, for a server that waits itself to say so
 LOCK_RETRY_SECONDS = 1.0  # between two tries; nothing is held meanwhile
-SILENCE_SECONDS = 60  # without an answer, before asking whether the server is still there
 WATCH_SECONDS = 0.1  # between two looks at whom pg_dump waits for; see BlockerWatch
 READ_SILENCE_SECONDS = 600  # for pg_restore to go on: on some damaged archives it never does
 TOOL_SECONDS = 30  # for a tool to tell its version
 STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
-CANCEL_SECONDS = 0.5  # to reach the server, when a query is not wanted any more
+CONNECT_LIMIT_FACTOR = 3  # of libpq's own limit for each host: a name may have more addresses
+CONNECT_LIMIT_SECONDS = 5  # beyond it
 ORPHAN_SECONDS = 5  # for the server to see that this process was killed, and to end its query
 TICK_SECONDS = 0.1  # between two looks at anything else that is waited for
-PROGRESS_SECONDS = 0.5  # between two looks at how far pg_dump is
 REDRAW_SECONDS = 0.2  # between two states of the progress line
 
 # Our own wait for a table lock stays below PostgreSQL's deadlock_timeout (1 s by default, and half
@@ -84,6 +84,7 @@ METADATA_MAX_BYTES = 256 * 1024 * 1024
 # can be expected to need. Text compresses to 0.15 to 0.3 of its table, random bytes not at all.
 NEED_OF_LAST_BACKUP = 0.8
 NEED_OF_TABLES = 0.03
+EXPECTED_OF_TABLES = 0.3
 FULL_DISK_BYTES = 64 * 1024
 
 # Where packages put the PostgreSQL tools, for the hint when PATH does not lead there (cron).
@@ -273,49 +274,102 @@ class Interrupted(BaseException):
         self.number = number
 
 
-def raise_interrupted(number: int, _frame: object) -> None:
-    """Signal handler: the first signal unwinds the run, a further one cannot disturb that."""
-    for other in TERMINATING_SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
-    raise Interrupted(number)
+class SignalNote:
+    """A signal handler that only notes the first signal: `check_signals` raises it."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self, number: int, _frame: object) -> None:
+        self.number = self.number or number
 
 
 def catch_signals() -> None:
-    """Turn terminating signals into Interrupted; one ignored from the start (nohup) stays so."""
+    """Note terminating signals; one ignored from the start (nohup) stays so."""
+    note = SignalNote()
     for number in TERMINATING_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, raise_interrupted)
+            signal.signal(number, note)
 
 
-def release_signals() -> None:
-    """Undo `catch_signals`: all is done and said, and Python, while it ends, catches nothing."""
+def check_signals() -> None:
+    """Raise Interrupted if a terminating signal has come; a further one is ignored.
+
+    It is called on each tick of a wait, and before each step that cannot be undone. Between two
+    calls nothing is interrupted, so that no fork, rename or clean-up needs a guard.
+    """
     for number in TERMINATING_SIGNALS:
-        if signal.getsignal(number) is raise_interrupted:
-            signal.signal(number, signal.SIG_DFL)
+        note = signal.getsignal(number)
+        if isinstance(note, SignalNote) and note.number:
+            set_signals(signal.SIG_IGN)
+            raise Interrupted(note.number)
 
 
-@contextlib.contextmanager
-def postponed_signals() -> Iterator[None]:
-    """Let what is inside happen as a whole; a signal that comes meanwhile counts afterwards."""
-    came: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda number, _frame: came.append(number))
-        for number in TERMINATING_SIGNALS
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
+def set_signals(action: signal.Handlers) -> None:
+    """Give the signals that are noted another action, SIG_IGN or SIG_DFL."""
+    for number in TERMINATING_SIGNALS:
+        if isinstance(signal.getsignal(number), SignalNote):
+            signal.signal(number, action)
 
 
-def die_of(number: int) -> None:
+def die_by_signal(number: int) -> None:
     """End this process by the signal itself, so that a shell or cron sees what happened."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+# ---------------------------------------------------------------------------------------------
+# Waiting
+# ---------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+def do_nothing() -> None:
+    """What is done on a tick when there is nothing to do."""
+
+
+class Background(Generic[T]):
+    """A call that may last: made in a daemon thread, waited for on the main thread, which alone
+    receives Python's signal handlers, and meanwhile looks after progress and deadlines.
+
+    (concurrent.futures would join its threads at exit, one that is stuck in libpq too.)
+    """
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._call()
+        except BaseException as error:  # noqa: BLE001 - raised by `wait`
+            self._error = error
+        self._done.set()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is a result, or an error. Never waits."""
+        return self._done.is_set()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the end of the call, deaf to signals."""
+        self._done.wait(seconds)
+
+    def wait(self, on_tick: Callable[[], None] = do_nothing, seconds: float | None = None) -> T:
+        """The result of the call. Raises its error; TimeoutError when `seconds` have passed, while
+        the call goes on; Interrupted; and whatever `on_tick` raises."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while not self._done.wait(TICK_SECONDS):
+            check_signals()
+            on_tick()
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError
+        if self._error is not None:
+            raise self._error
+        return self._result
 
 
 # ---------------------------------------------------------------------------------------------
@@ -686,13 +740,15 @@ class Progress:
 
     def clear(self) -> None:
         """Take the line away, before anything else is printed."""
-        if self.enabled and self._drawn_at:
+        if self.enabled:
             self._draw([""])
 
     def _draw(self, parts: list[str]) -> None:
         """The parts that fit on one line, in place of what is there."""
         assert self._stream is not None
         try:
+            if not select.select([], [self._stream], [], 0)[1]:
+                return  # held by Ctrl-S, which must not hold up the run
             room = (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1
             parts = [printable(part) for part in parts if part]
             while len(parts) > 1 and len("  ".join(parts)) > room:
@@ -734,20 +790,16 @@ class Program:
         self._tail = b""
         self._drain = threading.Thread(target=self._read_stderr, daemon=True)
         try:
-            with postponed_signals():  # or a signal just after the fork would leave an orphan
-                self.process = subprocess.Popen(
-                    argv,
-                    env=environment,
-                    stdin=stdin,
-                    stdout=stdout,
-                    stderr=subprocess.PIPE,
-                    pass_fds=pass_fds,
-                    start_new_session=True,  # Ctrl-C is ours to pass on
-                )
-                self._drain.start()
-        except Interrupted:
-            self.stop()
-            raise
+            self.process = subprocess.Popen(
+                argv,
+                env=environment,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                pass_fds=pass_fds,
+                start_new_session=True,  # Ctrl-C is ours to pass on
+            )
+            self._drain.start()
         except OSError as error:
             raise Failure(
                 ExitCode.TOOL,
@@ -764,12 +816,11 @@ class Program:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        with postponed_signals():
-            self.stop()
-            for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-                if pipe is not None:
-                    with contextlib.suppress(BrokenPipeError):
-                        pipe.close()
+        self.stop()
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
     def stop(self) -> None:
         """End it, and whatever it started: SIGTERM, by which pg_dump cancels its query, then
@@ -778,19 +829,25 @@ class Program:
             if self.status() is None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):  # it just ended
                     os.killpg(self.process.pid, number)
-                self.wait(seconds)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(seconds)
         self._drain.join(STOP_SECONDS)
 
     def status(self) -> int | None:
         """The exit status, negative for a signal; None while it runs. Never waits."""
         return self.process.poll()
 
-    def wait(self, seconds: float | None = None) -> int | None:
-        """The exit status; None where `seconds` went by first."""
-        try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
+    def wait(self, seconds: float) -> int | None:
+        """The exit status; None where `seconds` went by first. Raises Interrupted."""
+        deadline = time.monotonic() + seconds
+        while True:
+            check_signals()
+            left = deadline - time.monotonic()
+            try:
+                return self.process.wait(max(0.0, min(left, TICK_SECONDS)))
+            except subprocess.TimeoutExpired:
+                if left <= TICK_SECONDS:
+                    return None
 
     @property
     def words(self) -> str:
@@ -1005,7 +1062,7 @@ def takes_compression(pg_dump: Tool, value: str) -> str | None:
         argv = [pg_dump.path, "--format=custom", f"--compress={value}", f"--file={file}"]
         nowhere = {name: text for name, text in pg_dump.environment.items() if name[:2] != "PG"}
         with Program(argv, nowhere | {"PGHOST": folder, "PGDATABASE": "probe"}) as program:
-            program.wait()
+            program.wait(TOOL_SECONDS)
             return None if os.path.exists(file) else program.words
 
 
@@ -1035,7 +1092,7 @@ def reads_compression(pg_restore: Tool, compression: str) -> bool:
     argv = [pg_restore.path, "--format=custom", "--list"]
     with Program(argv, pg_restore.environment, stdin=subprocess.PIPE) as program:
         send(program, head)
-        return program.wait() == 0 and not program.words
+        return program.wait(TOOL_SECONDS) == 0 and not program.words
 
 
 def unreadable_compression(pg_restore: Tool, compression: str) -> Failure:
@@ -1080,7 +1137,8 @@ def hash_file(path: Path, on_block: Callable[[int], None]) -> str:
 
 
 class BackgroundHash:
-    """`hash_file` beside other work: a context manager whose thread never outlives its block."""
+    """`hash_file` beside other work: a context manager; what runs on behind it, when it is left by
+    an exception, only reads, and stops at its next block."""
 
     class Stopped(Exception):
         """The result is not wanted any more."""
@@ -1090,16 +1148,10 @@ class BackgroundHash:
         self.digest = ""  # until all is read
         self._path = path
         self._stopping = False
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def _run(self) -> None:
-        try:
-            self.digest = hash_file(self._path, self._note)
-        except OSError as error:
-            self._error = error
-        except self.Stopped:
-            pass
+    def _run(self) -> str:
+        self.digest = hash_file(self._path, self._note)
+        return self.digest
 
     def _note(self, done_bytes: int) -> None:
         self.done_bytes = done_bytes
@@ -1107,19 +1159,15 @@ class BackgroundHash:
             raise self.Stopped
 
     def __enter__(self) -> BackgroundHash:
-        self._thread.start()
+        self._hashing = Background(self._run)
         return self
 
     def __exit__(self, *_exception: object) -> None:
         self._stopping = True
-        self._thread.join()
 
     def result(self) -> str:
         """The digest, waited for. Raises OSError."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self.digest
+        return self._hashing.wait()
 
 
 class Contents(NamedTuple):
@@ -1260,6 +1308,7 @@ def read_output(program: Program, look_after: Callable[[], None]) -> Iterator[by
     last_heard = time.monotonic()
     block = b"begin"
     while block:
+        check_signals()
         look_after()
         if select.select([pipe], [], [], TICK_SECONDS)[0]:
             block = os.read(pipe, READ_BYTES)
@@ -1269,7 +1318,7 @@ def read_output(program: Program, look_after: Callable[[], None]) -> Iterator[by
             raise ArchiveError(
                 f"{program.name} is stuck: silent for {READ_SILENCE_SECONDS} seconds"
             )
-    if program.wait() != 0 or program.words:
+    if program.wait(READ_SILENCE_SECONDS) != 0 or program.words:
         raise ArchiveError(program.words)
 
 
@@ -1352,157 +1401,105 @@ def list_problems(problems: Sequence[str], most: int = 10) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# The server: one session, driven so that no wait is without an end
+# The server: one session, waited for in a thread
 # ---------------------------------------------------------------------------------------------
 
 
-# Behind a pooler the number may be no process of ours: then it is not found, and left alone.
-CANCEL_QUERY = """
-SELECT pg_catalog.pg_cancel_backend(pid) FROM pg_catalog.pg_stat_activity
- WHERE pid = %s AND usename = current_user AND datname = pg_catalog.current_database()
-"""
+# Keepalives notice a peer that is gone while we only receive; what we sent and nobody confirms is
+# tcp_user_timeout's (libpq documentation, "Parameter Key Words"). For our session and pg_dump's.
+KEEPALIVES = {
+    "keepalives_idle": 60,
+    "keepalives_interval": 10,
+    "keepalives_count": 6,
+    "tcp_user_timeout": 120_000,
+}
 
 
 class Session:
-    """One connection to the server, used asynchronously: a signal ends any wait at once, other
-    work is looked after meanwhile (`on_wait`), and a server that falls silent is noticed.
+    """One connection to the server. Each call that waits for it is made in a thread, one at a time.
 
-    psycopg2 delivers no Python signal while it waits itself. Every method may raise ServerError.
+    libpq's own blocking calls are the only ones that cope with slow handshakes, lost packets and
+    lists of hosts; here, meanwhile, signals are heard and deadlines kept. Once a wait was broken
+    off, by a signal or whatever `on_tick` raised, the session is only good for `close`.
+
+    (psycopg2's set_wait_callback was tried instead: it is global, and an exception in it closes
+    the connection.) Every method may raise ServerError.
     """
 
-    def __init__(
-        self,
-        config: DatabaseConfig,
-        database: str | None = None,
-        connect_seconds: float | None = None,
-    ) -> None:
-        self.on_wait: Callable[[], None] = lambda: None
-        self._config = config
-        self._connect_seconds = connect_seconds or config.connect_seconds
-        self._database = {} if database is None else {"dbname": database}
+    def __init__(self, config: DatabaseConfig, database: str | None = None) -> None:
+        psycopg2 = import_psycopg2()
+        self._running: Background[Any] | None = None
         self._connection: Any = None
-        self._connect("UTF8")
-        if self.parameter("server_encoding") == "SQL_ASCII":
-            # No conversion there: any byte may come, and Latin-1 has a character for each.
-            self.close()
-            self._connect("LATIN1")
+        started = time.monotonic()
 
-    def _connect(self, client_encoding: str) -> None:
-        psycopg2 = import_psycopg2()
-        deadline = time.monotonic() + self._connect_seconds
-        self._await_host_name(deadline)
-        way = ""
-        try:
-            self._connection = psycopg2.connect(
+        def connect() -> Any:
+            connection = psycopg2.connect(
                 "",  # where to is in the environment, as it is for pg_dump
-                **self._database,
-                client_encoding=client_encoding,
+                **({} if database is None else {"dbname": database}),
+                client_encoding="UTF8",
                 fallback_application_name="backup_db",
-                keepalives_idle=60,
-                keepalives_interval=10,
-                keepalives_count=6,
-                async_=True,
+                **KEEPALIVES,
             )
-            way = self._config.way  # libpq says it by itself only where it connects at one go
-            self._wait(deadline)
+            connection.autocommit = True  # or psycopg2 sends a BEGIN of its own
+            if connection.get_parameter_status("server_encoding") == "SQL_ASCII":
+                # No conversion there: any byte may come, and Latin-1 has a character for each.
+                connection.set_client_encoding("LATIN1")
+            return connection
+
+        # libpq ends what is silent, by PGCONNECT_TIMEOUT for each address, and says which; not a
+        # resolver that hangs, nor a server that talks without an end.
+        hosts = config.host.count(",") + 1
+        limit = CONNECT_LIMIT_FACTOR * hosts * config.connect_seconds + CONNECT_LIMIT_SECONDS
+        try:
+            self._connection = self._wait(connect, seconds=limit)
+        except TimeoutError:
+            place = f'"{config.host}", port {config.port}'
+            text = f"no connection to {place}: its name server or the server keeps us waiting"
+            raise ServerError(text, lost=True) from None
         except UnicodeDecodeError as error:
-            raise ServerError(way + decode_words(error.object)) from None
+            raise ServerError(decode_words(error.object)) from None
         except (psycopg2.Error, ValueError) as error:
-            words = str(error)
-            if not words and self._connection is not None:
-                # Python 3.10 loses a text that is no UTF-8; here it is, but for those bytes.
-                words = self._connection.info.error_message or ""
-            raise ServerError(f"{way}{words}") from None
+            too_late = time.monotonic() - started >= config.connect_seconds
+            text = str(error) or "the server's words are in an encoding that Python cannot read"
+            raise ServerError(text, lost=too_late) from None
 
-    def _await_host_name(self, deadline: float) -> None:
-        """Wait until the resolver knows the host, or says that it does not: libpq asks it too, but
-        with neither a time limit nor an ear for signals."""
-        import socket
+    def _wait(
+        self, call: Callable[[], T], on_tick: Callable[[], None] = do_nothing, *, seconds: float
+    ) -> T:
+        assert self._running is None, "one call at a time"
+        self._running = Background(call)
+        try:
+            result: T = self._running.wait(on_tick, seconds)
+        finally:
+            if self._running.is_done:
+                self._running = None
+        return result
 
-        host = self._config.host
-        if host.startswith(("/", "@")):
-            return
-
-        def resolve() -> None:
-            with contextlib.suppress(OSError, UnicodeError):  # libpq will say it in its own words
-                socket.getaddrinfo(host, self._config.port, type=socket.SOCK_STREAM)
-
-        resolver = threading.Thread(target=resolve, daemon=True)
-        resolver.start()
-        while resolver.is_alive():
-            resolver.join(TICK_SECONDS)
-            if time.monotonic() > deadline:
-                raise ServerError(
-                    f'could not translate host name "{host}" to address: timeout expired', lost=True
-                )
-
-    def query(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+    def query(
+        self, statement: str, *values: object, on_tick: Callable[[], None] = do_nothing
+    ) -> list[tuple[Any, ...]]:
         """Run a statement, or several in one string, and return the rows of the last."""
-        self.send(statement, *values)
         psycopg2 = import_psycopg2()
+
+        def execute() -> list[tuple[Any, ...]]:
+            with self._connection.cursor() as cursor:
+                cursor.execute(statement, values or None)
+                return cursor.fetchall() if cursor.description else []
+
         try:
-            self._wait(None)
+            return self._wait(execute, on_tick, seconds=STALL_SECONDS + ANSWER_SECONDS)
+        except TimeoutError:
+            silence = format_age(STALL_SECONDS + ANSWER_SECONDS)
+            raise ServerError(f"no answer within {silence}", lost=True) from None
         except (psycopg2.Error, UnicodeError) as error:
             raise self._translate(error) from None
-        return self._rows()
-
-    def send(self, statement: str, *values: object) -> None:
-        """Begin a query whose result is asked for later, by `answer`."""
-        psycopg2 = import_psycopg2()
-        try:
-            self._cursor = self._connection.cursor()
-            self._cursor.execute(statement, values or None)
-        except (psycopg2.Error, UnicodeError) as error:
-            raise self._translate(error) from None
-
-    def answer(self) -> list[tuple[Any, ...]] | None:
-        """The rows of the query sent; None while it runs. Never waits."""
-        psycopg2 = import_psycopg2()
-        try:
-            if self._connection.poll() != psycopg2.extensions.POLL_OK:
-                return None
-        except (psycopg2.Error, UnicodeError) as error:
-            raise self._translate(error) from None
-        return self._rows()
-
-    def _rows(self) -> list[tuple[Any, ...]]:
-        return self._cursor.fetchall() if self._cursor.description else []
-
-    def _wait(self, deadline: float | None) -> None:
-        """Wait for the server; with no deadline as long as there is a server to wait for."""
-        extensions = import_psycopg2().extensions
-        last_heard = time.monotonic()
-        while (state := self._connection.poll()) != extensions.POLL_OK:
-            readers = [self._connection] if state == extensions.POLL_READ else []
-            writers = [self._connection] if state == extensions.POLL_WRITE else []
-            ready = select.select(readers, writers, [], TICK_SECONDS)
-            self.on_wait()
-            now = time.monotonic()
-            if ready[0] or ready[1]:
-                last_heard = now
-            elif deadline is not None and now > deadline:
-                self.close()
-                raise ServerError(f"{self._config.way}timeout expired", lost=True)
-            elif deadline is None and now - last_heard > SILENCE_SECONDS:
-                self._probe()
-                last_heard = time.monotonic()
-
-    def _probe(self) -> None:
-        """See whether the server still answers; any answer will do, a refusal too."""
-        try:
-            Session(self._config).close()
-        except ServerError as error:
-            if error.lost:
-                self.close()
-                raise ServerError(
-                    f"no answer for {SILENCE_SECONDS} seconds, and then: {error.text}", lost=True
-                ) from None
 
     def _translate(self, error: Exception) -> ServerError:
         sqlstate = getattr(error, "pgcode", None)
-        text = getattr(error, "pgerror", None) or str(error)
         lost = sqlstate is None and bool(self._connection.closed)
-        return ServerError(text.strip(), sqlstate, lost)
+        # psycopg2 often has no more than "no message from the libpq" for a connection that ended.
+        text = (lost and self._connection.info.error_message) or getattr(error, "pgerror", None)
+        return ServerError((text or str(error)).strip(), sqlstate, lost)
 
     def parameter(self, name: str) -> str:
         """A setting that the server reports by itself, such as server_encoding."""
@@ -1513,36 +1510,35 @@ class Session:
         """170010 for 17.10."""
         return int(self._connection.server_version)
 
-    def cancel(self) -> None:
-        """End the query that runs, if there is one and the server can be told so in a moment.
-
-        It is told by another session: psycopg2's own cancel() would hold up this whole process,
-        threads and signals included, for as long as the server says nothing.
-        """
-        extensions = import_psycopg2().extensions
-        if self._connection.get_transaction_status() != extensions.TRANSACTION_STATUS_ACTIVE:
-            return
-        with contextlib.suppress(ServerError):
-            other = Session(self._config, connect_seconds=CANCEL_SECONDS)
-            try:
-                other.send(CANCEL_QUERY, self._connection.get_backend_pid())
-                other._wait(time.monotonic() + CANCEL_SECONDS)
-            finally:
-                other.close()
-
     def close(self) -> None:
-        """Leave the server; locks and snapshot go with it."""
-        if self._connection is not None:
-            self._connection.close()
+        """Leave the server; locks and snapshot go with it, and the query that runs, at once."""
+        if self._running is not None:
+            self._reset()
+            self._running.join(STOP_SECONDS)
+            if not self._running.is_done:
+                return  # to the end of the process: a call beside it would block this thread too
+        self._connection.close()
+
+    def _reset(self) -> None:
+        """Cut the socket under the call that runs. A reset, and no mere end: behind a full receive
+        window a COPY's backend would wait for us for minutes, with its locks and snapshot."""
+        import socket
+        import struct
+
+        with (
+            contextlib.suppress(OSError, import_psycopg2().Error),  # it is gone already
+            socket.socket(fileno=os.dup(self._connection.fileno())) as way,
+        ):
+            with contextlib.suppress(OSError):  # a Unix socket has no lingering
+                linger = struct.pack("ii", 1, 0)
+                way.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            way.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, exception_type: object, *_exception: object) -> None:
-        with postponed_signals():
-            if exception_type is not None and not self._connection.closed:
-                self.cancel()  # or a long count would run on in the server
-            self.close()
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
 
 
 def decode_words(raw: bytes) -> str:
@@ -1590,7 +1586,7 @@ SET LOCAL quote_all_identifiers = off;
 def begin(session: Session, isolation: str) -> None:
     """Begin a transaction that no setting of the role or the database can break or bend, and that
     waits for no lock without an end (a VACUUM FULL of the catalog holds up any query)."""
-    session.query(BEGIN_READING.format(isolation=isolation, lock_wait_seconds=LOCK_WAIT_SECONDS))
+    session.query(BEGIN_READING.format(isolation=isolation, lock_wait_seconds=STALL_SECONDS))
     if session.server_version >= 170000:
         session.query("SET LOCAL transaction_timeout = 0")
     if session.server_version >= 140000:
@@ -1998,9 +1994,9 @@ def take_snapshot(session: Session, progress: Progress) -> Snapshot:
     dumped as empty, and counted as empty, with exit status 0. So the locks come before the
     transaction sees anything, and the list of tables is read again behind them.
 
-    Raises Failure, naming the session that holds a table, after LOCK_WAIT_SECONDS.
+    Raises Failure, naming the session that holds a table, after STALL_SECONDS.
     """
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    deadline = time.monotonic() + STALL_SECONDS
     while True:
         begin(session, "READ COMMITTED")
         tables = list_tables(session)
@@ -2013,7 +2009,7 @@ def take_snapshot(session: Session, progress: Progress) -> Snapshot:
                 session.query(f"SET LOCAL lock_timeout = {lock_timeout_ms}")
                 names = ", ".join(f"ONLY {table.sql_name}" for table in tables)
                 session.query(f"LOCK TABLE {names} IN ACCESS SHARE MODE")
-                session.query(f"SET LOCAL lock_timeout = '{LOCK_WAIT_SECONDS}s'")
+                session.query(f"SET LOCAL lock_timeout = '{STALL_SECONDS}s'")
             snapshot = str(session.query("SELECT pg_catalog.pg_export_snapshot()")[0][0])
             if list_tables(session) == tables:
                 return Snapshot(snapshot, [table for table in tables if table.has_rows])
@@ -2035,6 +2031,7 @@ def pause(seconds: float, progress: Progress, what: str) -> None:
     """Sleep, and keep the progress line alive."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
+        check_signals()
         progress.show(what)
         time.sleep(min(left, TICK_SECONDS))
 
@@ -2106,7 +2103,11 @@ def table_sizes(session: Session, tables: Sequence[Table]) -> dict[int, int]:
 
 
 def count_rows(
-    session: Session, tables: Sequence[Table], sizes: Mapping[int, int], counted: dict[int, int]
+    session: Session,
+    tables: Sequence[Table],
+    sizes: Mapping[int, int],
+    counted: dict[int, int],
+    on_tick: Callable[[], None],
 ) -> None:
     """Count the rows of every table, exactly, in the session's snapshot, into `counted`.
 
@@ -2115,26 +2116,29 @@ def count_rows(
     """
     session.query("SAVEPOINT counting")
     for batch in count_batches(tables, sizes):
-        counted.update(count_batch(session, batch))
+        counted.update(count_batch(session, batch, on_tick))
     session.query("ROLLBACK TO SAVEPOINT counting")
 
 
-def count_batch(session: Session, batch: Sequence[Table]) -> list[tuple[int, int]]:
+def count_batch(
+    session: Session, batch: Sequence[Table], on_tick: Callable[[], None]
+) -> list[tuple[int, int]]:
     """The rows of each table, by oid. An index that another session rebuilds is waited for.
 
     We hold the table: a transaction that asks for it after a REINDEX would be the victim of the
     deadlock, did it find us waiting (tried). So we look in. Raises Failure after
-    LOCK_WAIT_SECONDS.
+    STALL_SECONDS.
     """
     counts = " UNION ALL ".join(
         f"SELECT {table.oid}::bigint, {table.count_expression}" for table in batch
     )
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    deadline = time.monotonic() + STALL_SECONDS
     while True:
         try:
             return session.query(
                 "ROLLBACK TO SAVEPOINT counting;"
-                f" SET LOCAL lock_timeout = {COUNT_LOCK_TIMEOUT_MS}; {counts}"
+                f" SET LOCAL lock_timeout = {COUNT_LOCK_TIMEOUT_MS}; {counts}",
+                on_tick=on_tick,
             )
         except ServerError as error:
             if error.sqlstate != LOCK_NOT_AVAILABLE:
@@ -2219,7 +2223,7 @@ def dump_database(run: Run) -> Dumped:
     where pg_dump and a migration wait for each other.
     """
     attempts = 0
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    deadline = time.monotonic() + STALL_SECONDS
     while True:
         try:
             session = Session(run.config)
@@ -2266,13 +2270,17 @@ def dump_snapshot(run: Run, session: Session, snapshot: Snapshot) -> Dumped:
     facts = describe_database(session)
     sizes = table_sizes(session, snapshot.tables)
     large_objects_size = session.query("SELECT pg_catalog.pg_table_size('pg_largeobject')")[0][0]
-    check_disk_space(partial.directory, run.config, facts, sum(sizes.values()) + large_objects_size)
+    expected_bytes = check_disk_space(
+        partial.directory, run.config, facts, sum(sizes.values()) + large_objects_size
+    )
     moment = partial.claim_name()
     # By this its backend is found; ASCII, since the server replaces anything else.
     application_name = f"backup_db {os.getpid()} {os.urandom(4).hex()}"
     argv = [
         pg_dump_tool.path,
         "--format=custom",
+        # The database, the host and the password stay in the environment.
+        "--dbname=" + " ".join(f"{name}={value}" for name, value in KEEPALIVES.items()),
         "--no-password",
         "--no-sync",  # we do it ourselves, before we read the file back
         f"--snapshot={snapshot.id}",
@@ -2283,29 +2291,30 @@ def dump_snapshot(run: Run, session: Session, snapshot: Snapshot) -> Dumped:
     ]
     environment = {**pg_dump_tool.environment, "PGAPPNAME": application_name}
     counted: dict[int, int] = {}
-    with (
-        Program(argv, environment, pass_fds=[run.lock.descriptor]) as pg_dump,
-        DumpProgress(run, application_name, snapshot, sizes) as dump_progress,
-    ):
+    with Program(argv, environment, pass_fds=[run.lock.descriptor]) as pg_dump:
         run.lock.note(f"pg_dump {pg_dump.process.pid}")
 
-        def look_after() -> None:
+        def show(blocker: OtherSession | None = None) -> None:
+            if blocker is not None:
+                run.progress.show(f"Waiting: {blocker} blocks pg_dump")
+                return
+            written = partial.size_bytes
+            fraction = DUMP_SHARE * min(written / (expected_bytes or 1), 1)
+            run.progress.show("Dumping", fraction, f"{format_size(written)} written")
+
+        def on_tick() -> None:
             check_dump_status(pg_dump)
-            dump_progress.show(counted, partial.size_bytes)
+            show()
 
         blocker_watch = BlockerWatch(session, application_name)
         while pg_dump.wait(TICK_SECONDS) is None:
-            blocker = blocker_watch.look()
-            dump_progress.show(counted, partial.size_bytes, blocker)
+            show(blocker_watch.look())
             if blocker_watch.saw_copying or partial.size_bytes:
                 break  # it has all its locks
         check_dump_status(pg_dump)
-        session.on_wait = look_after
-        count_rows(session, snapshot.tables, sizes, counted)
-        session.on_wait = lambda: None
+        count_rows(session, snapshot.tables, sizes, counted, on_tick)
         while pg_dump.wait(TICK_SECONDS) is None:
-            blocker = blocker_watch.look()
-            dump_progress.show(counted, partial.size_bytes, blocker)
+            show(blocker_watch.look())
         check_dump_status(pg_dump)
         warnings = pg_dump.words
     return Dumped(facts, moment, snapshot.tables, counted, warnings)
@@ -2336,7 +2345,7 @@ class BlockerWatch:
         self.saw_copying = False  # rows: all locks are taken before the first
 
     def look(self) -> OtherSession | None:
-        """Who blocks pg_dump now. Raises Failure once it has lasted LOCK_WAIT_SECONDS, InTheWay
+        """Who blocks pg_dump now. Raises Failure once it has lasted STALL_SECONDS, InTheWay
         where that session waits too."""
         now = time.monotonic()
         if now < self._next_look:
@@ -2349,7 +2358,7 @@ class BlockerWatch:
             raise InTheWay(self._blocker)
         if self._blocker is None or not blocked_before:
             self._blocked_since = now
-        elif now - self._blocked_since > LOCK_WAIT_SECONDS:
+        elif now - self._blocked_since > STALL_SECONDS:
             raise pg_dump_waited_too_long(self._blocker)
         return self._blocker
 
@@ -2365,100 +2374,10 @@ def waited_too_long(what: str, holder: OtherSession | None) -> Failure:
     if holder is not None:
         end = shell_words("psql", "-c", f"SELECT pg_terminate_backend({holder.pid})")
         steps.insert(0, f"Let that session finish, or end it: {end}")
-    return Failure(
-        ExitCode.CREATION, f"gave up after {format_age(LOCK_WAIT_SECONDS)}: {what}", *steps
-    )
+    return Failure(ExitCode.CREATION, f"gave up after {format_age(STALL_SECONDS)}: {what}", *steps)
 
 
 DUMP_SHARE = 0.8  # of the whole run, as the progress line counts it; the rest is the read-back
-
-# PostgreSQL 14 documentation, "COPY Progress Reporting".
-COPY_PROGRESS = """
-SELECT p.relid::bigint, p.tuples_processed, c.reltuples::bigint
-  FROM pg_catalog.pg_stat_progress_copy p JOIN pg_catalog.pg_stat_activity a ON a.pid = p.pid
-  JOIN pg_catalog.pg_class c ON c.oid = p.relid
- WHERE a.application_name = %s AND p.datname = pg_catalog.current_database()
-"""
-
-
-class DumpProgress:
-    """Shows, on a terminal, which table pg_dump is in and how far.
-
-    pg_dump writes the tables' data in the order of their schemas and names: those before the
-    one that it is in are done. The server is asked through a connection of its own, made only
-    for a terminal, and only once pg_dump must have its own; without it there is no percentage.
-    """
-
-    def __init__(
-        self,
-        run: Run,
-        application_name: str,
-        snapshot: Snapshot,
-        sizes: Mapping[int, int],
-    ) -> None:
-        self._config = run.config
-        self._progress = run.progress
-        self._application_name = application_name
-        self._session: Session | None = None
-        self._asking = False
-        self._next_look = time.monotonic() + 2 * PROGRESS_SECONDS
-        self._tables = {table.oid: table for table in snapshot.tables}
-        self._sizes = sizes
-        self._total = sum(sizes.values()) or 1
-        self._before: dict[int, int] = {}
-        done = 0
-        for table in sorted(snapshot.tables, key=lambda table: (table.schema, table.name)):
-            self._before[table.oid] = done
-            done += sizes[table.oid]
-        self._fraction: float | None = None
-        self._table = ""
-
-    def __enter__(self) -> DumpProgress:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        if self._session is not None:
-            self._session.close()
-
-    def show(
-        self, counted: Mapping[int, int], size_bytes: int, blocker: OtherSession | None = None
-    ) -> None:
-        """Draw the line, from what is known by now."""
-        if not self._progress.enabled:
-            return
-        if blocker is not None:
-            self._progress.show(f"Waiting: {blocker} blocks pg_dump")
-            return
-        try:
-            self._ask(counted)
-        except ServerError:
-            self._next_look = float("inf")  # only the percentage is lost
-        self._progress.show(
-            "Dumping", self._fraction, f"{format_size(size_bytes)} written", self._table
-        )
-
-    def _ask(self, counted: Mapping[int, int]) -> None:
-        """Look where pg_dump is: ask, go on, and take the answer when it is there."""
-        if self._asking and self._session is not None:
-            rows = self._session.answer()
-            if rows is not None:
-                self._asking = False
-                for oid, done_rows, estimated_rows in rows[:1]:
-                    self._note(oid, done_rows, counted.get(oid) or estimated_rows)
-        elif time.monotonic() > self._next_look:
-            self._next_look = time.monotonic() + PROGRESS_SECONDS
-            if self._session is None:
-                self._session = Session(self._config)
-            self._session.send(COPY_PROGRESS, self._application_name)
-            self._asking = True
-
-    def _note(self, oid: int, done_rows: int, rows: int) -> None:
-        if oid not in self._tables:
-            return
-        table, size = self._tables[oid], self._sizes[oid]
-        within = min(done_rows / rows, 1.0) if rows > 0 else 0.0
-        self._fraction = DUMP_SHARE * (self._before[oid] + within * size) / self._total
-        self._table = f"{table.key} ({format_size(size)})"
 
 
 OUTPUT_FILE_ERROR = re.compile(
@@ -2671,8 +2590,7 @@ class PartialBackup:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        with postponed_signals():
-            self._remove()
+        self._remove()
 
     def _remove(self) -> None:
         for path in (self.dump, self.metadata):
@@ -2698,11 +2616,11 @@ class PartialBackup:
             if not os.path.lexists(dump) and not os.path.lexists(metadata_path(dump)):
                 break
             time.sleep(TICK_SECONDS)
-        with postponed_signals():
-            old = (self.dump, self.metadata)
-            self.name = name
-            for path, new_path in zip(old, (self.dump, self.metadata), strict=True):
-                path.rename(new_path)
+            check_signals()
+        old = (self.dump, self.metadata)
+        self.name = name
+        for path, new_path in zip(old, (self.dump, self.metadata), strict=True):
+            path.rename(new_path)
         return moment
 
     def write_metadata(self, metadata: Metadata) -> None:
@@ -2715,22 +2633,22 @@ class PartialBackup:
     def publish(self) -> Path:
         """Give both files their names, the metadata first: a dump that can be seen is described.
 
-        No signal comes between. Raises OSError, and then nothing is published.
+        Raises OSError, and then nothing is published.
         """
         dump = self.published_dump
         metadata = metadata_path(dump)
-        with postponed_signals():
-            for path in (metadata, dump):
-                if os.path.lexists(path):  # not of our making, since we hold the lock
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-            self.metadata.rename(metadata)
-            try:
-                sync_directory(self.directory)
-                self.dump.rename(dump)
-            except OSError:
-                metadata.unlink(missing_ok=True)
-                raise
+        for path in (metadata, dump):
+            if os.path.lexists(path):  # not of our making, since we hold the lock
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        check_signals()
+        self.metadata.rename(metadata)
+        try:
             sync_directory(self.directory)
+            self.dump.rename(dump)
+        except OSError:
+            metadata.unlink(missing_ok=True)
+            raise
+        sync_directory(self.directory)
         return dump
 
 
@@ -2778,9 +2696,10 @@ def is_disk_full(directory: Path) -> bool:
 
 def check_disk_space(
     directory: Path, config: DatabaseConfig, facts: DatabaseFacts, tables_bytes: int
-) -> None:
-    """Refuse only what can hardly fit: a nightly backup must not be refused where it would have
-    fitted, and a disk that fills on the way is handled there."""
+) -> int:
+    """How large the dump will be, more or less. Refuse only what can hardly fit: a nightly backup
+    must not be refused where it would have fitted, and a disk that fills on the way is handled
+    there."""
     last = max(
         (
             backup
@@ -2791,10 +2710,12 @@ def check_disk_space(
         default=None,
     )
     need = NEED_OF_TABLES * tables_bytes
+    expected = EXPECTED_OF_TABLES * tables_bytes
     basis = f"{format_size(tables_bytes)} of tables"
     if last is not None and last.metadata is not None and last.metadata.database_size_bytes:
         growth = facts.size_bytes / last.metadata.database_size_bytes
-        need = NEED_OF_LAST_BACKUP * growth * last.metadata.backup_size_bytes
+        expected = growth * last.metadata.backup_size_bytes
+        need = NEED_OF_LAST_BACKUP * expected
         basis = f"the last backup had {format_size(last.metadata.backup_size_bytes)}"
     disk = os.statvfs(directory)
     free = disk.f_bavail * disk.f_frsize
@@ -2804,6 +2725,7 @@ def check_disk_space(
             f"{format_size(int(need))} needed ({basis})"
         )
         raise other_file_failure(errno.ENOSPC, directory, detail)
+    return int(expected)
 
 
 VERIFIED = "✓ Verified"
@@ -2920,7 +2842,7 @@ def create_backup(choice: str, output_dir: Path, progress: Progress) -> Creation
         with PartialBackup(output_dir, prefix) as partial:
             run = Run(config, tools, lock, partial, progress)
             dumped = dump_database(run)
-            sync_file(partial.dump)
+            Background(lambda: sync_file(partial.dump)).wait()
             size_bytes, checksum, contents = read_back(run, dumped)
             metadata = Metadata(
                 backup_timestamp=iso_timestamp(dumped.moment),
@@ -2951,6 +2873,7 @@ def create_backup(choice: str, output_dir: Path, progress: Progress) -> Creation
             )
             partial.write_metadata(metadata)
             published = partial.publish()
+            check_signals()
     return CreationReport(published, metadata, config.keep, dumped.warnings)
 
 
@@ -3527,7 +3450,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_lines(
             sys.stderr, [f"✗ Stopped by {interrupted}: what was published before is untouched"]
         )
-        die_of(interrupted.number)
+        die_by_signal(interrupted.number)
     except Exception:  # noqa: BLE001 - a bug, shown as one: there is nobody else to tell
         import traceback
 
@@ -3537,7 +3460,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         write_lines(sys.stderr, traceback.format_exc().splitlines())
     finally:
-        release_signals()
+        # Interrupted must not be raised during interpreter shutdown.
+        set_signals(signal.SIG_DFL)
     return ExitCode.GENERAL
 
 

@@ -92,13 +92,6 @@ class DatabaseConfig:
     # Every PG* variable that libpq is to see, the connection settings included.
     libpq: Mapping[str, str] = field(repr=False)
 
-    @property
-    def way(self) -> str:
-        """How libpq begins what it says of a connection that failed (fe-connect.c)."""
-        if self.host.startswith(("/", "@")):
-            return f'connection to server on socket "{self.host}/.s.PGSQL.{self.port}" failed: '
-        return f'connection to server at "{self.host}", port {self.port} failed: '
-
 
 def read_settings(environ: Mapping[str, str], folder: Path) -> Settings:
     """Merge the environment with the .env files in `folder`; an empty variable counts as unset.

@@ -220,12 +220,6 @@ def test_user_and_password_that_are_not_set_are_left_to_libpq() -> None:
     assert config_of(DB_NAME="b").libpq.keys() & {"PGUSER", "PGPASSWORD", "PGPASSFILE"} == set()
 
 
-def test_way_is_how_libpq_says_it() -> None:
-    assert config_of(DB_NAME="b").way.startswith('connection to server at "127.0.0.1", port 5432 ')
-    socket = config_of(DB_NAME="b", DB_HOST="/run/postgresql", DB_PORT="5433")
-    assert socket.way.startswith('connection to server on socket "/run/postgresql/.s.PGSQL.5433" ')
-
-
 # -- values that are refused ----------------------------------------------------------------------
 
 NUMBERS: list[tuple[str, str, dict[str, int | None]]] = [

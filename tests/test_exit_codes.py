@@ -482,7 +482,7 @@ def directory_name_is_too_long(stage: Stage) -> Result:
 def table_stays_locked(stage: Stage) -> Result:
     database = stage.database()
     database.psql("CREATE TABLE a ()")
-    constants = {"LOCK_WAIT_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.1}
+    constants = {"STALL_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.1}
     project = stage.make_project(database, constants=constants)
     psql = subprocess.Popen(
         [stage.cluster.bin_dir / "psql", "-qAt", "-U", "postgres", "-d", database.name],

@@ -37,9 +37,7 @@ def large_database(cluster: Cluster) -> Iterator[Database]:
 @pytest.fixture
 def large(make_project: MakeProject, large_database: Database) -> Project:
     settings = {**large_database.settings(), "BACKUP_COMPRESS": "gzip:9"}
-    return make_project(
-        settings=settings, constants={"PROGRESS_SECONDS": 0.1, "REDRAW_SECONDS": 0.05}
-    )
+    return make_project(settings=settings, constants={"REDRAW_SECONDS": 0.05})
 
 
 def test_the_line_tells_how_far_a_backup_is(large: Project, large_database: Database) -> None:
@@ -59,13 +57,9 @@ def test_the_line_tells_how_far_a_backup_is(large: Project, large_database: Data
     assert len(set(percent)) > 3, lines
     measured = re.compile(
         r"Dumping  \[#+-+\] +\d+ %(?P<left>  \d:\d\d left)?  \d:\d\d elapsed  [\d.]+ [KM]B written"
-        r"  (?P<table>\w+) \([\d.]+ MB\)"
     )
     found = [match for line in lines if (match := measured.fullmatch(line))]
-    tables = [match["table"] for match in found]
     assert any(match["left"] for match in found), lines
-    assert set(tables) == {"a_messages", "z_messages"}, lines
-    assert tables == sorted(tables)
     assert_restores(large.dumps()[0], large_database)
 
 

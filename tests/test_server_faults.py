@@ -96,7 +96,7 @@ def fragile(make_project: MakeProject, fragile_database: Database) -> Project:
     project = make_project(
         fragile_database,
         settings={**fragile_database.settings("chat", "sample"), "PGCONNECT_TIMEOUT": "1"},
-        constants={"SILENCE_SECONDS": 1},
+        constants={"STALL_SECONDS": 1, "ANSWER_SECONDS": 0},
     )
     project.back_up()
     return project
@@ -144,10 +144,9 @@ def frozen(cluster: Cluster) -> Iterator[None]:
 def test_server_falls_silent(phase: Phase, fragile: Project, fragile_database: Database) -> None:
     with untouched(fragile), phase(fragile, fragile_database) as process:
         with frozen(fragile_database.cluster):
-            # A second of silence, one for asking again, one for pg_dump to end.
+            # A second of silence, one for pg_dump to end.
             result = finish(process, NOTICED_SECONDS).failed_with(7, "Backup creation error")
-        assert "no answer for 1 seconds, and then: connection to server" in result.stderr, result
-        assert "timeout expired" in result.stderr, result
+        assert ":\nno answer within 1 second\n" in result.stderr, result
         assert_nothing_runs(fragile, fragile_database)
     fragile.back_up()
 
@@ -237,7 +236,7 @@ def test_migration_that_lets_go_is_waited_for(
 def test_migration_that_never_lets_go_is_named(
     phase: Phase, words: str, standing: Project, standing_database: Database
 ) -> None:
-    standing.rewrite({"LOCK_WAIT_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.2})
+    standing.rewrite({"STALL_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.2})
     with untouched(standing), phase(standing, standing_database) as process:
         result = finish(process, NOTICED_SECONDS).failed_with(7, "Backup creation error")
         assert_nothing_runs(standing, standing_database)
@@ -249,7 +248,7 @@ def test_migration_that_asks_for_more_is_not_the_victim_of_a_deadlock(
     standing: Project, standing_database: Database
 ) -> None:
     """It holds an index that we wait for, and asks for the table that we hold."""
-    standing.rewrite({"LOCK_WAIT_SECONDS": 2})
+    standing.rewrite({"STALL_SECONDS": 2})
     with transaction(standing_database, "REINDEX INDEX messages_pkey") as run:
         process = standing.start()
         wait_until(lambda: sessions_on(standing_database, "query ~ 'pg_sleep'"))
@@ -260,7 +259,7 @@ def test_migration_that_asks_for_more_is_not_the_victim_of_a_deadlock(
 def test_catalog_that_is_locked_is_not_waited_for_without_an_end(
     standing: Project, standing_database: Database
 ) -> None:
-    standing.rewrite({"LOCK_WAIT_SECONDS": 1})
+    standing.rewrite({"STALL_SECONDS": 1})
     with transaction(standing_database, "LOCK TABLE pg_largeobject_metadata"):
         result: Result = standing.run().failed_with(7, "Backup creation error")
     assert "gave up after 1 second: while reading the catalog" in result.stderr, result
@@ -325,6 +324,7 @@ def test_signal_ends_the_wait_for_a_name_server(standing: Project) -> None:
 
 
 def test_name_server_that_never_answers_is_given_up(standing: Project) -> None:
+    standing.rewrite({"CONNECT_LIMIT_FACTOR": 1, "CONNECT_LIMIT_SECONDS": 0})
     with untouched(standing), resolving(standing) as process:
         result = finish(process, 7).failed_with(3, "Database connection error")  # not twice 4
-    assert 'could not translate host name "db.example.test" to address: timeout' in result.stderr
+    assert 'no connection to "db.example.test", port ' in result.stderr

@@ -278,7 +278,7 @@ def test_backup_waits_until_a_migration_lets_go(
 def test_backup_gives_up_and_names_the_session_that_holds_the_table(
     held: str, chat: Database, make_project: MakeProject
 ) -> None:
-    project = make_project(chat, constants={"LOCK_WAIT_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.1})
+    project = make_project(chat, constants={"STALL_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.1})
     with closing(connect(chat)) as migration:
         execute(migration, "SET application_name = 'nightly migration'")
         execute(migration, f"BEGIN; LOCK TABLE ONLY {held}")
@@ -353,7 +353,7 @@ def test_pg_dump_that_waits_for_ever_is_ended_and_the_blocker_named(
 ) -> None:
     """--lock-wait-timeout does not cover what pg_dump waits for here."""
     chat.psql("CREATE MATERIALIZED VIEW chat.total AS SELECT count(*) FROM chat.messages")
-    project = make_project(chat, constants={"LOCK_WAIT_SECONDS": 1})
+    project = make_project(chat, constants={"STALL_SECONDS": 1})
     with closing(connect(chat)) as session:
         execute(session, "BEGIN; REFRESH MATERIALIZED VIEW chat.total")
         result = project.run().failed_with(7, "Backup creation error")
