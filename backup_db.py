@@ -66,8 +66,6 @@ REDRAW_SECONDS = 0.2  # between two states of the progress line
 # of it where it is set lower): a backup that waits longer while it holds other tables makes a
 # migration the deadlock victim.
 LOCK_TIMEOUT_MS = 500
-# Counting must not wait at all, but try and try again: it holds the table of the index.
-COUNT_LOCK_TIMEOUT_MS = 1
 DUMP_LOCK_TIMEOUT = "10s"
 DUMP_ATTEMPTS = 3
 
@@ -370,6 +368,25 @@ class Background(Generic[T]):
         if self._error is not None:
             raise self._error
         return self._result
+
+
+class Patience:
+    """The end of a wait: STALL_SECONDS without any movement."""
+
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+        self._state: tuple[object, ...] = ()
+        self._moved_at = time.monotonic()
+
+    def look(self, *state: object) -> None:
+        """Note a state that differs from the last as movement. Raises ServerError after too long a
+        time without."""
+        now = time.monotonic()
+        if state != self._state:
+            self._state, self._moved_at = state, now
+        elif now - self._moved_at > STALL_SECONDS:
+            text = f"nothing has moved for {format_age(STALL_SECONDS)} while {self._doing}"
+            raise ServerError(text, lost=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1415,6 +1432,28 @@ KEEPALIVES = {
 }
 
 
+class RowCounter:
+    """Where the rows of a COPY go: psycopg2 writes them one by one."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def write(self, _row: bytes) -> None:
+        """Take one row."""
+        self.rows += 1
+
+
+@contextlib.contextmanager
+def no_excepthook() -> Iterator[None]:
+    """psycopg2 prints a FATAL that ends a COPY by sys.excepthook, and then raises it as well."""
+    hook = sys.excepthook
+    sys.excepthook = lambda *_exception: None
+    try:
+        yield
+    finally:
+        sys.excepthook = hook
+
+
 class Session:
     """One connection to the server. Each call that waits for it is made in a thread, one at a time.
 
@@ -1451,7 +1490,7 @@ class Session:
         hosts = config.host.count(",") + 1
         limit = CONNECT_LIMIT_FACTOR * hosts * config.connect_seconds + CONNECT_LIMIT_SECONDS
         try:
-            self._connection = self._wait(connect, seconds=limit)
+            self._connection = self._wait(connect, do_nothing, limit)
         except TimeoutError:
             place = f'"{config.host}", port {config.port}'
             text = f"no connection to {place}: its name server or the server keeps us waiting"
@@ -1463,9 +1502,7 @@ class Session:
             text = str(error) or "the server's words are in an encoding that Python cannot read"
             raise ServerError(text, lost=too_late) from None
 
-    def _wait(
-        self, call: Callable[[], T], on_tick: Callable[[], None] = do_nothing, *, seconds: float
-    ) -> T:
+    def _wait(self, call: Callable[[], T], on_tick: Callable[[], None], seconds: float | None) -> T:
         assert self._running is None, "one call at a time"
         self._running = Background(call)
         try:
@@ -1475,22 +1512,40 @@ class Session:
                 self._running = None
         return result
 
-    def query(
-        self, statement: str, *values: object, on_tick: Callable[[], None] = do_nothing
-    ) -> list[tuple[Any, ...]]:
+    def query(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         """Run a statement, or several in one string, and return the rows of the last."""
-        psycopg2 = import_psycopg2()
 
         def execute() -> list[tuple[Any, ...]]:
             with self._connection.cursor() as cursor:
                 cursor.execute(statement, values or None)
                 return cursor.fetchall() if cursor.description else []
 
+        silence = STALL_SECONDS + ANSWER_SECONDS
         try:
-            return self._wait(execute, on_tick, seconds=STALL_SECONDS + ANSWER_SECONDS)
+            return self._call(execute, seconds=silence)
         except TimeoutError:
-            silence = format_age(STALL_SECONDS + ANSWER_SECONDS)
-            raise ServerError(f"no answer within {silence}", lost=True) from None
+            raise ServerError(f"no answer within {format_age(silence)}", lost=True) from None
+
+    def copy_rows(self, statement: str, counter: RowCounter, on_tick: Callable[[], None]) -> int:
+        """Run a `COPY … TO STDOUT` and return how many rows came; `counter` counts them on the way,
+        their contents are discarded."""
+
+        def copy() -> int:
+            with self._connection.cursor() as cursor, no_excepthook():
+                cursor.copy_expert(statement, counter)
+                return int(cursor.rowcount)
+
+        return self._call(copy, on_tick)
+
+    def _call(
+        self,
+        call: Callable[[], T],
+        on_tick: Callable[[], None] = do_nothing,
+        seconds: float | None = None,
+    ) -> T:
+        psycopg2 = import_psycopg2()
+        try:
+            return self._wait(call, on_tick, seconds)
         except (psycopg2.Error, UnicodeError) as error:
             raise self._translate(error) from None
 
@@ -1810,6 +1865,7 @@ class Table(NamedTuple):
     oid: int
     sql_name: str  # as SQL wants it, quoted where needed
     condition: str  # of an extension's configuration table: the rows that pg_dump takes
+    column: str  # the one that is least work to read, in parentheses; empty where there is none
     schema: str
     name: str
     schema_is_quoted: bool
@@ -1829,11 +1885,16 @@ class Table(NamedTuple):
         return f"{quote(self.schema, self.schema_is_quoted)}.{name}"
 
     @property
-    def count_expression(self) -> str:
-        """The number of its rows in the dump. pg_dump reads a table by itself, without those
-        that inherit from it, but for a configuration table with a condition."""
-        only = "" if self.condition else "ONLY "
-        return f"(SELECT pg_catalog.count(*) FROM {only}{self.sql_name} {self.condition})"
+    def copy_statement(self) -> str:
+        """What yields one line for each of its rows in the dump.
+
+        A COPY of a table reads the heap and is never planned, while planning a SELECT would run
+        what the table's owner put into its indexes and statistics: as us. As in pg_dump, the one
+        exception are the tables of an extension that come with a condition.
+        """
+        if self.condition:
+            return f"COPY (SELECT {self.column} FROM {self.sql_name} {self.condition}) TO STDOUT"
+        return f"COPY {self.sql_name} {self.column} TO STDOUT"
 
 
 # The tables that pg_dump locks. Unlogged tables hold nothing on a standby, and pg_dump leaves
@@ -1842,6 +1903,11 @@ DUMPED_TABLES = f"""
 WITH rel AS ({DUMPED_RELATIONS})
 SELECT oid::bigint, pg_catalog.quote_ident(nspname), pg_catalog.quote_ident(relname),
        COALESCE(condition, ''),
+       COALESCE((SELECT '(' || pg_catalog.quote_ident(a.attname) || ')'
+                   FROM pg_catalog.pg_attribute a
+                  WHERE a.attrelid = rel.oid AND a.attnum > 0
+                    AND NOT a.attisdropped AND a.attgenerated = ''
+                  ORDER BY a.attlen < 0, a.attlen, a.attnum LIMIT 1), ''),
        pg_catalog.convert_to(nspname::text, pg_catalog.getdatabaseencoding()),
        pg_catalog.convert_to(relname::text, pg_catalog.getdatabaseencoding()),
        relkind = 'r' AND NOT (relpersistence = 'u' AND pg_catalog.pg_is_in_recovery())
@@ -1858,13 +1924,14 @@ def list_tables(session: Session) -> list[Table]:
             oid=oid,
             sql_name=f"{schema}.{name}",
             condition=condition,
+            column=column,
             schema=decode_name(bytes(raw_schema), encoding),
             name=decode_name(bytes(raw_name), encoding),
             schema_is_quoted=schema.startswith('"'),
             name_is_quoted=name.startswith('"'),
             has_rows=has_rows,
         )
-        for oid, schema, name, condition, raw_schema, raw_name, has_rows in session.query(
+        for oid, schema, name, condition, column, raw_schema, raw_name, has_rows in session.query(
             DUMPED_TABLES
         )
     ]
@@ -2040,12 +2107,10 @@ def pause(seconds: float, progress: Progress, what: str) -> None:
 LOOK_AGAIN = "SELECT pg_catalog.pg_stat_clear_snapshot()"
 
 LOCK_HOLDER = """
-SELECT CASE WHEN i.indexrelid IS NULL THEN 'table ' ELSE 'index ' END
-       || l.relation::pg_catalog.regclass::text, l.pid, a.usename, a.application_name, a.query
+SELECT l.relation::pg_catalog.regclass::text, l.pid, a.usename, a.application_name, a.query
   FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
-  LEFT JOIN pg_catalog.pg_index i ON i.indexrelid = l.relation
  WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock'
-   AND COALESCE(i.indrelid, l.relation) = ANY (%s::oid[])
+   AND l.relation = ANY (%s::oid[])
    AND l.database = (SELECT oid FROM pg_catalog.pg_database
                       WHERE datname = pg_catalog.current_database())
  ORDER BY l.granted DESC, a.xact_start LIMIT 1
@@ -2055,15 +2120,15 @@ SELECT CASE WHEN i.indexrelid IS NULL THEN 'table ' ELSE 'index ' END
 def find_lock_holder(
     session: Session, tables: Iterable[Table], error: ServerError
 ) -> tuple[OtherSession | None, str]:
-    """Who holds one of the tables or an index of one, and a sentence that says so; where nobody
-    does any more, the words of the error."""
+    """Who holds one of the tables, and a sentence that says so; where nobody does any more, the
+    words of the error."""
     session.query(LOOK_AGAIN)
     found = session.query(LOCK_HOLDER, [table.oid for table in tables])
     if not found:
         return None, error.text
     relation, *who = found[0]
     holder = OtherSession(*who)
-    return holder, f"{holder} holds the {printable(relation)}"
+    return holder, f"{holder} holds the table {printable(relation)}"
 
 
 class OtherSession(NamedTuple):
@@ -2084,11 +2149,6 @@ class OtherSession(NamedTuple):
         return f"session {self.pid}" + (f" ({about})" if about else "")
 
 
-# Tables of up to this many bytes are counted many in one statement, larger ones each alone.
-COUNT_BATCH_BYTES = 64 * 1024 * 1024
-COUNT_BATCH_TABLES = 50
-
-
 def table_sizes(session: Session, tables: Sequence[Table]) -> dict[int, int]:
     """The bytes of each table with its TOAST, by oid. Only with the locks held: it takes a lock
     itself. (pg_table_size would add the maps and TOAST's index, in five times the time.)"""
@@ -2106,62 +2166,19 @@ def count_rows(
     session: Session,
     tables: Sequence[Table],
     sizes: Mapping[int, int],
-    counted: dict[int, int],
+    counter: RowCounter,
     on_tick: Callable[[], None],
-) -> None:
-    """Count the rows of every table, exactly, in the session's snapshot, into `counted`.
+) -> dict[int, int]:
+    """The rows of every table, exactly, in the session's snapshot, by the table's oid.
 
-    A count locks the indexes of its table until the savepoint is rolled back: thousands of
-    tables would else exhaust the server's lock table.
+    A table without a byte is empty, but for one with a condition: its children are read too.
     """
-    session.query("SAVEPOINT counting")
-    for batch in count_batches(tables, sizes):
-        counted.update(count_batch(session, batch, on_tick))
-    session.query("ROLLBACK TO SAVEPOINT counting")
-
-
-def count_batch(
-    session: Session, batch: Sequence[Table], on_tick: Callable[[], None]
-) -> list[tuple[int, int]]:
-    """The rows of each table, by oid. An index that another session rebuilds is waited for.
-
-    We hold the table: a transaction that asks for it after a REINDEX would be the victim of the
-    deadlock, did it find us waiting (tried). So we look in. Raises Failure after
-    STALL_SECONDS.
-    """
-    counts = " UNION ALL ".join(
-        f"SELECT {table.oid}::bigint, {table.count_expression}" for table in batch
-    )
-    deadline = time.monotonic() + STALL_SECONDS
-    while True:
-        try:
-            return session.query(
-                "ROLLBACK TO SAVEPOINT counting;"
-                f" SET LOCAL lock_timeout = {COUNT_LOCK_TIMEOUT_MS}; {counts}",
-                on_tick=on_tick,
-            )
-        except ServerError as error:
-            if error.sqlstate != LOCK_NOT_AVAILABLE:
-                raise
-            session.query("ROLLBACK TO SAVEPOINT counting")
-            holder, waits_for = find_lock_holder(session, batch, error)
-        if time.monotonic() > deadline:
-            raise waited_too_long(f"the rows could not be counted: {waits_for}", holder)
-        session.query("SELECT pg_catalog.pg_sleep(%s)", LOCK_RETRY_SECONDS)
-
-
-def count_batches(tables: Sequence[Table], sizes: Mapping[int, int]) -> Iterator[list[Table]]:
-    """The tables, in groups that are worth one statement each."""
-    batch: list[Table] = []
-    size_bytes = 0
-    for table in tables:
-        size_bytes += sizes[table.oid]
-        if batch and (size_bytes > COUNT_BATCH_BYTES or len(batch) == COUNT_BATCH_TABLES):
-            yield batch
-            batch, size_bytes = [], sizes[table.oid]
-        batch.append(table)
-    if batch:
-        yield batch
+    return {
+        table.oid: session.copy_rows(table.copy_statement, counter, on_tick)
+        if table.condition or sizes[table.oid]
+        else 0
+        for table in tables
+    }
 
 
 # Whether pg_dump copies rows by now, and who blocks it.
@@ -2290,7 +2307,6 @@ def dump_snapshot(run: Run, session: Session, snapshot: Snapshot) -> Dumped:
         f"--file={partial.dump}",
     ]
     environment = {**pg_dump_tool.environment, "PGAPPNAME": application_name}
-    counted: dict[int, int] = {}
     with Program(argv, environment, pass_fds=[run.lock.descriptor]) as pg_dump:
         run.lock.note(f"pg_dump {pg_dump.process.pid}")
 
@@ -2302,8 +2318,11 @@ def dump_snapshot(run: Run, session: Session, snapshot: Snapshot) -> Dumped:
             fraction = DUMP_SHARE * min(written / (expected_bytes or 1), 1)
             run.progress.show("Dumping", fraction, f"{format_size(written)} written")
 
+        counter, patience = RowCounter(), Patience("counting the rows")
+
         def on_tick() -> None:
             check_dump_status(pg_dump)
+            patience.look(counter.rows, partial.size_bytes)
             show()
 
         blocker_watch = BlockerWatch(session, application_name)
@@ -2312,7 +2331,7 @@ def dump_snapshot(run: Run, session: Session, snapshot: Snapshot) -> Dumped:
             if blocker_watch.saw_copying or partial.size_bytes:
                 break  # it has all its locks
         check_dump_status(pg_dump)
-        count_rows(session, snapshot.tables, sizes, counted, on_tick)
+        counted = count_rows(session, snapshot.tables, sizes, counter, on_tick)
         while pg_dump.wait(TICK_SECONDS) is None:
             show(blocker_watch.look())
         check_dump_status(pg_dump)

@@ -11,6 +11,7 @@ from typing import Protocol
 import pytest
 from cluster import Cluster, installation
 from environment import PROJECT
+from faults import WIDE
 from sample import DATABASE, load_sample
 from support import SERVERS, Database, Project, new_database
 
@@ -128,7 +129,7 @@ def project(make_project: MakeProject, sample_database: Database) -> Project:
 def standing_database(cluster: Cluster) -> Iterator[Database]:
     """A copy of the sample database with a materialized view; for tests that change nothing."""
     with new_database(cluster, f"--template={DATABASE}") as new:
-        new.psql("CREATE MATERIALIZED VIEW statistics AS SELECT count(*) FROM messages")
+        new.psql(f"CREATE MATERIALIZED VIEW statistics AS SELECT count(*) FROM messages; {WIDE}")
         yield new
 
 

@@ -124,6 +124,14 @@ def transaction(database: Database, sql: str) -> Iterator[Callable[[str], None]]
             stdin.close()
 
 
+# A table of nothing but a wide value, so that nobody reads it without its TOAST; for `counting`.
+WIDE = """
+CREATE TABLE wide (content text);
+ALTER TABLE wide ALTER content SET STORAGE EXTERNAL;
+INSERT INTO wide VALUES (repeat('x', 10000));
+"""
+
+
 # -- phases of a run ------------------------------------------------------------------------------
 
 # Brings the script to a phase, and holds it there for as long as the context lasts.
@@ -152,10 +160,12 @@ def waiting_for_a_lock(project: Project, database: Database) -> Iterator[subproc
 
 @contextlib.contextmanager
 def counting(project: Project, database: Database) -> Iterator[subprocess.Popen[bytes]]:
-    """A count waits for an index that another session rebuilds; pg_dump needs no index."""
-    with transaction(database, "REINDEX INDEX messages_pkey"):
+    """A count waits for the index of a table's TOAST, which another session rebuilds; pg_dump does
+    too, but only when it comes to that table."""
+    with transaction(database, "REINDEX TABLE wide"):
         process = project.start()
-        wait_until(lambda: sessions_on(database, "query ~ 'pg_sleep'"))  # until it looks again
+        ours = "application_name = 'backup_db' AND query LIKE 'COPY %'"
+        wait_until(lambda: sessions_on(database, f"{ours} AND wait_event_type = 'Lock'"))
         yield process
 
 

@@ -776,6 +776,7 @@ def test_table_key_leads_back_to_the_table(schema: str) -> None:
             oid=1,
             sql_name="",
             condition="",
+            column="",
             schema=schema,
             name=name,
             schema_is_quoted=quoted[schema],

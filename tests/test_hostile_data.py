@@ -153,8 +153,9 @@ def test_one_huge_value_takes_no_memory_of_ours(
     database: Database, make_project: MakeProject
 ) -> None:
     database.psql(
-        "CREATE TABLE huge (content text); ALTER TABLE huge ALTER content SET COMPRESSION lz4;"
-        f"INSERT INTO huge SELECT repeat('0123456789', {HUGE_BYTES // 10})"
+        "CREATE TABLE huge (id int, content text);"
+        "ALTER TABLE huge ALTER content SET COMPRESSION lz4;"
+        f"INSERT INTO huge SELECT 1, repeat('0123456789', {HUGE_BYTES // 10})"
     )
     project = make_project(database)
     peaks = [peak_memory(project)]

@@ -200,9 +200,7 @@ def test_rows_are_there_whatever_comes_before_pg_dump_looks(
     make_project: MakeProject,
     background: Callable[[Database], Background],
 ) -> None:
-    # Counts in small batches: a count holds its table too, until the next batch.
-    constants = {"DUMP_LOCK_TIMEOUT": "500ms", "COUNT_BATCH_TABLES": 1}
-    project = make_project(chat, constants=constants)
+    project = make_project(chat, constants={"DUMP_LOCK_TIMEOUT": "500ms"})
     run, go = start_late(project)
     migrating = background(chat).psql(MIGRATIONS[migration])
     # It is done, or it waits for our locks: DDL that is queued behind them when pg_dump comes.

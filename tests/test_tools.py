@@ -98,7 +98,7 @@ def test_tool_that_is_no_program(content: bytes, standing: Project) -> None:
         (TABLE_OF_CONTENTS, "exit 0", 8, "table messages: not in the dump, 3420 rows expected"),
         (CONTENTS, "kill -SEGV $$", 8, "pg_restore was ended by signal 11 (SIGSEGV)"),
         (CONTENTS, 'echo hm >&2; exec "$real" "$@"', 8, "hm\n"),
-        (CONTENTS, "exit 0", 8, "lists the data of 4 tables, it holds that of 0"),
+        (CONTENTS, "exit 0", 8, "lists the data of 5 tables, it holds that of 0"),
         (CONTENTS, "head -c 30000000 /dev/zero", 8, "a line that is no data and does not end"),
         (CONTENTS, '"$real" "$@" | head -c 3000', 8, "it breaks off within a table"),
     ],
