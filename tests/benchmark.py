@@ -300,6 +300,7 @@ class ServerWorkplace(Workplace):
             "PGHOST": self.cluster.host,
             "PGPORT": str(self.cluster.port),
             "PGUSER": "postgres",
+            "PGPASSWORD": self.cluster.password,
             "PGDATABASE": database,
         }
 

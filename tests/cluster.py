@@ -6,7 +6,8 @@ the server on request and, when its input ends, stops the server and removes the
 input ends when the caller says so or is gone for whatever reason, SIGKILL included: nothing is
 left behind.
 
-The superuser `postgres` needs no password; other roles do, except on the socket.
+On loopback every role needs a password, for any user of the machine can come there: who is
+superuser on a server runs programs as the server's user. The one of `postgres` is random.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import pwd
 import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -49,14 +51,15 @@ SETTINGS = {
 }
 INITDB_OPTIONS = (
     "--username=postgres",
-    "--auth=trust",
+    "--auth=scram-sha-256",
     "--encoding=UTF8",
     "--locale=C",
     "--no-sync",
 )
+# The socket trusts everybody, because nobody but root and the server's own user gets to it: it lies
+# in the server's directory, which is closed (0700) to all others.
 HBA = (
     "local all,replication all trust",
-    "host all,replication postgres 127.0.0.1/32 trust",
     "host all,replication all 127.0.0.1/32 scram-sha-256",
 )
 
@@ -117,6 +120,7 @@ class Cluster:
         self.bin_dir = bin_dir
         self.host = "127.0.0.1"
         self.port = random.choice(PORTS)
+        self.password = secrets.token_urlsafe()  # of `postgres`
         self._guard = subprocess.Popen(
             [sys.executable, "-I", __file__, bin_dir],
             env={**os.environ, GUARDED: json.dumps({**ENVIRON, **(environ or {})})},
@@ -129,7 +133,7 @@ class Cluster:
             self.directory = Path(self._answer())
             self.data_dir = self.directory / "data"
             self.log = self.directory / "log"
-            self._ask("initdb", *INITDB_OPTIONS, *initdb_options, f"--pgdata={self.data_dir}")
+            self._initialize(initdb_options)
             (self.data_dir / "pg_hba.conf").write_text("\n".join([*hba, *HBA, ""]))
             self.configure(SETTINGS)
             self.configure({"listen_addresses": self.host, "port": str(self.port)})
@@ -177,7 +181,8 @@ class Cluster:
     def follow(self, primary: Cluster) -> None:
         """Become a hot standby of a server that runs; before the first start of this one."""
         shutil.rmtree(self.data_dir)
-        source = f"host={primary.host} port={primary.port} user=postgres"
+        self.password = primary.password
+        source = f"host={primary.directory} port={primary.port} user=postgres"
         options = ("--write-recovery-conf", "--checkpoint=fast", "--no-sync")
         self._ask("pg_basebackup", f"--dbname={source}", f"--pgdata={self.data_dir}", *options)
         self.configure({"port": str(self.port), "unix_socket_directories": str(self.directory)})
@@ -251,7 +256,12 @@ class Cluster:
     def environment(
         self, database: str, user: str = "postgres", password: str = "", prefix: str = "DEV_"
     ) -> dict[str, str]:
-        """The variables that lead backup_db.py to this database."""
+        """The variables that lead backup_db.py to this database, over TCP.
+
+        The password of `postgres` is known; without that of another role, there is none in them.
+        """
+        if user == "postgres":
+            password = password or self.password
         values = {
             "HOST": self.host,
             "PORT": str(self.port),
@@ -260,6 +270,16 @@ class Cluster:
             "PASSWORD": password,
         }
         return {f"{prefix}DB_{name}": value for name, value in values.items() if value}
+
+    def _initialize(self, options: Sequence[str]) -> None:
+        # In a file: an argument would be seen by all.
+        password_file = self.directory / "password"
+        password_file.touch(mode=0o600, exist_ok=False)
+        password_file.write_text(self.password)
+        os.chown(password_file, self.directory.stat().st_uid, -1)
+        options = [*options, f"--pwfile={password_file}", f"--pgdata={self.data_dir}"]
+        self._ask("initdb", *INITDB_OPTIONS, *options)
+        password_file.unlink()
 
     def _control(self, action: str, *options: str) -> None:
         self._ask("pg_ctl", action, "--wait", "--silent", f"--pgdata={self.data_dir}", *options)
@@ -352,6 +372,7 @@ def is_executable(path: Path) -> bool:
 def make_directory() -> Path:
     """A directory for the server's user alone, with a path short enough for a socket in it."""
     for parent in (Path(tempfile.gettempdir()), Path("/tmp")):
+        # It is 0700 from the first moment, and nothing changes that: HBA depends on it.
         directory = Path(tempfile.mkdtemp(prefix="pg-", dir=parent))
         if user := server_user():
             os.chown(directory, user.pw_uid, user.pw_gid)

@@ -98,7 +98,7 @@ def transaction(database: Database, sql: str) -> Iterator[Callable[[str], None]]
     with subprocess.Popen(
         [cluster.bin_dir / "psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1"],
         env={
-            "PGHOST": cluster.host,
+            "PGHOST": str(cluster.directory),
             "PGPORT": str(cluster.port),
             "PGUSER": "postgres",
             "PGDATABASE": database.name,

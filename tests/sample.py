@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -24,7 +25,9 @@ from cluster import Cluster, ClusterError, installation
 
 SERVER_VERSION = 17 if sys.platform == "linux" else 18
 DATABASE, RESTORED = "project_chat_dev", "project_chat_restored"
-USER, PASSWORD = "chat", "sample"
+USER = "chat"
+# Any user of the machine could come with one that is known, and lay a trap for the superuser.
+PASSWORD = secrets.token_urlsafe(12)
 
 # What the caller's environment may say about the caller's own databases.
 ABOUT_DATABASES = re.compile(r"(DEV_)?DB_|PG|BACKUP_|ENV_MODE$")

@@ -298,7 +298,7 @@ class Database:
     def settings(
         self, user: str = "postgres", password: str = "", prefix: str = "DEV_"
     ) -> dict[str, str]:
-        """The variables that lead the script here."""
+        """The variables that lead the script here, over TCP; that of `postgres` is filled in."""
         return self.cluster.environment(self.name, user, password, prefix)
 
     def encoding(self) -> str:
@@ -322,7 +322,7 @@ class Database:
 def connect(database: Database) -> Connection:
     """A session whose transactions a test begins and ends itself."""
     session = psycopg2.connect(
-        host=database.cluster.host,
+        host=str(database.cluster.directory),
         port=database.cluster.port,
         dbname=database.name,
         user="postgres",

@@ -109,10 +109,10 @@ def test_steps_for_a_missing_database_work_when_they_are_pasted(
     project = make_project(Database(cluster, name))
     said = project.run().failed_with(3).stderr
     steps = re.findall(r"^  \d\. .*: ((?:psql|createdb) .*)$", said, re.MULTILINE)
-    path = {"PATH": project.environ["PATH"]}
+    environ = {"PATH": project.environ["PATH"], "PGPASSWORD": cluster.password}
     try:
         for step in steps:
-            subprocess.run(["sh", "-c", step], env=path, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(["sh", "-c", step], env=environ, check=True, stdout=subprocess.DEVNULL)
         project.run().succeeded()
     finally:
         cluster.drop_database(name)
@@ -162,7 +162,8 @@ def test_environment_is_detected_or_chosen(
     make_project: MakeProject,
     cluster: Cluster,
 ) -> None:
-    server = {"DB_HOST": cluster.host, "DB_PORT": str(cluster.port), "DB_USER": "postgres"}
+    server = cluster.environment("any", prefix="")
+    del server["DB_NAME"]
     project = make_project(settings=server | settings)
     result = project.run(*arguments).succeeded()
     (dump,) = project.dumps()

@@ -21,7 +21,7 @@ from support import Database, assert_restores, new_database, program, read_metad
 @pytest.fixture
 def role(cluster: Cluster) -> Iterator[str]:
     """A role that may log in, and nothing else."""
-    cluster.psql("CREATE ROLE plain LOGIN PASSWORD 'x'")
+    cluster.psql(f"CREATE ROLE plain LOGIN PASSWORD '{PASSWORD}'")
     yield "plain"
     databases = cluster.psql("SELECT datname FROM pg_database WHERE datallowconn").splitlines()
     for database in databases:
@@ -45,7 +45,7 @@ def test_role_that_is_no_superuser(
     grants: str, role: str, sample_database: Database, make_project: MakeProject
 ) -> None:
     sample_database.psql(grants)
-    project = make_project(settings=sample_database.settings(role, "x"))
+    project = make_project(settings=sample_database.settings(role, PASSWORD))
     assert_restores(project.back_up(), sample_database)
 
 
@@ -53,7 +53,7 @@ def test_role_without_a_second_connection(
     role: str, sample_database: Database, make_project: MakeProject
 ) -> None:
     sample_database.psql(f"GRANT pg_read_all_data TO {role}; ALTER ROLE {role} CONNECTION LIMIT 1")
-    project = make_project(settings=sample_database.settings(role, "x"))
+    project = make_project(settings=sample_database.settings(role, PASSWORD))
     result = project.run().failed_with(3, "Database connection error")
     assert 'too many connections for role "plain"' in result.stderr
     assert "two connections at once" in result.stderr
@@ -92,6 +92,7 @@ def test_hot_standby(
 ) -> None:
     sample_database.psql("CREATE UNLOGGED TABLE scratch (x int); INSERT INTO scratch VALUES (1)")
     standby = Cluster(cluster.bin_dir)
+    standby.password = cluster.password
     owner = standby.data_dir.stat()
     shutil.rmtree(standby.data_dir)
     cluster.run(

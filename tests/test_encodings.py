@@ -157,7 +157,10 @@ def test_timeouts_do_not_end_a_backup(filled_database: Database, make_project: M
     cluster = filled_database.cluster
     with contextlib.closing(
         psycopg2.connect(
-            host=cluster.host, port=cluster.port, dbname=filled_database.name, user="postgres"
+            host=str(cluster.directory),
+            port=cluster.port,
+            dbname=filled_database.name,
+            user="postgres",
         )
     ) as holder:
         holder.cursor().execute("LOCK plain")

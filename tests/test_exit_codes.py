@@ -72,7 +72,7 @@ class Stage:
         return name
 
     def run_as(self, database: Database, role: str, password: str = "secret") -> Result:
-        return self.make_project(database, settings=database.settings(role, password)).run()
+        return self.make_project(settings=database.settings(role, password)).run()
 
 
 @pytest.fixture
@@ -486,7 +486,7 @@ def table_stays_locked(stage: Stage) -> Result:
     project = stage.make_project(database, constants=constants)
     psql = subprocess.Popen(
         [stage.cluster.bin_dir / "psql", "-qAt", "-U", "postgres", "-d", database.name],
-        env={"PGHOST": stage.cluster.host, "PGPORT": str(stage.cluster.port)},
+        env={"PGHOST": str(stage.cluster.directory), "PGPORT": str(stage.cluster.port)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from conftest import MakeProject
+from sample import PASSWORD
 from support import Database, Project, Result, assert_restores, finish, new_database, read_metadata
 
 # As they stand, quoted by no one. The COPY statements are what a careless reader of a script
@@ -98,7 +99,7 @@ def hostile_schema(role: str) -> str:
 def role(cluster: Cluster) -> Iterator[str]:
     """A role that owns and may do nothing, quoted; its name is as bad as the others."""
     quoted = identifier('hostile "role"\n会話')
-    cluster.psql(f"CREATE ROLE {quoted} LOGIN PASSWORD 'secret'")
+    cluster.psql(f"CREATE ROLE {quoted} LOGIN PASSWORD '{PASSWORD}'")
     yield quoted
     cluster.psql(f"DROP ROLE {quoted}")
 
@@ -214,7 +215,7 @@ def test_role_that_may_not_read_is_told_what_to_grant(
     with new_database(cluster) as database:
         database.psql(FORBIDDEN)
         name = role[1:-1].replace('""', '"')
-        project = make_project(database, settings=database.settings(name, "secret"))
+        project = make_project(database, settings=database.settings(name, PASSWORD))
         result = project.run().failed_with(4, "Permission error")
         assert not list(project.backups.glob("*.dump*"))
         assert not list(project.backups.glob(".*.partial"))

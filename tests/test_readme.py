@@ -60,7 +60,7 @@ def elsewhere(cluster: Cluster) -> Iterator[Cluster]:
 
 def type_in(command: str, project: Project, cluster: Cluster) -> str:
     """What the command prints, typed into a shell of somebody who may do everything there."""
-    way = {"PGHOST": cluster.host, "PGPORT": str(cluster.port), "PGUSER": "postgres"}
+    way = {"PGHOST": str(cluster.directory), "PGPORT": str(cluster.port), "PGUSER": "postgres"}
     done = subprocess.run(
         ["bash", "-e", "-o", "pipefail", "-c", command],
         cwd=project.backups,

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,9 @@ with Cluster(installation(17)) as cluster:
     print(cluster.directory, cluster.port, cluster.pid, flush=True)
     sys.stdin.read()
 """
+
+# A prefix for a command that root runs: it is run by a user who is nobody we know.
+STRANGER = ("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups")
 
 # -- the sample database --------------------------------------------------------------------------
 
@@ -118,6 +122,22 @@ def test_server_survives_a_crash(cluster: Cluster) -> None:
         assert own.pid is None
         own.start()
         assert (own.port, own.psql("SELECT 1")) == (port, "1")
+
+
+def test_server_is_closed_to_other_users_of_the_machine(each_cluster: Cluster) -> None:
+    """Whoever gets in as superuser can run programs as the user who runs the server."""
+    rules = each_cluster.psql("SELECT DISTINCT type, auth_method FROM pg_hba_file_rules")
+    assert set(rules.splitlines()) == {"local|trust", "host|scram-sha-256"}
+
+    way = {"PGHOST": each_cluster.host, "PGPORT": str(each_cluster.port), "PGUSER": "postgres"}
+    psql = [f"{each_cluster.bin_dir}/psql", "--no-password", "--command=SELECT 1"]
+    over_loopback = subprocess.run(psql, env={**way, "HOME": "/nowhere"}, stderr=subprocess.PIPE)
+    assert b"no password supplied" in over_loopback.stderr
+
+    assert stat.S_IMODE(each_cluster.directory.stat().st_mode) == 0o700
+    if os.geteuid() == 0:  # who is not cannot become another user
+        entering = [*STRANGER, "ls", f"{each_cluster.directory}/.s.PGSQL.{each_cluster.port}"]
+        assert b"Permission denied" in subprocess.run(entering, stderr=subprocess.PIPE).stderr
 
 
 # -- copies of the script, and the oracles --------------------------------------------------------

@@ -99,7 +99,8 @@ def test_programs_get_no_setting_that_is_not_theirs(
 ) -> None:
     project = make_project(sample_database, settings={"PGSSLMODE": "prefer", "DB_PASSWORD": "s1"})
     project.fake("pg_restore", 'env >>"$HOME/env"; exec "$real" "$@"')
-    surroundings = {"PGPASSWORD": "s2", "DEV_DB_PASSWORD": "s3", "PGPASSFILE": "/s4"}
+    password = sample_database.cluster.password
+    surroundings = {"PGPASSWORD": "s2", "DEV_DB_PASSWORD": password, "PGPASSFILE": "/s4"}
     project.run(env=surroundings).succeeded()
     told = (project.directory / "home" / "env").read_text()
     names = {line.partition("=")[0] for line in told.splitlines()}

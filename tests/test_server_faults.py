@@ -28,7 +28,7 @@ from faults import (
     untouched,
     waiting_for_a_lock,
 )
-from sample import load_sample
+from sample import PASSWORD, USER, load_sample
 from support import MOUNTING, Database, Project, Result, finish, wait_until
 
 # How long a run that was struck may take to notice, where it waits for no time limit.
@@ -97,7 +97,7 @@ def fragile(make_project: MakeProject, fragile_database: Database) -> Project:
     """A private copy of the script, set up for that server, with an earlier backup."""
     project = make_project(
         fragile_database,
-        settings={**fragile_database.settings("chat", "sample"), "PGCONNECT_TIMEOUT": "1"},
+        settings={**fragile_database.settings(USER, PASSWORD), "PGCONNECT_TIMEOUT": "1"},
         constants={"STALL_SECONDS": 1, "ANSWER_SECONDS": 0},
     )
     project.back_up()

@@ -97,7 +97,7 @@ pg_restore --file=- "$0" | sed '/^ALTER TABLE ONLY .* SET (pg_attver=[0-9]*);$/d
 def restored_by(script: str, dump: Path, project: Project, cluster: Cluster) -> Iterator[Database]:
     """The dump in an empty database, restored by a shell script that uses the project's tools."""
     with new_database(cluster, "--template=template0") as copy:
-        way = {"PGHOST": cluster.host, "PGPORT": str(cluster.port), "PGUSER": "postgres"}
+        way = {"PGHOST": str(cluster.directory), "PGPORT": str(cluster.port), "PGUSER": "postgres"}
         subprocess.run(
             ["bash", "-o", "pipefail", "-c", script, dump, copy.name],
             env={**project.environ, **way},
