@@ -258,7 +258,7 @@ class Cluster:
     ) -> dict[str, str]:
         """The variables that lead backup_db.py to this database, over TCP.
 
-        The password of `postgres` is known; without that of another role, there is none in them.
+        The password of `postgres` is filled in; any other role's has to be given.
         """
         if user == "postgres":
             password = password or self.password
