@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import pytest
+import trustme
 from cluster import Cluster, installation
 from environment import PROJECT
 from faults import WIDE
@@ -42,6 +44,27 @@ def cluster(clusters: Callable[[int], Cluster]) -> Cluster:
 def each_cluster(request: pytest.FixtureRequest, clusters: Callable[[int], Cluster]) -> Cluster:
     """For the tests that depend on PostgreSQL's version."""
     return clusters(request.param)
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="session")
+def tls_cluster(cluster: Cluster, authority: trustme.CA) -> Iterator[Cluster]:
+    """A server that takes nothing but TLS over TCP."""
+    certificate = authority.issue_cert("127.0.0.1")
+    own = Cluster(cluster.bin_dir, settings={"ssl": "on"}, hba=["hostnossl all all all reject"])
+    owner = own.data_dir.stat()
+    key, chain = own.data_dir / "server.key", own.data_dir / "server.crt"
+    certificate.private_key_pem.write_to_path(str(key))
+    certificate.cert_chain_pems[0].write_to_path(str(chain))
+    for path in (key, chain):
+        path.chmod(0o600)
+        os.chown(path, owner.st_uid, owner.st_gid)
+    with own:
+        yield own
 
 
 @pytest.fixture

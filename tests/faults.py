@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from support import Database, Project, contents_of, program, wait_until
+from cluster import Cluster
+from support import Database, Project, contents_of, finish, program, wait_until
 
 # A stub's way to be seen and to stay: a mark in the home directory, then nothing for a long time.
 # `exec`, so that it is one process.
@@ -132,6 +135,83 @@ INSERT INTO wide VALUES (repeat('x', 10000));
 """
 
 
+# -- addresses where not all is as it should be ---------------------------------------------------
+
+
+def leading_to(listener: socket.socket) -> dict[str, str]:
+    """The variables that lead the script to a listener on loopback."""
+    host, port = listener.getsockname()
+    return {"DEV_DB_HOST": host, "DEV_DB_PORT": str(port)}
+
+
+@contextlib.contextmanager
+def full_queue(host: str = "127.0.0.1", port: int = 0) -> Iterator[socket.socket]:
+    """A listener that has no place for another connection: the kernel drops the packet that asks
+    for one, and the client sends it again after a second."""
+    with socket.socket() as listener:
+        listener.bind((host, port))
+        listener.listen(0)  # a place for one
+        with socket.create_connection(listener.getsockname()):
+            yield listener
+
+
+def is_in_handshake(listener: socket.socket) -> bool:
+    """Whether someone waits for this listener to take the connection."""
+    host, port = listener.getsockname()
+    address = f"{int.from_bytes(socket.inet_aton(host), 'little'):08X}:{port:04X}"
+    connections = Path("/proc/net/tcp").read_text(encoding="ascii")
+    return f" {address} 02 " in connections  # a remote address, SYN_SENT
+
+
+class Proxy:
+    """What stands before a server: it passes everything on, until it falls silent."""
+
+    def __init__(self, listener: socket.socket, cluster: Cluster) -> None:
+        self._listener = listener
+        self._server = (cluster.host, cluster.port)
+        self._is_silent = False
+        self._ends: list[socket.socket] = []
+        listener.listen()
+        self._start(self._accept)
+
+    def fall_silent(self) -> None:
+        """Lose whatever comes, but the end of a connection."""
+        self._is_silent = True
+
+    @staticmethod
+    def _start(work: Callable[..., None], *arguments: object) -> None:
+        threading.Thread(target=work, args=arguments, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # the listener was shut down
+            while True:
+                client = self._listener.accept()[0]
+                server = socket.create_connection(self._server)
+                self._ends += client, server
+                self._start(self._pass_on, client, server)
+                self._start(self._pass_on, server, client)
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not self._is_silent:
+                    target.sendall(data)
+        shut_down(source, target)
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        shut_down(self._listener, *self._ends)
+
+
+def shut_down(*sockets: socket.socket) -> None:
+    """Wake up whoever waits for one of these."""
+    for each in sockets:
+        with contextlib.suppress(OSError):  # it is down already
+            each.shutdown(socket.SHUT_RDWR)
+
+
 # -- phases of a run ------------------------------------------------------------------------------
 
 # Brings the script to a phase, and holds it there for as long as the context lasts.
@@ -158,14 +238,17 @@ def waiting_for_a_lock(project: Project, database: Database) -> Iterator[subproc
         yield process
 
 
+# Of the two sessions, the one that counts, while it does.
+IN_COUNT = "application_name = 'backup_db' AND query LIKE 'COPY %' AND state = 'active'"
+
+
 @contextlib.contextmanager
 def counting(project: Project, database: Database) -> Iterator[subprocess.Popen[bytes]]:
     """A count waits for the index of a table's TOAST, which another session rebuilds; pg_dump does
     too, but only when it comes to that table."""
     with transaction(database, "REINDEX TABLE wide"):
         process = project.start()
-        ours = "application_name = 'backup_db' AND query LIKE 'COPY %'"
-        wait_until(lambda: sessions_on(database, f"{ours} AND wait_event_type = 'Lock'"))
+        wait_until(lambda: sessions_on(database, f"{IN_COUNT} AND wait_event_type = 'Lock'"))
         yield process
 
 
@@ -242,3 +325,21 @@ PHASES: dict[str, Phase] = {
     "hashing": pausing(*TABLE_OF_CONTENTS),
     "reading back": pausing(*CONTENTS),
 }
+
+
+# -- signals --------------------------------------------------------------------------------------
+
+# What the user, or the shutdown of a machine, has to wait at most.
+GONE_SECONDS = 2
+
+TERMINATING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOPPED = "✗ Stopped by {}: what was published before is untouched\n"
+
+
+def strike(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Send the signal; the script dies of it, in time and with one line."""
+    process.send_signal(number)
+    result = finish(process, GONE_SECONDS)
+    assert result.returncode == -number, result
+    assert result.stdout == "", result
+    assert result.stderr == STOPPED.format(number.name), result

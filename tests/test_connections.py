@@ -122,27 +122,6 @@ def test_hot_standby(
 # -- TLS ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture(scope="session")
-def tls_cluster(cluster: Cluster, authority: trustme.CA) -> Iterator[Cluster]:
-    """A server that takes nothing but TLS over TCP."""
-    certificate = authority.issue_cert("127.0.0.1")
-    own = Cluster(cluster.bin_dir, settings={"ssl": "on"}, hba=["hostnossl all all all reject"])
-    owner = own.data_dir.stat()
-    key, chain = own.data_dir / "server.key", own.data_dir / "server.crt"
-    certificate.private_key_pem.write_to_path(str(key))
-    certificate.cert_chain_pems[0].write_to_path(str(chain))
-    for path in (key, chain):
-        path.chmod(0o600)
-        os.chown(path, owner.st_uid, owner.st_gid)
-    with own:
-        yield own
-
-
 def test_server_is_verified_by_its_certificate(
     tls_cluster: Cluster, authority: trustme.CA, make_project: MakeProject, tmp_path: Path
 ) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 
 import pytest
 from faults import (
     DUMP,
+    GONE_SECONDS,
     HOLD,
     PHASES,
+    STOPPED,
     TABLE_OF_CONTENTS,
+    TERMINATING,
     assert_nothing_runs,
     between_the_renames,
     dumping,
@@ -21,24 +23,10 @@ from faults import (
     paused,
     processes_of,
     published,
+    strike,
     untouched,
 )
 from support import Database, Project, Terminal, finish, wait_until
-
-# What the user, or the shutdown of a machine, has to wait at most.
-GONE_SECONDS = 2
-
-TERMINATING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-STOPPED = "✗ Stopped by {}: what was published before is untouched\n"
-
-
-def strike(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """Send the signal; the script dies of it, in time and with one line."""
-    process.send_signal(number)
-    result = finish(process, GONE_SECONDS)
-    assert result.returncode == -number, result
-    assert result.stdout == "", result
-    assert result.stderr == STOPPED.format(number.name), result
 
 
 @pytest.mark.parametrize("phase", PHASES)
