@@ -177,7 +177,7 @@ def test_function_that_fails_is_not_in_the_way(
         database.psql(FAILING)
         each_cluster.run("pg_dump", "--file=/dev/null", database=database.name, user=reader)
         for table in FAILING_COUNTS:
-            with pytest.raises(ClusterError, match="does not exist|permission denied"):
+            with pytest.raises(ClusterError, match=r"does not exist|permission denied"):
                 database.psql(f"SET search_path = ''; SELECT count(*) FROM public.{table}", reader)
         dump = make_project(database, settings=database.settings(reader, "secret")).back_up()
         assert read_metadata(dump)["table_counts"] == FAILING_COUNTS
