@@ -32,7 +32,7 @@ EXTENSION = {
         CREATE TABLE settings.all_rows (name text);
         SELECT pg_catalog.pg_extension_config_dump('settings.all_rows', '');
         CREATE TABLE settings.own_rows (name text, is_own bool DEFAULT true);
-        INSERT INTO settings.own_rows VALUES ('shipped', false);
+        INSERT INTO settings.own_rows VALUES ('shipped', false), ('shipped too', false);
         SELECT pg_catalog.pg_extension_config_dump('settings.own_rows', 'WHERE is_own');
         CREATE SEQUENCE settings.numbers;
         SELECT pg_catalog.pg_extension_config_dump('settings.numbers', '');
