@@ -262,6 +262,42 @@ def read_metadata(dump: Path) -> dict[str, Any]:
     return values
 
 
+@dataclass(frozen=True)
+class Backup:
+    """The two files of a backup, to be damaged, and a project to verify them with."""
+
+    dump: Path
+    project: Project
+
+    @property
+    def metadata(self) -> Path:
+        return metadata_path(self.dump)
+
+    def read_metadata(self) -> dict[str, Any]:
+        return read_metadata(self.dump)
+
+    def edit(self, **values: object) -> None:
+        self.metadata.write_text(json.dumps({**self.read_metadata(), **values}), encoding="utf-8")
+
+    def count(self, **rows: int | None) -> None:
+        """Give tables other counts; with None, take them out."""
+        counts = {**self.read_metadata()["table_counts"], **rows}
+        self.edit(table_counts={key: count for key, count in counts.items() if count is not None})
+
+    def forge(self, content: bytes) -> None:
+        """Replace the dump, and have the metadata vouch for it."""
+        self.dump.write_bytes(content)
+        self.edit(backup_size_bytes=len(content), checksum_sha256=hashlib.sha256(content).hexdigest())
+
+    def copy_to(self, directory: Path) -> Backup:
+        directory.mkdir(exist_ok=True)
+        shutil.copy(self.metadata, directory)
+        return Backup(Path(shutil.copy(self.dump, directory)), self.project)
+
+    def verify(self) -> Result:
+        return self.project.run("--verify", self.dump)
+
+
 def readme_section(title: str) -> str:
     text = (PROJECT / "README.md").read_text(encoding="utf-8")
     section = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]

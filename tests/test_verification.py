@@ -8,24 +8,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cluster import Cluster, installation
 from conftest import MakeProject, project_maker
-from support import (
-    Database,
-    Project,
-    Result,
-    contents_of,
-    finish,
-    metadata_path,
-    new_database,
-    read_metadata,
-)
+from support import Backup, Database, Project, Result, contents_of, finish, new_database
 
 from backup_db import REQUIRED_KEYS
 
@@ -43,42 +32,6 @@ COUNTS = {"messages": 400, "empty": 0, 'other."Odd.name"': 3}
 
 # The places of the random damage; another number, other places.
 SEED = 20250127
-
-
-@dataclass(frozen=True)
-class Backup:
-    """The two files of a backup, to be damaged, and a project to verify them with."""
-
-    dump: Path
-    project: Project
-
-    @property
-    def metadata(self) -> Path:
-        return metadata_path(self.dump)
-
-    def read_metadata(self) -> dict[str, Any]:
-        return read_metadata(self.dump)
-
-    def edit(self, **values: object) -> None:
-        self.metadata.write_text(json.dumps({**self.read_metadata(), **values}), encoding="utf-8")
-
-    def count(self, **rows: int | None) -> None:
-        """Give tables other counts; with None, take them out."""
-        counts = {**self.read_metadata()["table_counts"], **rows}
-        self.edit(table_counts={key: count for key, count in counts.items() if count is not None})
-
-    def forge(self, content: bytes) -> None:
-        """Replace the dump, and have the metadata vouch for it."""
-        self.dump.write_bytes(content)
-        self.edit(backup_size_bytes=len(content), checksum_sha256=sha256(content).hexdigest())
-
-    def copy_to(self, directory: Path) -> Backup:
-        directory.mkdir(exist_ok=True)
-        shutil.copy(self.metadata, directory)
-        return Backup(Path(shutil.copy(self.dump, directory)), self.project)
-
-    def verify(self) -> Result:
-        return self.project.run("--verify", self.dump)
 
 
 @pytest.fixture(scope="module")
@@ -425,6 +378,11 @@ FAILING_RESTORES = {
     "fails": ('"$real" "$@"; exit 3', "pg_restore ended with exit status 3"),
     "says nothing": ("cat >/dev/null", "it holds that of 0"),
     "stops early": ('"$real" "$@" | head --lines=100', "it breaks off within a table"),
+    "loses a table": ('"$real" "$@" | sed "/^COPY public.empty/,/^..$/d"', "it holds that of 2"),
+    "adds a table": (
+        r'"$real" "$@"; echo "COPY public.more (a) FROM stdin;"; echo "\."',
+        "it holds that of 4",
+    ),
     "loses a row": ('"$real" "$@" | sed "/^7\t/d"', "399 rows in the dump, 400 expected"),
     "is stuck": ("sleep 60", "pg_restore is stuck: silent for 2 seconds"),
 }
