@@ -58,7 +58,7 @@ TOOL_SECONDS = 30  # for a tool to tell its version
 STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
 CONNECT_LIMIT_FACTOR = 3  # of libpq's own limit for each host: a name may have more addresses
 CONNECT_LIMIT_SECONDS = 5  # beyond it
-ORPHAN_SECONDS = 5  # for the server to see that this process was killed, and to end its query
+ORPHAN_SECONDS = 1  # for the server to see that this process was killed, and to end its query
 TICK_SECONDS = 0.1  # between two looks at anything else that is waited for
 REDRAW_SECONDS = 0.2  # between two states of the progress line
 
@@ -137,15 +137,19 @@ class ExitCode(enum.IntEnum):
 class Failure(Exception):
     """An expected failure: what a user, a server or a disk can cause.
 
-    `detail` says what happened, in the words of the tool that met it; `steps` what to do next.
+    `detail` says what happened, in the words of the tool that met it; `steps` what to do next;
+    `report`, above both, what was found before.
     Any other exception that leaves an operation, but OSError, is a bug.
     """
 
-    def __init__(self, code: ExitCode, detail: str, *steps: str) -> None:
+    def __init__(
+        self, code: ExitCode, detail: str, *steps: str, report: Sequence[str] = ()
+    ) -> None:
         super().__init__(detail)
         self.code = code
         self.detail = detail
         self.steps = steps
+        self.report = report
 
 
 # "FATAL:  ", with two spaces after a word in any language, as libpq begins a server's message.
@@ -396,7 +400,7 @@ class Patience:
 
 def printable(text: str) -> str:
     """`text` on one line: what a terminal would not show as itself is escaped."""
-    text = from_system(text)
+    text = decode_os_text(text)
     if text.isprintable():
         return text
     return "".join(
@@ -405,7 +409,7 @@ def printable(text: str) -> str:
     )
 
 
-def from_system(text: str) -> str:
+def decode_os_text(text: str) -> str:
     """Text that the system gave us, whatever the locale: UTF-8, and what is none is escaped."""
     if not text.isascii():  # bytes that Python could not decode stand in it as surrogates
         with contextlib.suppress(UnicodeEncodeError):
@@ -413,7 +417,7 @@ def from_system(text: str) -> str:
     return text
 
 
-def to_system(text: str) -> str:
+def encode_os_text(text: str) -> str:
     """Text as this process passes it to the system, in any locale: its UTF-8 bytes."""
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
@@ -506,7 +510,7 @@ def file_prefix(database: str, environment: str) -> str:
     )
     ending = "" if encoded.endswith(f"_{environment}") else f"_{environment}"
     # The str that stands for these UTF-8 bytes in the file system's encoding, whatever it is.
-    return to_system(encoded + ending)
+    return encode_os_text(encoded + ending)
 
 
 def file_timestamp(moment: datetime) -> str:
@@ -537,57 +541,6 @@ def metadata_path(dump: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------
-# Tables: their exact names, on the server, in the archive and in the metadata
-# ---------------------------------------------------------------------------------------------
-
-TableName = tuple[str, str]  # schema, table: as they are, unquoted
-
-QUOTED_OR_BARE = r'"(?:[^"]|"")+"|[^".\s]+'
-TABLE_KEY = re.compile(rf"(?:({QUOTED_OR_BARE})\.)?({QUOTED_OR_BARE})")
-COPY_HEADER = re.compile(
-    rf"COPY ({QUOTED_OR_BARE})\.({QUOTED_OR_BARE}) .*FROM stdin;\n".encode(), re.DOTALL
-)
-
-# Python's name of a server encoding where it is not PostgreSQL's own (PostgreSQL 18
-# documentation, "Character Set Support", table 23.3). Latin-1 stands for "these very bytes".
-CODECS = {
-    "SQL_ASCII": "latin-1",
-    "MULE_INTERNAL": "latin-1",
-    "EUC_TW": "latin-1",
-    "KOI8R": "koi8-r",
-    "KOI8U": "koi8-u",
-}
-
-
-def decode_name(raw: bytes, encoding: str) -> str:
-    """An identifier's bytes, in the server's encoding, as text.
-
-    Names from the catalog and names from the archive both come through here, so that what is
-    the same in bytes is the same in text, even where Python and PostgreSQL map an encoding
-    differently.
-    """
-    codec = CODECS.get(encoding) or encoding.replace("WIN", "cp")
-    try:
-        return raw.decode(codec)
-    except (LookupError, UnicodeDecodeError):
-        return raw.decode("latin-1")
-
-
-def unquote_identifier(identifier: str) -> str:
-    """`"a ""b"` to `a "b`; a bare identifier is itself."""
-    return identifier[1:-1].replace('""', '"') if identifier.startswith('"') else identifier
-
-
-def parse_table_key(key: str) -> TableName:
-    """The schema and name behind a key of `table_counts`; ValueError where it is none."""
-    match = TABLE_KEY.fullmatch(key)
-    if match is None:
-        raise ValueError(f"{key!r} is no table name")
-    schema, table = match.groups()
-    return unquote_identifier(schema or "public"), unquote_identifier(table)
-
-
-# ---------------------------------------------------------------------------------------------
 # Metadata
 # ---------------------------------------------------------------------------------------------
 
@@ -596,18 +549,60 @@ class MetadataError(ValueError):
     """Metadata that is missing, unreadable or ill-typed; the text names the key."""
 
 
-MOST_ROWS = 2**63 - 1  # what count(*) can return
+def is_text(value: object) -> bool:
+    """Whether it is a string."""
+    return isinstance(value, str)
 
-REQUIRED_KEYS: dict[str, type] = {
-    "backup_timestamp": str,
-    "environment": str,
-    "database_name": str,
-    "backup_file": str,
-    "backup_size_bytes": int,
-    "checksum_sha256": str,
-    "table_counts": dict,
-    "pg_dump_version": str,
-    "postgresql_version": str,
+
+def is_count(value: object) -> bool:
+    """Whether it is a number of bytes, rows or objects, as PostgreSQL's bigint holds one."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_utc_time(value: object) -> bool:
+    """Whether it is a moment as `iso_timestamp` writes one."""
+    try:
+        return isinstance(value, str) and bool(parse_iso_timestamp(value))
+    except ValueError:
+        return False
+
+
+def are_counts(value: object) -> bool:
+    """Whether it is an object of counts."""
+    return isinstance(value, dict) and all(map(is_count, value.values()))
+
+
+def are_oids(value: object) -> bool:
+    """Whether it is an object of oids, each another one."""
+    return (
+        isinstance(value, dict)
+        and all(type(oid) is int and 0 < oid < 2**32 for oid in value.values())
+        and len(set(value.values())) == len(value)
+    )
+
+
+# What a reader relies on: whether the value fits, and what it should be.
+REQUIRED_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "backup_timestamp": (is_utc_time, "a UTC time"),
+    "environment": (is_text, "text"),
+    "database_name": (is_text, "text"),
+    "backup_file": (is_text, "text"),
+    "backup_size_bytes": (is_count, "a size"),
+    "checksum_sha256": (
+        lambda value: is_text(value) and bool(re.fullmatch(r"[0-9a-f]{64}", value)),
+        "a SHA-256",
+    ),
+    "table_counts": (are_counts, "a number of rows for each table"),
+    "pg_dump_version": (is_text, "text"),
+    "postgresql_version": (is_text, "text"),
+}
+
+# Of the further keys, those that are read; one that does not fit counts as absent.
+OPTIONAL_KEYS: dict[str, Callable[[Any], bool]] = {
+    "database_size_bytes": is_count,
+    "compression": is_text,
+    "large_object_count": is_count,
+    "verification": lambda value: isinstance(value, dict),
 }
 
 
@@ -628,6 +623,7 @@ class Metadata(NamedTuple):
     table_counts: dict[str, int]
     pg_dump_version: str
     postgresql_version: str
+    table_oids: dict[str, int] | None = None
     metadata_version: int = METADATA_VERSION
     database_size_bytes: int | None = None
     compression: str | None = None
@@ -658,46 +654,17 @@ class Metadata(NamedTuple):
             raise MetadataError(f"it is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise MetadataError("it is not a JSON object")
-        for key, kind in REQUIRED_KEYS.items():
+        for key, (fits, wanted) in REQUIRED_KEYS.items():
             if key not in values:
                 raise MetadataError(f'the key "{key}" is missing')
-            value = values[key]
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise MetadataError(f'the key "{key}" is not of the right type')
-        return cls._checked(values)
-
-    @classmethod
-    def _checked(cls, values: dict[str, Any]) -> Metadata:
-        try:
-            parse_iso_timestamp(values["backup_timestamp"])
-        except ValueError:
-            raise MetadataError('the key "backup_timestamp" is not a UTC time') from None
-        if not re.fullmatch(r"[0-9a-f]{64}", values["checksum_sha256"]):
-            raise MetadataError('the key "checksum_sha256" is not a SHA-256')
-        if values["backup_size_bytes"] < 0:
-            raise MetadataError('the key "backup_size_bytes" is not a size')
-        for table, rows in values["table_counts"].items():
-            if (
-                type(rows) is not int
-                or not 0 <= rows <= MOST_ROWS
-                or not (table.isidentifier() or TABLE_KEY.fullmatch(table))
-            ):
-                raise MetadataError(f'the key "table_counts" is wrong at {table!r}')
-        # Of the further keys, those that are read below; one of another type counts as absent.
-        optional: dict[str, tuple[type, ...]] = {
-            "database_size_bytes": (int,),
-            "compression": (str,),
-            "large_object_count": (int,),
-            "verification": (dict,),
-        }
-        return cls(
-            **{key: values[key] for key in REQUIRED_KEYS},
-            **{
-                key: values[key]
-                for key, kinds in optional.items()
-                if type(values.get(key)) in kinds
-            },
-        )
+            if not fits(values[key]):
+                raise MetadataError(f'the key "{key}" is not {wanted}')
+        further = {key: values[key] for key, fits in OPTIONAL_KEYS.items() if fits(values.get(key))}
+        if (oids := values.get("table_oids")) is not None:  # backups made before have none
+            if not are_oids(oids) or oids.keys() != values["table_counts"].keys():
+                raise MetadataError('the key "table_oids" is not an oid for each table')
+            further["table_oids"] = oids
+        return cls(**{key: values[key] for key in REQUIRED_KEYS}, **further)
 
     @property
     def moment(self) -> datetime:
@@ -912,7 +879,9 @@ def tool_environment(settings: Mapping[str, str] = MappingProxyType({})) -> dict
         if name == "PGCLUSTER" or not name.startswith(("PG", "DB_", "DEV_DB_"))
     }
     return (
-        inherited | {"LC_ALL": "C"} | {name: to_system(value) for name, value in settings.items()}
+        inherited
+        | {"LC_ALL": "C"}
+        | {name: encode_os_text(value) for name, value in settings.items()}
     )
 
 
@@ -1108,7 +1077,7 @@ def reads_compression(pg_restore: Tool, compression: str) -> bool:
     head += bytes((COMPRESSION_NUMBERS[algorithm],)) + created + strings + integer(no_entries)
     argv = [pg_restore.path, "--format=custom", "--list"]
     with Program(argv, pg_restore.environment, stdin=subprocess.PIPE) as program:
-        send(program, head)
+        write_stdin(program, head)
         return program.wait(TOOL_SECONDS) == 0 and not program.words
 
 
@@ -1125,7 +1094,7 @@ def unreadable_compression(pg_restore: Tool, compression: str) -> Failure:
     )
 
 
-def send(program: Program, data: bytes) -> None:
+def write_stdin(program: Program, data: bytes) -> None:
     """Give the program its whole input. One that ended early says why by its exit status."""
     assert program.process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
@@ -1153,50 +1122,27 @@ def hash_file(path: Path, on_block: Callable[[int], None]) -> str:
     return digest.hexdigest()
 
 
-class BackgroundHash:
-    """`hash_file` beside other work: a context manager; what runs on behind it, when it is left by
-    an exception, only reads, and stops at its next block."""
+class FileHash(Background[str]):
+    """`hash_file` in the background: a context manager, behind which it stops at its next block."""
 
     class Stopped(Exception):
         """The result is not wanted any more."""
 
     def __init__(self, path: Path) -> None:
         self.done_bytes = 0
-        self.digest = ""  # until all is read
-        self._path = path
         self._stopping = False
-
-    def _run(self) -> str:
-        self.digest = hash_file(self._path, self._note)
-        return self.digest
+        super().__init__(lambda: hash_file(path, self._note))
 
     def _note(self, done_bytes: int) -> None:
         self.done_bytes = done_bytes
         if self._stopping:
             raise self.Stopped
 
-    def __enter__(self) -> BackgroundHash:
-        self._hashing = Background(self._run)
+    def __enter__(self) -> FileHash:
         return self
 
     def __exit__(self, *_exception: object) -> None:
         self._stopping = True
-
-    def result(self) -> str:
-        """The digest, waited for. Raises OSError."""
-        return self._hashing.wait()
-
-
-class Contents(NamedTuple):
-    """What an archive yields when it is read to its end."""
-
-    rows: Mapping[TableName, int]
-    large_objects: int
-
-    @property
-    def total_rows(self) -> int:
-        """The rows of all tables."""
-        return sum(self.rows.values())
 
 
 class ScriptReader:
@@ -1205,8 +1151,9 @@ class ScriptReader:
     Data lines are never looked into: COPY escapes every newline and every backslash within a
     value, so that a row is a line and only the end of the data is the line `\\.` (PostgreSQL
     documentation, "COPY", text format). Names are not escaped: a COPY statement may span lines,
-    and has ended only where its double quotes are even. Whatever else is in the script must be
-    what pg_restore is known to write there (15 to 18), or the archive counts as damaged.
+    and has ended only where its double quotes are even. They are not looked into either. Whatever
+    else is in the script must be what pg_restore is known to write there (15 to 18), or the archive
+    counts as damaged.
     """
 
     END_OF_DATA = b"\n\\.\n"
@@ -1222,25 +1169,23 @@ class ScriptReader:
         b"SELECT pg_catalog.lo_close(",
     )
     LARGE_OBJECT = b"SELECT pg_catalog.lo_open("
-    ENCODING = re.compile(rb"SET client_encoding = '(\w+)';\n")
     LONGEST_LINE_BYTES = 16 * 1024 * 1024
     LONGEST_STATEMENT_BYTES = 1024 * 1024  # 1,600 columns of 63 bytes take a third of it
 
     def __init__(self) -> None:
         self.rows_read = 0
-        self._encoding = "SQL_ASCII"
-        self._rows: dict[TableName, int] = {}
-        self._large_objects = 0
+        self.blocks: list[int] = []  # the rows of each COPY, in order
+        self.large_objects = 0
         self._unread = b""
         self._statement = b""  # a COPY statement that goes on in the next line
-        self._table: TableName | None = None  # whose data is being read
+        self._is_in_data = False
 
     def feed(self, block: bytes) -> None:
         """Read on. Raises ArchiveError for what pg_restore never writes."""
         script = self._unread + block
         position = 0
         while True:
-            if self._table is not None:
+            if self._is_in_data:
                 # Nearly always there is none. To see that there is no backslash costs next to
                 # nothing, and rfind finds none in two thirds of find's time.
                 end = script.find(b"\\", position)
@@ -1251,12 +1196,12 @@ class ScriptReader:
                 # Keep the last bytes: the end of the data may lie across two blocks.
                 stop = end if end >= 0 else max(position, len(script) - len(self.END_OF_DATA) + 1)
                 rows = script.count(b"\n", position, stop)
-                self._rows[self._table] += rows
+                self.blocks[-1] += rows
                 self.rows_read += rows
                 if end < 0:
                     position = stop
                     break
-                self._table = None
+                self._is_in_data = False
                 position = end + len(self.END_OF_DATA)
             else:
                 end = script.find(b"\n", position)
@@ -1264,7 +1209,7 @@ class ScriptReader:
                     break
                 self._read_line(script[position : end + 1])
                 # The newline before the first row is the one that ends the statement.
-                position = end if self._table is not None else end + 1
+                position = end if self._is_in_data else end + 1
         self._unread = script[position:]
         if len(self._unread) > self.LONGEST_LINE_BYTES:
             raise ArchiveError("a line that is no data and does not end")
@@ -1273,44 +1218,42 @@ class ScriptReader:
         if self._statement or line.startswith(b"COPY "):
             self._statement += line
             if self._statement.count(b'"') % 2 == 0 and line.endswith(b" FROM stdin;\n"):
-                self._begin_table(self._statement)
-                self._statement = b""
+                self._statement, self._is_in_data = b"", True
+                self.blocks.append(0)
             elif len(self._statement) > self.LONGEST_STATEMENT_BYTES:
                 raise ArchiveError("a COPY statement that does not end")
         elif line.startswith(self.LARGE_OBJECT):
-            self._large_objects += 1
-        elif match := self.ENCODING.fullmatch(line):
-            self._encoding = match.group(1).decode("ascii")
+            self.large_objects += 1
         elif line != b"\n" and not line.startswith(self.HARMLESS):
             raise ArchiveError(f"an unexpected line: {printable(line[:200].decode('latin-1'))}")
 
-    def _begin_table(self, statement: bytes) -> None:
-        match = COPY_HEADER.fullmatch(statement)
-        if match is None:
-            raise ArchiveError(f"an unexpected statement: {statement[:200]!r}")
-        schema, table = (
-            unquote_identifier(decode_name(raw, self._encoding)) for raw in match.groups()
-        )
-        self._table = (schema, table)
-        if self._table in self._rows:
-            raise ArchiveError(f"the table {schema}.{table} is in it twice")
-        self._rows[self._table] = 0
-
-    def finish(self) -> Contents:
-        """What was read. Raises ArchiveError where the script breaks off."""
-        if self._table is not None or self._statement or self._unread:
+    def finish(self) -> None:
+        """Raises ArchiveError where the script breaks off."""
+        if self._is_in_data or self._statement or self._unread:
             raise ArchiveError("it breaks off within a table")
-        return Contents(self._rows, self._large_objects)
 
 
-TOC_DATA_ENTRY = re.compile(rb"(\d+); \d+ \d+ (TABLE DATA|BLOBS) ")
+# dump id; oid of the catalog, oid of the object, kind: for table data the object is the table
+TOC_DATA_ENTRY = re.compile(rb"(\d+); \d+ (\d+) (TABLE DATA|BLOBS) ")
 
 
-class TableOfContents(NamedTuple):
+class DataEntries(NamedTuple):
     """The entries of an archive that hold data, by their dump ids."""
 
-    tables: Sequence[bytes]
+    tables: Mapping[bytes, int]  # to the table's oid, in the archive's order
     large_objects: Sequence[bytes]
+
+
+class Contents(NamedTuple):
+    """What an archive yields when it is read to its end."""
+
+    rows: Mapping[int, int]  # by the table's oid
+    large_objects: int
+
+    @property
+    def total_rows(self) -> int:
+        """The rows of all tables."""
+        return sum(self.rows.values())
 
 
 def read_output(program: Program, look_after: Callable[[], None]) -> Iterator[bytes]:
@@ -1339,26 +1282,32 @@ def read_output(program: Program, look_after: Callable[[], None]) -> Iterator[by
         raise ArchiveError(program.words)
 
 
-def read_table_of_contents(pg_restore: Tool, dump: Path) -> TableOfContents:
+def list_data_entries(pg_restore: Tool, dump: Path) -> DataEntries:
     """`pg_restore --list`. Raises ArchiveError with pg_restore's words; a warning is one too."""
-    found: dict[bytes, list[bytes]] = {b"TABLE DATA": [], b"BLOBS": []}
+    tables: dict[bytes, int] = {}
+    large_objects: list[bytes] = []
     argv = [pg_restore.path, "--format=custom", "--list", os.path.abspath(dump)]
     with Program(argv, pg_restore.environment, stdout=subprocess.PIPE) as program:
         unread = b""
-        for block in read_output(program, lambda: None):
+        for block in read_output(program, do_nothing):
             *lines, unread = (unread + block).split(b"\n")
             for line in lines:
                 if match := TOC_DATA_ENTRY.match(line):
-                    found[match.group(2)].append(match.group(1))
-    return TableOfContents(found[b"TABLE DATA"], found[b"BLOBS"])
+                    dump_id, oid, kind = match.groups()
+                    if kind == b"BLOBS":
+                        large_objects.append(dump_id)
+                    else:
+                        tables[dump_id] = int(oid)
+    return DataEntries(tables, large_objects)
 
 
 def read_contents(
-    pg_restore: Tool, dump: Path, toc: TableOfContents, on_rows: Callable[[int], None]
+    pg_restore: Tool, dump: Path, entries: DataEntries, on_tick: Callable[[int], None]
 ) -> Contents:
     """Let pg_restore decode every data entry of the archive, and count what it yields.
 
-    Streams: the memory it takes does not grow with the archive. Raises ArchiveError.
+    It writes the entries in the order in which they are asked for: the k-th COPY is the data of the
+    k-th table. Streams: the memory it takes does not grow with the archive. Raises ArchiveError.
     """
     reader = ScriptReader()
     argv = [pg_restore.path, "--format=custom", "--data-only", "--use-list=/dev/stdin", "--file=-"]
@@ -1368,47 +1317,160 @@ def read_contents(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as program:
-        send(program, b"".join(entry + b";\n" for entry in (*toc.tables, *toc.large_objects)))
-        for block in read_output(program, lambda: on_rows(reader.rows_read)):
+        wanted = (*entries.tables, *entries.large_objects)
+        write_stdin(program, b"".join(entry + b";\n" for entry in wanted))
+        for block in read_output(program, lambda: on_tick(reader.rows_read)):
             reader.feed(block)
-    contents = reader.finish()
-    if len(contents.rows) != len(toc.tables):
+    reader.finish()
+    oids = entries.tables.values()
+    if len(reader.blocks) != len(oids):
         raise ArchiveError(
-            f"its table of contents lists the data of {plural(len(toc.tables), 'table')}, "
-            f"it holds that of {len(contents.rows)}"
+            f"its table of contents lists the data of {plural(len(oids), 'table')}, "
+            f"it holds that of {len(reader.blocks)}"
         )
-    return contents
+    rows = dict(zip(oids, reader.blocks, strict=True))
+    if len(rows) != len(oids):
+        raise ArchiveError("its table of contents lists the data of a table twice")
+    return Contents(rows, reader.large_objects)
 
 
-def compare_contents(
-    contents: Contents, table_counts: Mapping[str, int], large_object_count: int | None
-) -> list[str]:
+def compare_contents(contents: Contents, expected: Metadata) -> list[str]:
     """Every way in which the archive's contents differ from the counts, a sentence each."""
-    expected = {parse_table_key(key): (key, rows) for key, rows in table_counts.items()}
     problems = []
-    for name, (key, rows) in expected.items():
-        if name not in contents.rows:
-            problems.append(
-                f"table {printable(key)}: not in the dump, {plural(rows, 'row')} expected"
-            )
-        elif contents.rows[name] != rows:
-            problems.append(
-                f"table {printable(key)}: {plural(contents.rows[name], 'row')} in the dump, "
-                f"{rows} expected"
-            )
-    problems += [
-        f"table {printable('.'.join(name))}: in the dump, but not counted"
-        for name in contents.rows
-        if name not in expected
-    ]
-    if len(expected) != len(table_counts):
-        problems.append("two keys of table_counts name the same table")
-    if contents.large_objects != (large_object_count or 0):
+    if expected.table_oids is None:  # made before: all that can be compared are the numbers
+        found, wanted = sorted(contents.rows.values()), sorted(expected.table_counts.values())
+        if found != wanted:
+            from collections import Counter
+
+            more, less = Counter(found) - Counter(wanted), Counter(wanted) - Counter(found)
+            problems += [f"a table of {plural(n, 'row')}: not expected" for n in more.elements()]
+            problems += [f"a table of {plural(n, 'row')}: not in the dump" for n in less.elements()]
+    else:
+        for key, oid in expected.table_oids.items():
+            rows = expected.table_counts[key]
+            if oid not in contents.rows:
+                problems.append(
+                    f"table {printable(key)}: not in the dump, {plural(rows, 'row')} expected"
+                )
+            elif contents.rows[oid] != rows:
+                problems.append(
+                    f"table {printable(key)}: {plural(contents.rows[oid], 'row')} in the dump, "
+                    f"{rows} expected"
+                )
+        problems += [
+            f"table with the oid {oid}: in the dump, but not counted"
+            for oid in contents.rows.keys() - expected.table_oids.values()
+        ]
+    large_objects = expected.large_object_count or 0
+    if contents.large_objects != large_objects:
         problems.append(
             f"{plural(contents.large_objects, 'large object')} in the dump, "
-            f"{large_object_count or 0} expected"
+            f"{large_objects} expected"
         )
     return problems
+
+
+class Check(NamedTuple):
+    """One check of a dump: what its line in the report says, and why it failed, if it did."""
+
+    verdict: str
+    problem: str = ""
+
+
+class Examination(NamedTuple):
+    """What the three checks of a dump found; None for one that was not made."""
+
+    digest: str  # SHA-256, empty where it was not taken
+    checksum: Check
+    structure: Check
+    contents: Check | None
+
+    @property
+    def problem(self) -> str:
+        """Why the dump is not sound; empty where it is."""
+        checks = (self.checksum, self.structure, self.contents)
+        return "\n".join(check.problem for check in checks if check and check.problem)
+
+
+def examine_dump(
+    pg_restore: Tool,
+    dump: Path,
+    expected: Metadata,
+    on_progress: Callable[[float, int], None],
+) -> Examination:
+    """Check that a dump is the file, and holds the rows, that its metadata says: at creation, when
+    there is no checksum yet, and later.
+
+    Hash and contents are read at once, which takes as long as the slower of the two. As soon as the
+    checksum is known to differ no more is read, and what was read is discarded. `on_progress` is
+    called with the fraction that is done, and the rows so far. Raises OSError, Interrupted.
+    """
+    structure, entries = check_structure(pg_restore, dump)
+    size_bytes, total_rows = expected.backup_size_bytes, expected.total_rows
+    if (found := dump.stat().st_size) != size_bytes:
+        sizes = f"expected {size_bytes} bytes, found {found}"
+        return Examination("", Check(f"✗ Mismatch ({sizes})", OTHER_FILE), structure, None)
+    contents = None
+    with FileHash(dump) as hashing:
+
+        def fits(digest: str) -> bool:
+            return digest == (expected.checksum_sha256 or digest)
+
+        def on_tick(rows: int) -> None:
+            if hashing.is_done and not fits(hashing.wait()):
+                raise ArchiveError(OTHER_FILE)
+            done = hashing.done_bytes / (size_bytes or 1) + rows / (total_rows or 1)
+            on_progress(done / 2, rows)
+
+        try:
+            if entries is not None:
+                contents = check_contents(pg_restore, dump, entries, expected, on_tick)
+            digest = hashing.wait()
+            found = dump.stat().st_size
+        except OSError as error:
+            words = f"{display_path(dump)} cannot be read: {error.strerror}"
+            return Examination("", Check(f"✗ Invalid ({words})", words), structure, None)
+    if not hashing.done_bytes == found == size_bytes:
+        sizes = f"expected {size_bytes} bytes, read {hashing.done_bytes}, then found {found}"
+        return Examination("", Check(f"✗ Mismatch ({sizes})", sizes), structure, None)
+    if fits(digest):
+        return Examination(digest, Check(f"✓ Match ({digest[:12]}...)"), structure, contents)
+    digits = f"expected {expected.checksum_sha256[:12]}..., found {digest[:12]}..."
+    return Examination(digest, Check(f"✗ Mismatch ({digits})", OTHER_FILE), structure, None)
+
+
+OTHER_FILE = "the dump is not the file that was verified when it was made"
+
+
+def check_structure(pg_restore: Tool, dump: Path) -> tuple[Check, DataEntries | None]:
+    """Whether pg_restore can list the archive, and the data entries that it lists."""
+    try:
+        entries = list_data_entries(pg_restore, dump)
+    except ArchiveError as error:
+        return Check(f"✗ Invalid ({first_line(str(error))})", str(error)), None
+    return Check("✓ Valid (pg_restore --list succeeded)"), entries
+
+
+def check_contents(
+    pg_restore: Tool,
+    dump: Path,
+    entries: DataEntries,
+    expected: Metadata,
+    on_tick: Callable[[int], None],
+) -> Check:
+    """Whether pg_restore reads the archive to its end, and finds in it what is expected."""
+    try:
+        contents = read_contents(pg_restore, dump, entries, on_tick)
+    except ArchiveError as error:
+        return Check(f"✗ Invalid ({first_line(str(error))})", str(error))
+    problems = compare_contents(contents, expected)
+    found = row_summary(contents.total_rows, len(contents.rows), contents.large_objects)
+    if not problems:
+        return Check(f"✓ Match ({found})")
+    wanted = row_summary(
+        expected.total_rows, len(expected.table_counts), expected.large_object_count or 0
+    )
+    return Check(f"✗ Mismatch (expected {wanted}, found {found})", list_problems(problems))
 
 
 def list_problems(problems: Sequence[str], most: int = 10) -> str:
@@ -1726,7 +1788,7 @@ def client_options(config: DatabaseConfig, user: bool = True) -> str:
 
 def sql_identifier(name: str) -> str:
     """A name quoted for SQL, as a person can paste it."""
-    return printable_sql('"' + from_system(name).replace('"', '""') + '"')
+    return printable_sql('"' + decode_os_text(name).replace('"', '""') + '"')
 
 
 def printable_sql(sql: str) -> str:
@@ -1863,26 +1925,11 @@ class Table(NamedTuple):
     """A table that pg_dump locks, and whose rows it writes if there can be any."""
 
     oid: int
-    sql_name: str  # as SQL wants it, quoted where needed
+    sql_name: str  # with its schema, quoted where SQL needs it
+    key: str  # the same in the metadata: bare in schema public
     condition: str  # of an extension's configuration table: the rows that pg_dump takes
     column: str  # the one that is least work to read, in parentheses; empty where there is none
-    schema: str
-    name: str
-    schema_is_quoted: bool
-    name_is_quoted: bool
     has_rows: bool  # in the dump: those of a partitioned table are in its partitions
-
-    @property
-    def key(self) -> str:
-        """The table in the metadata: bare in schema public, quoted where SQL needs it."""
-
-        def quote(name: str, is_quoted: bool) -> str:
-            return '"' + name.replace('"', '""') + '"' if is_quoted else name
-
-        name = quote(self.name, self.name_is_quoted)
-        if self.schema == "public":
-            return name
-        return f"{quote(self.schema, self.schema_is_quoted)}.{name}"
 
     @property
     def copy_statement(self) -> str:
@@ -1901,15 +1948,14 @@ class Table(NamedTuple):
 # their rows out there. Object ids grow, so that their order is the order of creation.
 DUMPED_TABLES = f"""
 WITH rel AS ({DUMPED_RELATIONS})
-SELECT oid::bigint, pg_catalog.quote_ident(nspname), pg_catalog.quote_ident(relname),
-       COALESCE(condition, ''),
+SELECT oid::bigint, pg_catalog.quote_ident(nspname) || '.' || pg_catalog.quote_ident(relname),
+       CASE nspname WHEN 'public' THEN '' ELSE pg_catalog.quote_ident(nspname) || '.' END
+       || pg_catalog.quote_ident(relname), COALESCE(condition, ''),
        COALESCE((SELECT '(' || pg_catalog.quote_ident(a.attname) || ')'
                    FROM pg_catalog.pg_attribute a
                   WHERE a.attrelid = rel.oid AND a.attnum > 0
                     AND NOT a.attisdropped AND a.attgenerated = ''
                   ORDER BY a.attlen < 0, a.attlen, a.attnum LIMIT 1), ''),
-       pg_catalog.convert_to(nspname::text, pg_catalog.getdatabaseencoding()),
-       pg_catalog.convert_to(relname::text, pg_catalog.getdatabaseencoding()),
        relkind = 'r' AND NOT (relpersistence = 'u' AND pg_catalog.pg_is_in_recovery())
   FROM rel WHERE relkind IN ('r', 'p')
  ORDER BY oid
@@ -1918,23 +1964,7 @@ SELECT oid::bigint, pg_catalog.quote_ident(nspname), pg_catalog.quote_ident(reln
 
 def list_tables(session: Session) -> list[Table]:
     """The tables that pg_dump will lock, in the order in which they were created."""
-    encoding = session.parameter("server_encoding")
-    return [
-        Table(
-            oid=oid,
-            sql_name=f"{schema}.{name}",
-            condition=condition,
-            column=column,
-            schema=decode_name(bytes(raw_schema), encoding),
-            name=decode_name(bytes(raw_name), encoding),
-            schema_is_quoted=schema.startswith('"'),
-            name_is_quoted=name.startswith('"'),
-            has_rows=has_rows,
-        )
-        for oid, schema, name, condition, column, raw_schema, raw_name, has_rows in session.query(
-            DUMPED_TABLES
-        )
-    ]
+    return [Table(*row) for row in session.query(DUMPED_TABLES)]
 
 
 class DatabaseFacts(NamedTuple):
@@ -2215,11 +2245,6 @@ class Dumped(NamedTuple):
     tables: Sequence[Table]
     counts: Mapping[int, int]
     warnings: str
-
-    @property
-    def table_counts(self) -> dict[str, int]:
-        """As the metadata has them: in the order in which the tables were created."""
-        return {table.key: self.counts[table.oid] for table in self.tables}
 
 
 class Run(NamedTuple):
@@ -2862,33 +2887,26 @@ def create_backup(choice: str, output_dir: Path, progress: Progress) -> Creation
             run = Run(config, tools, lock, partial, progress)
             dumped = dump_database(run)
             Background(lambda: sync_file(partial.dump)).wait()
-            size_bytes, checksum, contents = read_back(run, dumped)
-            metadata = Metadata(
-                backup_timestamp=iso_timestamp(dumped.moment),
-                environment=config.environment.value,
-                database_name=dumped.facts.name,
-                backup_file=from_system(partial.published_dump.name),
-                backup_size_bytes=size_bytes,
-                checksum_sha256=checksum,
-                table_counts=dumped.table_counts,
-                pg_dump_version=tools.pg_dump.version,
-                postgresql_version=dumped.facts.server_version,
-                database_size_bytes=dumped.facts.size_bytes,
-                compression=tools.compression,
+            draft = draft_metadata(run, dumped)
+
+            def on_progress(done: float, rows: int) -> None:
+                done = DUMP_SHARE + (1 - DUMP_SHARE) * done
+                progress.show("Verifying", done, f"{rows} rows read back")
+
+            examination = examine_dump(tools.pg_restore, partial.dump, draft, on_progress)
+            if examination.problem:
+                raise unsound_dump_failure(output_dir, examination)
+            now = datetime.now(timezone.utc)
+            metadata = draft._replace(
+                checksum_sha256=examination.digest,
                 duration_seconds=round(time.monotonic() - started, 3),
-                large_object_count=dumped.facts.large_objects,
                 verification={
-                    "verified_at": iso_timestamp(datetime.now(timezone.utc)),
-                    "rows_read_back": contents.total_rows,
-                    "tables_read_back": len(contents.rows),
-                    "large_objects_read_back": contents.large_objects,
+                    "verified_at": iso_timestamp(now),
+                    "rows_read_back": draft.total_rows,
+                    "tables_read_back": len(draft.table_counts),
+                    "large_objects_read_back": draft.large_object_count,
                     "pg_restore_version": tools.pg_restore.version,
                 },
-                not_included=dumped.facts.not_included,
-                encoding=dumped.facts.encoding,
-                locale=dumped.facts.locale,
-                extensions=dumped.facts.extensions,
-                roles=dumped.facts.roles,
             )
             partial.write_metadata(metadata)
             published = partial.publish()
@@ -2912,62 +2930,56 @@ def load_configuration(choice: str) -> DatabaseConfig:
         raise missing_package(error) from None
     for name in [name for name in os.environ if name.startswith("PG") and name != "PGCLUSTER"]:
         del os.environ[name]
-    os.environ.update({name: to_system(value) for name, value in config.libpq.items()})
+    os.environ.update({name: encode_os_text(value) for name, value in config.libpq.items()})
     return config
 
 
-def read_back(run: Run, dumped: Dumped) -> tuple[int, str, Contents]:
-    """Read the dump from the disk to its end: its size, SHA-256 and contents.
+def draft_metadata(run: Run, dumped: Dumped) -> Metadata:
+    """What the metadata says of a dump before it is read back: no checksum, no verification."""
+    facts = dumped.facts
+    return Metadata(
+        backup_timestamp=iso_timestamp(dumped.moment),
+        environment=run.config.environment.value,
+        database_name=facts.name,
+        backup_file=decode_os_text(run.partial.published_dump.name),
+        backup_size_bytes=run.partial.size_bytes,
+        checksum_sha256="",
+        table_counts={table.key: dumped.counts[table.oid] for table in dumped.tables},
+        table_oids={table.key: table.oid for table in dumped.tables},
+        pg_dump_version=run.tools.pg_dump.version,
+        postgresql_version=facts.server_version,
+        database_size_bytes=facts.size_bytes,
+        compression=run.tools.compression,
+        large_object_count=facts.large_objects,
+        not_included=facts.not_included,
+        encoding=facts.encoding,
+        locale=facts.locale,
+        extensions=facts.extensions,
+        roles=facts.roles,
+    )
 
-    Raises Failure where it does not hold exactly the rows that were counted.
-    """
-    pg_restore, partial = run.tools.pg_restore, run.partial
-    counts = dumped.table_counts
-    total_rows = sum(counts.values())
-    size_bytes = partial.size_bytes
 
-    def show(rows: int) -> None:
-        done = rows / total_rows if total_rows else 1.0
-        run.progress.show(
-            "Verifying", DUMP_SHARE + (1 - DUMP_SHARE) * done, f"{rows} rows read back"
-        )
-
-    try:
-        with BackgroundHash(partial.dump) as checksum:
-            toc = read_table_of_contents(pg_restore, partial.dump)
-            contents = read_contents(pg_restore, partial.dump, toc, show)
-            problems = compare_contents(contents, counts, dumped.facts.large_objects)
-            digest = checksum.result()
-            if checksum.done_bytes != size_bytes:
-                problems.append(f"{size_bytes} bytes written, {checksum.done_bytes} read back")
-    except (ArchiveError, OSError) as error:
-        problems = [str(error)]
-    if not problems:
-        return size_bytes, digest, contents
-    detail = "the new dump does not hold what the database held\n" + list_problems(problems)
-    if is_disk_full(partial.directory):
-        raise other_file_failure(errno.ENOSPC, partial.directory, f"the disk is full: {detail}")
-    raise Failure(
+def unsound_dump_failure(directory: Path, examination: Examination) -> Failure:
+    """The failure for a new dump that is not what the database held."""
+    detail = f"the new dump does not hold what the database held\n{examination.problem}"
+    if is_disk_full(directory):
+        return other_file_failure(errno.ENOSPC, directory, f"the disk is full: {detail}")
+    return Failure(
         ExitCode.VERIFICATION,
         detail,
         "Run the backup again",
         "If it fails again, check the disk and the memory of this machine: dmesg | tail -50",
-        f"Keep the last good backup: {list_command(partial.directory)}",
+        f"Keep the last good backup: {list_command(directory)}",
     )
 
 
-class VerificationReport:
-    """What the three checks of a backup found. `problems` is empty when all passed."""
+class VerificationReport(NamedTuple):
+    """A backup that was examined."""
 
-    def __init__(self, dump: Path) -> None:
-        self.dump = dump
-        self.checksum = "not read"
-        self.structure = "not read"
-        self.contents = "not read"
-        self.size_bytes: int | None = None
-        self.timestamp = ""
-        self.problems: list[str] = []
-        self.steps: list[str] = []
+    dump: Path
+    size_bytes: int
+    metadata: Metadata
+    examination: Examination
 
 
 def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
@@ -2975,39 +2987,20 @@ def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
 
     Raises Failure for what keeps the checks from being made (files, tools), OSError.
     """
-    report = VerificationReport(dump)
-    metadata = load_verified_metadata(report)
-    if metadata is None:
-        return report
+    size_bytes, metadata = load_backup(dump)
     pg_restore = find_tool("pg_restore", tool_environment())
-    toc, unreadable = None, ""
-    try:
-        toc = read_table_of_contents(pg_restore, dump)
-        report.structure = "✓ Valid (pg_restore --list succeeded)"
-    except ArchiveError as error:
-        unreadable = str(error)
-        report.structure = f"✗ Invalid ({first_line(unreadable)})"
 
-    contents = read_hashed(pg_restore, toc, metadata, report, progress)
-    if not report.checksum.startswith("✓"):
-        report.problems.append("the dump is not the file that was verified when it was made")
-        report.steps += [
-            "Do not rely on this dump: its bytes have changed since it was made",
-            "Compare it with a copy elsewhere, and check the disk it lies on: dmesg | tail -50",
-            f"Choose another backup: {list_command(dump.parent)}",
-        ]
-    elif unreadable:
-        refuse_unfit_restore(pg_restore, metadata)
-    else:
-        judge_contents(contents, metadata, report)
-    if unreadable:
-        report.problems.append(unreadable)
-    return report
+    def on_progress(done: float, rows: int) -> None:
+        progress.show("Verifying", done, f"{rows} rows read back")
+
+    examination = examine_dump(pg_restore, dump, metadata, on_progress)
+    if examination.structure.problem and not examination.checksum.problem:
+        check_restore_fits(pg_restore, metadata)
+    return VerificationReport(dump, size_bytes, metadata, examination)
 
 
-def load_verified_metadata(report: VerificationReport) -> Metadata | None:
-    """The metadata of the dump to verify; None, with the report filled in, where there is none."""
-    dump = report.dump
+def load_backup(dump: Path) -> tuple[int, Metadata]:
+    """The size of the dump to verify, and its metadata. Raises Failure where one is missing."""
     again = [f"See which backups there are: {list_command(dump.parent)}"]
     if dump.name.endswith(METADATA_SUFFIX):
         other = dump.with_name(dump.name.removesuffix(METADATA_SUFFIX) + DUMP_SUFFIX)
@@ -3015,94 +3008,28 @@ def load_verified_metadata(report: VerificationReport) -> Metadata | None:
     try:
         status = dump.stat()
     except FileNotFoundError:
-        report.problems.append(f"there is no file {display_path(dump)}")
-        report.steps += again
-        return None
+        detail = f"there is no file {display_path(dump)}"
+        raise Failure(ExitCode.VERIFICATION, detail, *again) from None
     if not stat.S_ISREG(status.st_mode) or not dump.name.endswith(DUMP_SUFFIX):
-        report.problems.append(f"{display_path(dump)} is not a {DUMP_SUFFIX} file")
-        report.steps += again
-        return None
-    report.size_bytes = status.st_size
+        detail = f"{display_path(dump)} is not a {DUMP_SUFFIX} file"
+        raise Failure(ExitCode.VERIFICATION, detail, *again)
     os.close(os.open(dump, os.O_RDONLY))
     path = metadata_path(dump)
     try:
-        metadata = Metadata.read(path)
+        return status.st_size, Metadata.read(path)
     except FileNotFoundError:
-        report.problems.append(f"there is no metadata file {display_path(path)}")
+        problem = f"there is no metadata file {display_path(path)}"
     except MetadataError as error:
-        report.problems.append(f"{display_path(path)} cannot be used: {printable(str(error))}")
-    else:
-        report.timestamp = metadata.backup_timestamp
-        return metadata
-    report.steps += [
+        problem = f"{display_path(path)} cannot be used: {printable(str(error))}"
+    raise Failure(
+        ExitCode.VERIFICATION,
+        problem,
         "Bring the metadata file back from the place that this backup was copied to or from",
         "What the dump alone can tell: pg_restore --file=/dev/null " + shell_words(str(dump)),
-    ]
-    return None
-
-
-def read_hashed(
-    pg_restore: Tool,
-    toc: TableOfContents | None,
-    metadata: Metadata,
-    report: VerificationReport,
-    progress: Progress,
-) -> Contents | ArchiveError | None:
-    """Take the checksum, into the report, and read the contents meanwhile: them, or why they
-    cannot be read.
-
-    Together they take as long as the slower of the two. Once the checksum is known to differ no
-    more is read, and what was read counts for nothing.
-    """
-    if report.size_bytes != metadata.backup_size_bytes:
-        sizes = f"expected {metadata.backup_size_bytes} bytes, found {report.size_bytes}"
-        report.checksum = f"✗ Mismatch ({sizes})"
-        return None
-    size_bytes, total_rows = metadata.backup_size_bytes or 1, metadata.total_rows or 1
-    contents: Contents | ArchiveError | None = None
-    with BackgroundHash(report.dump) as checksum:
-
-        def look_after(rows: int) -> None:
-            if checksum.digest and checksum.digest != metadata.checksum_sha256:
-                raise ArchiveError("its checksum differs")
-            done = (checksum.done_bytes / size_bytes + rows / total_rows) / 2
-            progress.show("Verifying", done, f"{rows} rows read back")
-
-        if toc is not None:
-            try:
-                contents = read_contents(pg_restore, report.dump, toc, look_after)
-            except ArchiveError as error:
-                contents = error
-        found = checksum.result()
-    if found == metadata.checksum_sha256:
-        report.checksum = f"✓ Match ({found[:12]}...)"
-    else:
-        digits = f"expected {metadata.checksum_sha256[:12]}..., found {found[:12]}..."
-        report.checksum = f"✗ Mismatch ({digits})"
-    return contents
-
-
-def judge_contents(
-    contents: Contents | ArchiveError | None, metadata: Metadata, report: VerificationReport
-) -> None:
-    """Compare what was read with the counts, into the report."""
-    if not isinstance(contents, Contents):
-        report.contents = f"✗ Invalid ({first_line(str(contents))})"
-        report.problems.append(str(contents))
-        return
-    problems = compare_contents(contents, metadata.table_counts, metadata.large_object_count)
-    found = row_summary(contents.total_rows, len(contents.rows), contents.large_objects)
-    if not problems:
-        report.contents = f"✓ Match ({found})"
-        return
-    wanted = row_summary(
-        metadata.total_rows, len(metadata.table_counts), metadata.large_object_count or 0
     )
-    report.contents = f"✗ Mismatch (expected {wanted}, found {found})"
-    report.problems.append(list_problems(problems))
 
 
-def refuse_unfit_restore(pg_restore: Tool, metadata: Metadata) -> None:
+def check_restore_fits(pg_restore: Tool, metadata: Metadata) -> None:
     """Raise Failure where it is pg_restore that is unfit for an archive that is intact."""
     digits = re.match(r"\d+", metadata.pg_dump_version)
     if digits and pg_restore.major < int(digits.group()):
@@ -3215,15 +3142,15 @@ def creation_lines(report: CreationReport) -> list[str]:
 
 
 def verification_lines(report: VerificationReport) -> list[str]:
-    """The contract's verification output, below its first line."""
-    size = "not read" if report.size_bytes is None else format_size(report.size_bytes)
+    """The contract's verification output, below its first line; no line for a check not made."""
+    found = report.examination
     return [
         f"File:        {display_path(report.dump)}",
-        f"Checksum:    {report.checksum}",
-        f"Structure:   {report.structure}",
-        f"Contents:    {report.contents}",
-        f"Size:        {size}",
-        f"Timestamp:   {report.timestamp or 'not read'}",
+        f"Checksum:    {found.checksum.verdict}",
+        f"Structure:   {found.structure.verdict}",
+        *([f"Contents:    {found.contents.verdict}"] if found.contents else []),
+        f"Size:        {format_size(report.size_bytes)}",
+        f"Timestamp:   {report.metadata.backup_timestamp}",
     ]
 
 
@@ -3313,16 +3240,19 @@ def newest_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
 
 def failure_lines(what: str, failure: Failure) -> list[str]:
     """`✗ Backup failed: …`, the tool's own words, and what to do."""
-    return [f"✗ {what}: {failure.code.category}", "", *problem_lines(failure.detail, failure.steps)]
-
-
-def problem_lines(detail: str, steps: Sequence[str]) -> list[str]:
-    """The two parts below the headline of every failure."""
-    lines = [f"Error: {detail}"]
-    if steps:
+    lines = [f"✗ {what}: {failure.code.category}", ""]
+    if what == VERIFICATION_FAILED and failure.code == ExitCode.VERIFICATION:
+        lines[0] = f"✗ {what}"
+    if failure.report:
+        lines += [*failure.report, ""]
+    lines.append(f"Error: {failure.detail}")
+    if failure.steps:
         lines += ["", "Troubleshooting:"]
-        lines += [f"  {number}. {step}" for number, step in enumerate(steps, 1)]
+        lines += [f"  {number}. {step}" for number, step in enumerate(failure.steps, 1)]
     return lines
+
+
+VERIFICATION_FAILED = "Backup verification failed"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3385,16 +3315,21 @@ def run_verification(dump: Path, progress: Progress) -> int:
     finally:
         progress.clear()
     lines = verification_lines(report)
-    if not report.problems:
+    if not report.examination.problem:
         write_lines(sys.stdout, ["✓ Backup verification passed", "", *lines])
         return 0
-    steps = report.steps or [
+    steps = [
         "Do not rely on this dump alone: restore it into an empty database and compare",
         f"Choose another backup: {list_command(dump.parent)}",
     ]
-    lines += ["", *problem_lines("\n".join(report.problems), steps)]
-    write_lines(sys.stderr, ["✗ Backup verification failed", "", *lines])
-    return ExitCode.VERIFICATION
+    if report.examination.checksum.problem:
+        steps[:1] = [
+            "Do not rely on this dump: its bytes have changed since it was made",
+            "Compare it with a copy elsewhere, and check the disk it lies on: dmesg | tail -50",
+        ]
+    raise Failure(
+        ExitCode.VERIFICATION, report.examination.problem, *steps, report=verification_lines(report)
+    )
 
 
 def run_listing(output_dir: Path) -> int:
@@ -3452,7 +3387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         what, otherwise = "Listing failed", ExitCode.GENERAL
     elif options.verify is not None:
-        what, otherwise = "Backup verification failed", ExitCode.VERIFICATION
+        what, otherwise = VERIFICATION_FAILED, ExitCode.VERIFICATION
     progress = Progress(sys.stderr)
     try:
         try:

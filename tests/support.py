@@ -279,15 +279,23 @@ class Backup:
     def edit(self, **values: object) -> None:
         self.metadata.write_text(json.dumps({**self.read_metadata(), **values}), encoding="utf-8")
 
-    def count(self, **rows: int | None) -> None:
-        """Give tables other counts; with None, take them out."""
-        counts = {**self.read_metadata()["table_counts"], **rows}
-        self.edit(table_counts={key: count for key, count in counts.items() if count is not None})
+    def count(self, **rows: int) -> None:
+        """Give tables other counts."""
+        self.edit(table_counts={**self.read_metadata()["table_counts"], **rows})
+
+    def forget(self, table: str) -> None:
+        """Take a table out of the metadata."""
+        values = self.read_metadata()
+        for key in ("table_counts", "table_oids"):
+            values.get(key, {}).pop(table, None)
+        self.edit(**values)
 
     def forge(self, content: bytes) -> None:
         """Replace the dump, and have the metadata vouch for it."""
         self.dump.write_bytes(content)
-        self.edit(backup_size_bytes=len(content), checksum_sha256=hashlib.sha256(content).hexdigest())
+        self.edit(
+            backup_size_bytes=len(content), checksum_sha256=hashlib.sha256(content).hexdigest()
+        )
 
     def copy_to(self, directory: Path) -> Backup:
         directory.mkdir(exist_ok=True)

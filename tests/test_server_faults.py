@@ -88,7 +88,8 @@ def fragile_database(cluster: Cluster) -> Iterator[Database]:
     with Cluster(cluster.bin_dir, settings={"max_connections": "9"}) as own:
         load_sample(own)
         own.psql(f"CREATE MATERIALIZED VIEW statistics AS SELECT 1; {WIDE}", "project_chat_dev")
-        own.psql("ALTER TABLE wide OWNER TO chat", "project_chat_dev")
+        own.psql(f"ALTER TABLE wide OWNER TO {USER}", "project_chat_dev")
+        own.psql("CHECKPOINT")  # or a crash loses what was committed last
         yield Database(own, "project_chat_dev")
 
 
