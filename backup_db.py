@@ -8,6 +8,17 @@ last byte and found in it every row that the database held at that moment.
 The database is named in .env.local beside this script; .env.example has every variable.
 """
 
+# Where to look for what:
+#   what happens, in order                create_backup; within it dump_database
+#   why this exit code, and what to do    "What can go wrong"
+#   what programs are run, and how        "Programs"; dump_argv, pg_restore_argv
+#   can half a file be seen               "The directory": PartialBackup.publish
+#   what the server is asked              "The catalog", in the transactions of begin_read_only
+#   how a wait ends                       "Waiting": check_signals, Patience
+#   what verified means                   examine_dump
+#   what is removed, and when             remove_leftovers, remove_backups
+#   what is printed                       "Reports"
+
 from __future__ import annotations
 
 import signal
@@ -40,9 +51,7 @@ from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 if TYPE_CHECKING:
     from brain_core.config import DatabaseConfig
 
-# ---------------------------------------------------------------------------------------------
-# Constants
-# ---------------------------------------------------------------------------------------------
+# Records are NamedTuples: dataclasses import inspect, which takes 10 ms of every start.
 
 SCRIPT_DIR = Path(__file__).resolve().parent
 DEFAULT_OUTPUT_DIR = SCRIPT_DIR / "db" / "backups"
@@ -52,29 +61,29 @@ METADATA_VERSION = 1
 STALL_SECONDS = 600  # without any movement, before a wait is given up
 ANSWER_SECONDS = 10  # beyond it, for a server that waits itself to say so
 LOCK_RETRY_SECONDS = 1.0  # between two tries; nothing is held meanwhile
-WATCH_SECONDS = 0.1  # between two looks at whom pg_dump waits for; see BlockerWatch
-READ_SILENCE_SECONDS = 600  # for pg_restore to go on: on some damaged archives it never does
-TOOL_SECONDS = 30  # for a tool to tell its version
-STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
+STILL_SECONDS = (
+    10  # pg_dump's file and the count both: then another session looks for whom they wait
+)
 CONNECT_LIMIT_FACTOR = 3  # of libpq's own limit for each host: a name may have more addresses
 CONNECT_LIMIT_SECONDS = 5  # beyond it
+TOOL_SECONDS = 30  # for a tool to tell its version
+STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
 ORPHAN_SECONDS = 1  # for the server to see that this process was killed, and to end its query
-TICK_SECONDS = 0.1  # between two looks at anything else that is waited for
+TICK_SECONDS = 0.1  # between two looks at anything that is waited for
 REDRAW_SECONDS = 0.2  # between two states of the progress line
 
-# Our own wait for a table lock stays below PostgreSQL's deadlock_timeout (1 s by default, and half
+# Our own wait for table locks stays below PostgreSQL's deadlock_timeout (1 s by default, and half
 # of it where it is set lower): a backup that waits longer while it holds other tables makes a
 # migration the deadlock victim.
 LOCK_TIMEOUT_MS = 500
 DUMP_LOCK_TIMEOUT = "10s"
 DUMP_ATTEMPTS = 3
 
-HASH_BLOCK_BYTES = 1024 * 1024
-
 # A large pipe lets pg_restore run ahead; reads that malloc need not map anew take a third less of
 # our time than reads of 1 MiB (for 1 GB 0.9 s against 1.4 s; of 64 and 256 KiB 1.0 s).
 PIPE_BYTES = 1024 * 1024
 READ_BYTES = 128 * 1024
+HASH_BLOCK_BYTES = 1024 * 1024
 STDERR_TAIL_BYTES = 64 * 1024
 METADATA_MAX_BYTES = 256 * 1024 * 1024
 
@@ -82,64 +91,48 @@ METADATA_MAX_BYTES = 256 * 1024 * 1024
 # can be expected to need. Text compresses to 0.15 to 0.3 of its table, random bytes not at all.
 NEED_OF_LAST_BACKUP = 0.8
 NEED_OF_TABLES = 0.03
-EXPECTED_OF_TABLES = 0.3
+EXPECTED_OF_TABLES = 0.3  # for the progress line
 FULL_DISK_BYTES = 64 * 1024
+# What is left to others on the disk: the lesser of the two.
+RESERVE_BYTES = 256 * 1024 * 1024
+RESERVE_SHARE = 0.02
 
-# Where packages put the PostgreSQL tools, for the hint when PATH does not lead there (cron).
-TOOL_FOLDERS = (
-    "/usr/bin",
-    "/usr/local/bin",
-    "/usr/lib/postgresql/*/bin",
-    "/usr/pgsql-*/bin",
-    "/usr/local/pgsql/bin",
-    "/opt/homebrew/bin",
-    "/opt/homebrew/opt/postgresql@*/bin",
-    "/opt/homebrew/opt/libpq/bin",
-    "/usr/local/opt/postgresql@*/bin",
-    "/usr/local/opt/libpq/bin",
-    "/opt/local/lib/postgresql*/bin",
-    "/Applications/Postgres.app/Contents/Versions/*/bin",
-)
+MOST_NAMES = 10  # in a message; the rest is a number
 
 
 # ---------------------------------------------------------------------------------------------
-# Exit codes and failures
+# What can go wrong, and what to do
 # ---------------------------------------------------------------------------------------------
 
 
 class ExitCode(enum.IntEnum):
-    """The exit codes of the contract; 0 is success, and a signal is its own."""
+    """The exit codes of the contract, with their words; 0 is success, and a signal is its own."""
 
-    GENERAL = 1
-    CONFIGURATION = 2
-    CONNECTION = 3
-    PERMISSION = 4
-    DISK_SPACE = 5
-    TOOL = 6
-    CREATION = 7
-    VERIFICATION = 8
+    category: str
 
-    @property
-    def category(self) -> str:
-        """The words for this code in the first line of an error."""
-        return {
-            ExitCode.GENERAL: "General error",
-            ExitCode.CONFIGURATION: "Configuration error",
-            ExitCode.CONNECTION: "Database connection error",
-            ExitCode.PERMISSION: "Permission error",
-            ExitCode.DISK_SPACE: "Disk space error",
-            ExitCode.TOOL: "Tool error",
-            ExitCode.CREATION: "Backup creation error",
-            ExitCode.VERIFICATION: "Verification error",
-        }[self]
+    def __new__(cls, code: int, category: str) -> ExitCode:
+        """A member is its code."""
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.category = category
+        return member
+
+    GENERAL = 1, "General error"
+    CONFIGURATION = 2, "Configuration error"
+    CONNECTION = 3, "Database connection error"
+    PERMISSION = 4, "Permission error"
+    DISK_SPACE = 5, "Disk space error"
+    TOOL = 6, "Tool error"
+    CREATION = 7, "Backup creation error"
+    VERIFICATION = 8, "Verification error"
 
 
 class Failure(Exception):
     """An expected failure: what a user, a server or a disk can cause.
 
     `detail` says what happened, in the words of the tool that met it; `steps` what to do next;
-    `report`, above both, what was found before.
-    Any other exception that leaves an operation, but OSError, is a bug.
+    `report`, above both, what was found before. Any other exception that leaves an operation, but
+    OSError, is a bug.
     """
 
     def __init__(
@@ -157,7 +150,7 @@ SEVERITY = re.compile(r"(^|: )(\w+):  (?=\S)", re.MULTILINE)
 
 
 class ServerError(Exception):
-    """What the server, or the way to it, answered instead of a result.
+    """What the server, or the connection, answered instead of a result.
 
     `sqlstate` is None where there is none to be had: libpq gives none for a failed connection.
     """
@@ -173,76 +166,244 @@ class ArchiveError(Exception):
     """A dump that pg_restore cannot read, or that does not read as pg_dump writes it."""
 
 
-class InTheWay(Exception):
-    """A session that pg_dump waits for waits itself, and so may be waiting for us."""
+class DeadlockAhead(Exception):
+    """Whoever blocks pg_dump waits too, and so may be waiting for us."""
 
-    def __init__(self, session: OtherSession) -> None:
-        super().__init__(str(session))
-        self.session = session
+    def __init__(self, blocker: Blocker) -> None:
+        super().__init__(str(blocker))
+        self.blocker = blocker
+
+
+class SnapshotLost(Exception):
+    """Something changed under the snapshot that its locks do not protect: begin again."""
 
 
 class DumpFailed(Exception):
     """pg_dump ended without a dump: its exit status, and its own words."""
 
-    def __init__(self, status: int, words: str) -> None:
-        super().__init__(words)
+    def __init__(self, status: int, stderr_text: str) -> None:
+        super().__init__(stderr_text)
         self.status = status
-        self.words = words
+        self.stderr_text = stderr_text
 
 
-WRONG_KIND_ERRNOS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP}
-PERMISSION_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS} | WRONG_KIND_ERRNOS
-DISK_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
+AGAIN = "Run the backup again; earlier backups are untouched"
 
 
-def file_failure(error: OSError, otherwise: ExitCode = ExitCode.CREATION) -> Failure:
-    """The one place where an errno becomes an exit code; `otherwise` is that of all others."""
+def fill_steps(text: str, **values: str) -> list[str]:
+    """The lines of a remedy, with their places filled. Every value is quoted for the shell or for
+    SQL before, and printable."""
+    return [line.format_map(values) for line in text.strip().splitlines()]
+
+
+# 1: general
+
+
+def missing_package_failure(error: ImportError) -> Failure:
+    """A run-time package is not installed, or does not load."""
+    requirements = display_path(SCRIPT_DIR / "requirements.txt")
+    return Failure(
+        ExitCode.GENERAL,
+        f"a package is missing: {error} (python is {printable(sys.executable)})",
+        "Install what the script needs: "
+        + shell_words(sys.executable, "-m", "pip", "install", "-r", requirements),
+        "In cron, name the python that has it: /path/to/venv/bin/python3 backup_db.py",
+    )
+
+
+def held_failure(pid: str, started: str) -> Failure:
+    """Another run has the lock, or the pg_dump of one that was killed."""
+    return Failure(
+        ExitCode.GENERAL,
+        f"another backup of this database is running: process {pid}, started {started}",
+        f"Wait until it has ended; look at it: ps -fp {pid}",
+        "Where that process is gone, its pg_dump is still at work: pgrep -a pg_dump",
+        "For another server's database of this name use another directory: --output-dir DIR",
+    )
+
+
+# 3: the connection. The first row whose words are in the error: libpq's own, which are never
+# translated, and the server's in the C locale. The first three are what its catalog tells.
+CONNECTION_REMEDIES = {
+    "(missing)": """
+Verify database exists: psql -l {options}
+Check database name {name_place}
+Create database if needed: createdb {database} {options}""",
+    "(closed)": """
+The database does not allow connections; check its name {name_place}
+Or allow them, as its owner, in the database postgres: ALTER DATABASE {sql_database} \
+ALLOW_CONNECTIONS true;""",
+    "User does not have CONNECT privilege.": """
+Grant it, as the owner of the database: GRANT CONNECT ON DATABASE {sql_database} TO {sql_user};
+Or back up as another role, set {user_place}""",
+    "no password supplied": """
+Set the password {password_place}
+Or add this line to ~/.pgpass, a file of mode 0600: {pgpass}""",
+    "password authentication failed": """
+Check the user {user_place}, and the password {password_place}
+Try both by hand: psql {options} -d {database}""",
+    "eer authentication failed": """
+This socket lets a user in only as the role of the same name; set {user_place}
+Or connect by TCP with a password: set {host_place} to 127.0.0.1""",
+    "is not permitted to log in": """
+Let the role log in, as a superuser: ALTER ROLE {sql_user} LOGIN;
+Or back up as another role, set {user_place}""",
+    "pg_hba.conf": """
+The server's pg_hba.conf does not let in this host, user and database: add a line there and reload
+Where it has a hostssl line for them: PGSSLMODE=require {libpq_place}""",
+    "FATAL: role": """
+Check the user {user_place}
+Or create the role, as a superuser: CREATE ROLE {sql_user} LOGIN;""",
+    "SSL was required": """
+The server offers no TLS: see PGSSLMODE {libpq_place}
+Check the host {host_place}, and the port {port_place}""",
+    "certificate verify failed": """
+Name the file of the certificate authority: PGSSLROOTCERT=/path/to/ca.crt {libpq_place}
+PGSSLROOTCERT=system needs SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt beside it""",
+    "could not translate host name": """
+Check the host {host_place}
+See whether this machine knows it: getent hosts {host}""",
+    "Connection refused": """
+See whether the server answers: pg_isready {place_options}
+Check the host {host_place}, and the port {port_place}
+Start it, where it is on this machine: sudo systemctl start postgresql""",
+    "No such file or directory": """
+There is no such socket: check the host {host_place}, and the port {port_place}
+Start the server, where it is on this machine: sudo systemctl start postgresql""",
+    "the database system is": """
+Wait until the server accepts connections: pg_isready {place_options}
+Run the backup again; earlier backups are untouched""",
+    "too many": """
+See who is connected: psql {options} -d postgres -c 'SELECT usename, query FROM pg_stat_activity'
+Run the backup when there is room, or raise the limit that the error names""",
+    "remaining connection slots": """
+All connections are taken: run the backup when there is room, or raise max_connections""",
+    "": """
+See whether the server answers: pg_isready {place_options}
+Check the host {host_place}, and the port {port_place}
+Check the user {user_place}, and the password {password_place}
+Verify database exists: psql -l {options}
+Check libpq's own settings {libpq_place}""",
+}
+
+
+def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
+    """Why there is no connection. The cause is looked up in the catalog, where another database
+    lets us in; the server's words are shown as they are, in whatever language."""
+    # Where there was no answer in time, there is no other database to ask either.
+    known = "" if error.lost else look_up_database(config)
+    cause = next(words for words in CONNECTION_REMEDIES if words in (known or error.text))
+    user = config.user or current_user()
+    pgpass = (config.host, str(config.port), config.name, user, "PASSWORD")
+    steps = fill_steps(
+        CONNECTION_REMEDIES[cause],
+        **{f"{name}_place": place for name, place in config.places.items()},
+        host=shell_words(config.host),
+        database=shell_words(config.name),
+        sql_database=sql_identifier(config.name),
+        sql_user=sql_identifier(user),
+        options=client_options(config),
+        place_options=client_options(config, user=False),
+        pgpass=printable(":".join(re.sub(r"([:\\])", r"\\\1", part) for part in pgpass)),
+    )
+    code = ExitCode.PERMISSION if "CONNECT privilege" in cause else ExitCode.CONNECTION
+    return Failure(code, error.text, *steps)
+
+
+def connection_limit_failure(config: DatabaseConfig, error: ServerError) -> Failure:
+    """The one connection that a limit allows is ours, and pg_dump needs another."""
+    role = sql_identifier(config.user or current_user())
+    return Failure(
+        ExitCode.CONNECTION,
+        error.text,
+        "A backup needs two connections at once, one of them for pg_dump",
+        f"Allow the role more: ALTER ROLE {role} CONNECTION LIMIT 3; or the database: "
+        f"ALTER DATABASE {sql_identifier(config.name)} CONNECTION LIMIT 10;",
+    )
+
+
+# 4 and 5: files
+
+# errno -> exit code, None for that of the mode; steps
+FILE_REMEDIES: Mapping[tuple[int, ...], tuple[ExitCode | None, str]] = {
+    (errno.ENOSPC, errno.EDQUOT): (
+        ExitCode.DISK_SPACE,
+        """
+See what is full, blocks or inodes: df -h {folder}; df -i {folder}
+Free space there, or write elsewhere: --output-dir DIR""",
+    ),
+    (errno.EROFS,): (
+        ExitCode.PERMISSION,
+        """
+It is mounted read-only, see how: findmnt -T {folder}
+Remount it, or {instead}""",
+    ),
+    (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP): (
+        ExitCode.PERMISSION,
+        """
+See what it is: {look}
+Move it out of the way, or name another path""",
+    ),
+    (errno.EACCES, errno.EPERM): (
+        ExitCode.PERMISSION,
+        """
+See who may use it (this run is as user {user}): {look}
+Give that user access, or {instead}""",
+    ),
+    (errno.ENOLCK, errno.EOPNOTSUPP): (
+        ExitCode.PERMISSION,
+        """
+This file system has no locks, see which it is: findmnt -T {folder}
+Write to another one: --output-dir DIR""",
+    ),
+    (errno.EFBIG,): (
+        None,
+        """
+See the limit of this session: ulimit -f
+See the file system, FAT32 ends a file at 4 GB: df -T {folder}""",
+    ),
+    (): (
+        None,
+        """
+Check the file system and its limits: df -h {folder}; ulimit -f; sudo dmesg | tail""",
+    ),
+}
+
+
+def file_failure(error: OSError, default_code: ExitCode = ExitCode.CREATION) -> Failure:
+    """The one place where an errno becomes an exit code; `default_code` is that of all others."""
     text = "" if error.filename is None else os.fsdecode(error.filename)
     where = f"{display_path(Path(text))}: " if text else ""
+    return errno_failure(
+        error.errno or 0, Path(text), f"{where}{error.strerror or error}", default_code
+    )
+
+
+def errno_failure(
+    number: int, path: Path, detail: str, default_code: ExitCode = ExitCode.CREATION
+) -> Failure:
+    """The same for an errno that another program met, or none yet; `detail` says what happened."""
+    text = str(path)
     folder = shell_words(text if os.path.isdir(text) else os.path.dirname(text) or ".")
-    look = shell_words("ls", "-ld", text) if os.path.lexists(text) else f"ls -ld {folder}"
     instead = {
         ExitCode.CONFIGURATION: f"make it the owner: {shell_words('chown', current_user(), text)}",
         ExitCode.GENERAL: "list another directory: --output-dir DIR",
         ExitCode.VERIFICATION: "run this as the user who owns the backup",
-    }.get(otherwise, "write elsewhere: --output-dir DIR")
-    detail = f"{where}{error.strerror or error}"
-    if error.errno in DISK_SPACE_ERRNOS:
-        return Failure(
-            ExitCode.DISK_SPACE,
-            detail,
-            f"See what is full, blocks or inodes: df -h {folder}; df -i {folder}",
-            "Free space there, or write elsewhere: --output-dir DIR",
-        )
-    if error.errno in WRONG_KIND_ERRNOS:
-        return Failure(
-            ExitCode.PERMISSION,
-            detail,
-            f"See what it is: {look}",
-            "Move it out of the way, or name another path",
-        )
-    if error.errno in PERMISSION_ERRNOS:
-        return Failure(
-            ExitCode.PERMISSION,
-            detail,
-            f"See who may use it (this run is as user {current_user()}): {look}",
-            f"Give that user access, or {instead}",
-        )
-    return Failure(
-        otherwise,
-        detail,
-        f"Check the file system and its limits: df -h {folder}; ulimit -f; dmesg | tail",
+    }.get(default_code, "write elsewhere: --output-dir DIR")
+    errnos = next(numbers for numbers in FILE_REMEDIES if number in numbers or not numbers)
+    code, text_of_steps = FILE_REMEDIES[errnos]
+    steps = fill_steps(
+        text_of_steps,
+        folder=folder,
+        look=shell_words("ls", "-ld", text) if os.path.lexists(text) else f"ls -ld {folder}",
+        user=current_user(),
+        instead=instead,
     )
-
-
-def other_file_failure(number: int, path: Path, detail: str) -> Failure:
-    """The same for an errno that another program met, or none yet; `detail` says what happened."""
-    failure = file_failure(OSError(number, os.strerror(number), os.fspath(path)))
-    return Failure(failure.code, detail, *failure.steps)
+    return Failure(code or default_code, detail, *steps)
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def with_filename(path: Path) -> Iterator[None]:
     """Let an OSError from what is inside say which file it is about."""
     try:
         yield
@@ -261,11 +422,206 @@ def current_user() -> str:
         return str(os.geteuid())
 
 
+# 6: the tools
+
+# Where packages put the PostgreSQL tools, for the hint when PATH does not lead there (cron).
+# Where packages put the PostgreSQL tools, for the hint when PATH does not lead there (cron).
+TOOL_FOLDERS = (
+    "/usr/bin",
+    "/usr/local/bin",
+    "/usr/lib/postgresql/*/bin",
+    "/usr/pgsql-*/bin",
+    "/usr/local/pgsql/bin",
+    "/opt/homebrew/bin",
+    "/opt/homebrew/opt/postgresql@*/bin",
+    "/opt/homebrew/opt/libpq/bin",
+    "/usr/local/opt/postgresql@*/bin",
+    "/usr/local/opt/libpq/bin",
+    "/opt/local/lib/postgresql*/bin",
+    "/Applications/Postgres.app/Contents/Versions/*/bin",
+)
+
+
+def tool_folders(name: str) -> list[str]:
+    """The usual folders that hold the tool: the newest version first, then in their order."""
+    import glob
+
+    def version(folder: str) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", folder)]
+
+    found = [
+        folder
+        for pattern in TOOL_FOLDERS
+        for folder in glob.glob(pattern)
+        if os.access(os.path.join(folder, name), os.X_OK)
+    ]
+    return sorted(found, key=version, reverse=True)
+
+
+def path_hint(folder: str) -> str:
+    """The line that makes cron, or a shell, find the tools in `folder`."""
+    return (
+        f"It is in {folder}. For cron, put this line above yours in the crontab: "
+        f"PATH={folder}:/usr/local/bin:/usr/bin:/bin"
+    )
+
+
+def install_hint(major: int | None) -> str:
+    """What to install, on the systems that people have."""
+    number = str(major) if major else "17"
+    return (
+        f"Install PostgreSQL's client tools, version {number} or newer: "
+        f"apt-get install postgresql-client-{number} (Debian, Ubuntu, from apt.postgresql.org), "
+        f"dnf install postgresql{number} (Red Hat), brew install postgresql@{number} (macOS)"
+    )
+
+
+def missing_tool_failure(name: str) -> Failure:
+    """A tool that is not on PATH, with the places where it is."""
+    steps = [path_hint(folder) for folder in tool_folders(name)[:1]]
+    blocked = [
+        folder for folder in os.get_exec_path() if os.path.isfile(os.path.join(folder, name))
+    ]
+    detail = f"{name} not found on PATH ({printable(os.environ.get('PATH', ''))})"
+    if blocked:
+        found = os.path.join(blocked[0], name)
+        detail = f"{printable(found)} is on PATH but may not be run by {current_user()}"
+        steps.append(f"Make it executable: {shell_words('chmod', '+x', found)}")
+    return Failure(ExitCode.TOOL, detail, *(steps or [install_hint(None)]))
+
+
+def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
+    """A tool that is too old, with a newer one where this machine has it."""
+    name = Path(tool.path).name
+    steps = []
+    for folder in tool_folders(name):
+        with contextlib.suppress(Failure):
+            if ask_version(os.path.join(folder, name), tool.environment).major >= major:
+                steps.append(path_hint(folder))
+                break
+    return Failure(
+        ExitCode.TOOL,
+        f"{printable(tool.path)} is version {tool.version}, {because}",
+        *steps,
+        install_hint(major),
+    )
+
+
+def unreadable_compression_failure(pg_restore: Tool, compression: str, problem: str) -> Failure:
+    """A pg_restore that was built without the archive's compression."""
+    return Failure(
+        ExitCode.TOOL,
+        f"{printable(pg_restore.path)} ({pg_restore.version}) is built without "
+        f"{printable(compression.partition(':')[0])}, by which the backup is compressed\n{problem}",
+        *[path_hint(folder) for folder in tool_folders("pg_restore")[:1]],
+        "Install PostgreSQL's client tools from your distribution or apt.postgresql.org, "
+        "which are built with it",
+        "For new backups another compression will do: BACKUP_COMPRESS=gzip:4",
+    )
+
+
+def wrapper_failure(pg_dump: Tool, stderr_text: str) -> Failure:
+    """A pg_dump that ended well, or could not open its file, and did not write where we look."""
+    return Failure(
+        ExitCode.TOOL,
+        f"{printable(pg_dump.path)} wrote nothing into the dump: is it a wrapper that runs on "
+        f"another machine or in a container?\n{stderr_text}".rstrip(),
+        f"See what it is: file -L {shell_words(pg_dump.path)}",
+        "Put PostgreSQL's own tools first on PATH",
+        install_hint(None),
+    )
+
+
+# 7: the server, while a backup is made
+
+# SQLSTATE -> steps
+SERVER_REMEDIES = {
+    "42501": "Grant the role what it lacks, or back up as another role",  # insufficient_privilege
+    # out_of_memory: the lock table is full
+    "53200": "Raise max_locks_per_transaction in postgresql.conf, and restart the server",
+    # serialization_failure: in a transaction that only reads, a standby's recovery conflict
+    "40001": "On the standby raise max_standby_streaming_delay, or set hot_standby_feedback = on",
+    "": "See the server's log for the cause",
+}
+
+
+def server_failure(error: ServerError, doing: str) -> Failure:
+    """The failure for a server error during `doing`, in the server's own words."""
+    if error.lost:
+        return Failure(
+            ExitCode.CREATION,
+            f"the connection to the server was lost while {doing}:\n{error.text}",
+            "See why in the server's log: a restart, a crash, or an administrator's command",
+            AGAIN,
+        )
+    if error.sqlstate == LOCK_NOT_AVAILABLE:
+        return stalled_failure(f"while {doing}: {error.text}", None)
+    code = ExitCode.PERMISSION if error.sqlstate == "42501" else ExitCode.CREATION
+    step = SERVER_REMEDIES.get(error.sqlstate or "", SERVER_REMEDIES[""])
+    return Failure(code, f"while {doing}: {error.text}", step, AGAIN)
+
+
+def stalled_failure(what: str, blocker: Blocker | None) -> Failure:
+    """Nothing has moved for STALL_SECONDS."""
+    look = "SELECT pid, state, wait_event, query FROM pg_stat_activity"
+    steps = [blocker.remedy if blocker else f"See what waits: {shell_words('psql', '-c', look)}"]
+    return Failure(
+        ExitCode.CREATION,
+        f"gave up after {format_age(STALL_SECONDS)}: {what}",
+        *steps,
+        "Run the backup again, at an hour without migrations",
+    )
+
+
+def lock_table_failure(tables: int, room: int) -> Failure:
+    """The server has fewer places for locks than there are tables."""
+    return Failure(
+        ExitCode.CREATION,
+        f"{plural(tables, 'table')} to lock, and room for {room} in the server's lock table; "
+        "a backup would leave none to anybody else",
+        "Raise max_locks_per_transaction in postgresql.conf (64 by default), restart the server",
+    )
+
+
+def dump_failure(failed: DumpFailed) -> Failure:
+    """pg_dump failed, and nothing here explains it: its own words are all there is."""
+    steps = ["See the server's log for the time of this run"]
+    if failed.status == -signal.SIGKILL:
+        steps = [
+            "See whether the system ran out of memory: sudo dmesg | grep -i 'killed process'",
+            *steps,
+        ]
+    return Failure(ExitCode.CREATION, failed.stderr_text, *steps, AGAIN)
+
+
+# 8: verification
+
+
+def unsound_dump_failure(partial: PartialBackup, problem: str) -> Failure:
+    """The failure for a new dump that is not what the database held."""
+    detail = f"the new dump does not hold what the database held\n{problem}"
+    if is_disk_full(partial.directory):
+        return errno_failure(errno.ENOSPC, partial.directory, f"the disk is full: {detail}")
+    return Failure(
+        ExitCode.VERIFICATION,
+        detail,
+        "Run the backup again",
+        "If it fails again, check the disk and the memory of this machine: sudo dmesg | tail -50",
+        f"The new dump was deleted. Earlier backups: {list_command(partial.directory)}",
+    )
+
+
 # ---------------------------------------------------------------------------------------------
-# Signals
+# Waiting: signals, calls in a thread, the one clock, the progress line
 # ---------------------------------------------------------------------------------------------
 
-TERMINATING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+TERMINATING_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGXCPU,
+)
 
 
 class Interrupted(BaseException):
@@ -314,15 +670,16 @@ def set_signals(action: signal.Handlers) -> None:
             signal.signal(number, action)
 
 
-def die_by_signal(number: int) -> None:
-    """End this process by the signal itself, so that a shell or cron sees what happened."""
+def die_by_signal(number: int) -> int:
+    """End this process by the signal itself, so that a shell or cron sees what happened. It returns
+    only in the first process of a container, which no signal ends: what a shell would report."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # SIGQUIT: memory with a password in it
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+    return 128 + number
 
-
-# ---------------------------------------------------------------------------------------------
-# Waiting
-# ---------------------------------------------------------------------------------------------
 
 T = TypeVar("T")
 
@@ -375,26 +732,109 @@ class Background(Generic[T]):
 
 
 class Patience:
-    """The end of a wait: STALL_SECONDS without any movement."""
+    """The clock of a wait: STALL_SECONDS without movement end it."""
 
-    def __init__(self, doing: str) -> None:
-        self._doing = doing
-        self._state: tuple[object, ...] = ()
+    def __init__(self) -> None:
+        self._seen: dict[str, object] = {}
         self._moved_at = time.monotonic()
 
-    def look(self, *state: object) -> None:
-        """Note a state that differs from the last as movement. Raises ServerError after too long a
-        time without."""
+    def watch(self, **seen: object) -> bool:
+        """Whether something is not as it was at the last look: that is movement."""
+        has_moved = not seen.items() <= self._seen.items()
+        if has_moved:
+            self._seen |= seen
+            self._moved_at = time.monotonic()
+        return has_moved
+
+    @property
+    def still_seconds(self) -> float:
+        """How long nothing has moved."""
+        return time.monotonic() - self._moved_at
+
+    def check(self, what: str, blocker: Blocker | None = None) -> None:
+        """Raise Failure if it has lasted too long; `what` says what is waited for."""
+        if self.still_seconds > STALL_SECONDS:
+            raise stalled_failure(what, blocker)
+
+
+def pause(progress: Progress, waits_for: str) -> None:
+    """Wait for a moment before the next try, with nothing held."""
+    until = time.monotonic() + LOCK_RETRY_SECONDS
+    while (left := until - time.monotonic()) > 0:
+        check_signals()
+        progress.show(f"Waiting: {waits_for}")
+        time.sleep(min(left, TICK_SECONDS))
+
+
+class Progress:
+    """One line on a terminal's stderr, redrawn in place; silent where stderr is no terminal."""
+
+    BAR_WIDTH = 20
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        try:
+            self.enabled = stream is not None and stream.isatty()
+        except ValueError:  # closed
+            self.enabled = False
+        self._stream = stream
+        self._started = time.monotonic()
+        self._drawn_at = 0.0
+        self._fraction = 0.0
+        self._first: tuple[float, float] | None = None  # the first fraction, and when it was known
+
+    def clear(self) -> None:
+        """Take the line away, before anything else is printed."""
+        if self.enabled:
+            self._draw([""])
+
+    def show(self, phase: str, fraction: float | None = None, *details: str) -> None:
+        """Draw the line, a few times a second at most.
+
+        `fraction` is that of the whole run; it never runs backwards. `details` come in the order
+        of their worth: a narrow terminal shows the first ones.
+        """
         now = time.monotonic()
-        if state != self._state:
-            self._state, self._moved_at = state, now
-        elif now - self._moved_at > STALL_SECONDS:
-            text = f"nothing has moved for {format_age(STALL_SECONDS)} while {self._doing}"
-            raise ServerError(text, lost=True)
+        if not self.enabled or now - self._drawn_at < REDRAW_SECONDS:
+            return
+        self._drawn_at = now
+        elapsed = now - self._started
+        parts = [phase]
+        if fraction is not None:
+            self._fraction = max(self._fraction, min(fraction, 1.0))
+            filled = int(self._fraction * self.BAR_WIDTH)
+            parts.append(f"[{'#' * filled}{'-' * (self.BAR_WIDTH - filled)}]")
+            parts.append(f"{int(self._fraction * 100):3d} %")
+            # What came before it, such as a wait for a lock, says nothing of the time left.
+            self._first = self._first or (self._fraction, now)
+            first_fraction, then = self._first
+            if (gained := self._fraction - first_fraction) > 0.02:
+                parts.append(f"{_clock((now - then) * (1 - self._fraction) / gained)} left")
+        self._draw([*parts, f"{_clock(elapsed)} elapsed", *details])
+
+    def _draw(self, parts: list[str]) -> None:
+        """The parts that fit on one line, in place of what is there."""
+        assert self._stream is not None
+        try:
+            if not select.select([], [self._stream], [], 0)[1]:
+                return  # held by Ctrl-S, which must not hold up the run
+            room = (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1
+            parts = [printable(part) for part in parts if part]
+            while len(parts) > 1 and len("  ".join(parts)) > room:
+                parts.pop()
+            self._stream.write(f"\r{'  '.join(parts)[:room]}\x1b[K")
+            self._stream.flush()
+        except (OSError, ValueError):
+            self.enabled = False
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 # ---------------------------------------------------------------------------------------------
-# Text for people
+# Text for people, and names of files
 # ---------------------------------------------------------------------------------------------
 
 
@@ -431,6 +871,13 @@ def printable_lines(text: str) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def list_names(names: Iterable[str], separator: str = ", ") -> str:
+    """The first names, printable, and how many more there are."""
+    shown = [printable(name) for name in names]
+    more = [f"and {len(shown) - MOST_NAMES} more"] if len(shown) > MOST_NAMES else []
+    return separator.join([*shown[:MOST_NAMES], *more])
 
 
 def row_summary(rows: int, tables: int, large_objects: int = 0) -> str:
@@ -483,23 +930,30 @@ def list_command(directory: Path) -> str:
     return shell_words(*command)
 
 
-# ---------------------------------------------------------------------------------------------
-# File names
-# ---------------------------------------------------------------------------------------------
+def client_options(config: DatabaseConfig, user: bool = True) -> str:
+    """The options by which psql reaches the configured server."""
+    options = shell_words("-h", config.host, "-p", str(config.port))
+    return f"{options} {shell_words('-U', config.user)}" if user and config.user else options
+
+
+def sql_identifier(name: str) -> str:
+    """A name quoted for SQL."""
+    return printable('"' + name.replace('"', '""') + '"')
+
 
 TIMESTAMP_PATTERN = r"\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}Z"
 ISO_TIMESTAMP = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z", re.ASCII)
 DUMP_SUFFIX = ".dump"
 METADATA_SUFFIX = ".metadata.json"
 PARTIAL_SUFFIX = ".partial"
-BACKUP_NAME = re.compile(rf"(?P<prefix>.+)_(?P<timestamp>{TIMESTAMP_PATTERN})", re.DOTALL)
 
 
 def file_prefix(database: str, environment: str) -> str:
-    """The name of a backup's files up to the timestamp: safe, UTF-8, the same in any locale."""
+    """The name of a backup's files up to the timestamp: UTF-8, the same in any locale, and safe on
+    Windows-born file systems too."""
     encoded = "".join(
         "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogateescape"))
-        if character in "/%"
+        if character in '/%\\"*:<>?|'
         or ord(character) < 32
         or 127 <= ord(character) < 160
         # Bytes that are no UTF-8 arrive as lone surrogates.
@@ -511,6 +965,22 @@ def file_prefix(database: str, environment: str) -> str:
     ending = "" if encoded.endswith(f"_{environment}") else f"_{environment}"
     # The str that stands for these UTF-8 bytes in the file system's encoding, whatever it is.
     return encode_os_text(encoded + ending)
+
+
+class FileName(NamedTuple):
+    """The parts of the name of a backup's dump."""
+
+    prefix: str
+    timestamp: str  # as the metadata has it
+
+    @classmethod
+    def parse(cls, name: str) -> FileName | None:
+        """None where it is not named as ours are."""
+        match = re.fullmatch(rf"(.+)_({TIMESTAMP_PATTERN}){DUMP_SUFFIX}", name, re.DOTALL)
+        if match is None:
+            return None
+        date, clock = match.group(2).split("T")
+        return cls(match.group(1), f"{date}T{clock.replace('-', ':')}")
 
 
 def file_timestamp(moment: datetime) -> str:
@@ -528,11 +998,6 @@ def parse_iso_timestamp(text: str) -> datetime:
     if not ISO_TIMESTAMP.fullmatch(text):
         raise ValueError(f"{text!r} is no UTC time")
     return datetime.fromisoformat(text[:-1]).replace(tzinfo=timezone.utc)
-
-
-def match_name(dump: Path) -> re.Match[str] | None:
-    """The prefix and the timestamp in a dump's name; None where it is not named as ours are."""
-    return BACKUP_NAME.fullmatch(dump.name.removesuffix(DUMP_SUFFIX))
 
 
 def metadata_path(dump: Path) -> Path:
@@ -598,11 +1063,13 @@ REQUIRED_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 # Of the further keys, those that are read; one that does not fit counts as absent.
-OPTIONAL_KEYS: dict[str, Callable[[Any], bool]] = {
+OPTIONAL_KEYS: Mapping[str, Callable[[Any], bool]] = {
+    "system_identifier": is_text,
     "database_size_bytes": is_count,
     "compression": is_text,
     "large_object_count": is_count,
     "verification": lambda value: isinstance(value, dict),
+    "partition_of": lambda value: isinstance(value, dict) and all(map(is_text, value.values())),
 }
 
 
@@ -620,25 +1087,29 @@ class Metadata(NamedTuple):
     backup_file: str
     backup_size_bytes: int
     checksum_sha256: str
-    table_counts: dict[str, int]
+    table_counts: Mapping[str, int]
     pg_dump_version: str
     postgresql_version: str
-    table_oids: dict[str, int] | None = None
+    table_oids: Mapping[str, int] | None = None
+    partition_of: Mapping[str, str] | None = None
     metadata_version: int = METADATA_VERSION
+    system_identifier: str | None = None
     database_size_bytes: int | None = None
     compression: str | None = None
     duration_seconds: float | None = None
     large_object_count: int | None = None
-    verification: dict[str, Any] | None = None
+    verification: Mapping[str, Any] | None = None
     not_included: Sequence[str] = ()
     encoding: str | None = None
-    locale: dict[str, str | None] | None = None
-    extensions: dict[str, str] | None = None
-    roles: list[str] | None = None
+    locale: Mapping[str, str | None] | None = None
+    extensions: Mapping[str, str] | None = None
+    roles: Sequence[str] | None = None
 
     def to_json(self) -> str:
-        """The text of the file."""
-        return json.dumps(self._asdict(), indent=2, ensure_ascii=False) + "\n"
+        """The text of the file. A byte of a name that is no UTF-8 is a lone surrogate in Python,
+        and JSON's escape for one here."""
+        text = json.dumps(self._asdict(), indent=2, ensure_ascii=False) + "\n"
+        return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found.group()):04x}", text)
 
     @classmethod
     def read(cls, path: Path) -> Metadata:
@@ -676,89 +1147,79 @@ class Metadata(NamedTuple):
         """The rows of all tables."""
         return sum(self.table_counts.values())
 
+    def verified(self, found: Examination, pg_restore: Tool, seconds: float) -> Metadata:
+        """The same, with what the examination of the dump has shown."""
+        return self._replace(
+            checksum_sha256=found.digest,
+            duration_seconds=round(seconds, 3),
+            verification={
+                "verified_at": iso_timestamp(datetime.now(timezone.utc)),
+                "rows_read_back": self.total_rows,
+                "tables_read_back": len(self.table_counts),
+                "large_objects_read_back": self.large_object_count,
+                "pg_restore_version": pg_restore.version,
+            },
+        )
+
 
 # ---------------------------------------------------------------------------------------------
-# Progress: one line on a terminal, nothing elsewhere
+# Programs
 # ---------------------------------------------------------------------------------------------
 
 
-class Progress:
-    """One line on a terminal's stderr, redrawn in place; silent where stderr is no terminal."""
+class OpenFile(NamedTuple):
+    """A file held open, so that whatever becomes of its name, it is this one that is meant.
 
-    BAR_WIDTH = 20
+    A program gets it as /dev/fd/N, which stays seekable (Linux, tried with 15 to 18; on macOS it
+    shares our offset). N is high, so that it is none of the program's own.
+    """
 
-    def __init__(self, stream: IO[str] | None) -> None:
+    path: Path
+    descriptor: int
+
+    @classmethod
+    def open(cls, path: Path, flags: int) -> OpenFile:
+        """Open the file, for its owner alone where it is created. Raises OSError."""
+        low = os.open(path, flags | os.O_CLOEXEC, 0o600)
         try:
-            self.enabled = stream is not None and stream.isatty()
-        except ValueError:  # closed
-            self.enabled = False
-        self._stream = stream
-        self._started = time.monotonic()
-        self._drawn_at = 0.0
-        self._fraction = 0.0
-        self._first: tuple[float, float] | None = None  # the first fraction, and when it was known
+            return cls(path, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100))
+        finally:
+            os.close(low)
 
-    def show(self, phase: str, fraction: float | None = None, *details: str) -> None:
-        """Draw the line, a few times a second at most.
+    @property
+    def argument(self) -> str:
+        """The name for a program that inherits the descriptor."""
+        return f"/dev/fd/{self.descriptor}"
 
-        `fraction` is that of the whole run; it never runs backwards. `details` come in the order
-        of their worth: a narrow terminal shows the first ones.
-        """
-        now = time.monotonic()
-        if not self.enabled or now - self._drawn_at < REDRAW_SECONDS:
-            return
-        self._drawn_at = now
-        elapsed = now - self._started
-        parts = [phase]
-        if fraction is not None:
-            self._fraction = max(self._fraction, min(fraction, 1.0))
-            filled = int(self._fraction * self.BAR_WIDTH)
-            parts.append(f"[{'#' * filled}{'-' * (self.BAR_WIDTH - filled)}]")
-            parts.append(f"{int(self._fraction * 100):3d} %")
-            # What came before it, such as a wait for a lock, says nothing of the time left.
-            self._first = self._first or (self._fraction, now)
-            first_fraction, then = self._first
-            if (gained := self._fraction - first_fraction) > 0.02:
-                parts.append(f"{_clock((now - then) * (1 - self._fraction) / gained)} left")
-        self._draw([*parts, f"{_clock(elapsed)} elapsed", *details])
+    @property
+    def size_bytes(self) -> int:
+        """How large it is now."""
+        return os.fstat(self.descriptor).st_size
 
-    def clear(self) -> None:
-        """Take the line away, before anything else is printed."""
-        if self.enabled:
-            self._draw([""])
+    @property
+    def has_its_name(self) -> bool:
+        """Whether the path still leads to it. Raises OSError."""
+        return os.path.samestat(os.fstat(self.descriptor), os.lstat(self.path))
 
-    def _draw(self, parts: list[str]) -> None:
-        """The parts that fit on one line, in place of what is there."""
-        assert self._stream is not None
-        try:
-            if not select.select([], [self._stream], [], 0)[1]:
-                return  # held by Ctrl-S, which must not hold up the run
-            room = (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1
-            parts = [printable(part) for part in parts if part]
-            while len(parts) > 1 and len("  ".join(parts)) > room:
-                parts.pop()
-            self._stream.write(f"\r{'  '.join(parts)[:room]}\x1b[K")
-            self._stream.flush()
-        except (OSError, ValueError):
-            self.enabled = False
+    def sync(self) -> None:
+        """Bring it down to the disk, and out of the page cache, so that whoever reads it next reads
+        the disk."""
+        with with_filename(self.path):
+            os.fsync(self.descriptor)
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-# ---------------------------------------------------------------------------------------------
-# External programs
-# ---------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self.descriptor)
 
 
 class Program:
-    """A PostgreSQL tool while it runs, in a session of its own, and the last it said on stderr.
+    """A PostgreSQL tool while it runs, in a session of its own, and the tail of its stderr.
 
     As a context manager it never leaves the program running behind it. It is started from the
-    main thread, with no shell, and with exactly the environment given.
+    main thread, with no shell, and with exactly the environment given. (Signals need no mask around
+    the fork: they are only noted; and a child would inherit the mask.)
     """
 
     def __init__(
@@ -768,11 +1229,14 @@ class Program:
         *,
         stdin: int = subprocess.DEVNULL,
         stdout: int = subprocess.DEVNULL,
-        pass_fds: Sequence[int] = (),
+        file: OpenFile | None = None,
+        lock: int | None = None,
     ) -> None:
         self.name = Path(argv[0]).name
+        self._file = file
         self._tail = b""
         self._drain = threading.Thread(target=self._read_stderr, daemon=True)
+        inherited = [file.descriptor] if file else []
         try:
             self.process = subprocess.Popen(
                 argv,
@@ -780,28 +1244,29 @@ class Program:
                 stdin=stdin,
                 stdout=stdout,
                 stderr=subprocess.PIPE,
-                pass_fds=pass_fds,
+                pass_fds=inherited if lock is None else [*inherited, lock],
                 start_new_session=True,  # Ctrl-C is ours to pass on
             )
-            self._drain.start()
         except OSError as error:
             raise Failure(
                 ExitCode.TOOL,
                 f"{printable(argv[0])} cannot be run: {error.strerror}",
                 f"See whether it is a working program: {shell_words(argv[0], '--version')}",
             ) from None
+        self._drain.start()
 
     def _read_stderr(self) -> None:
         assert self.process.stderr is not None
-        while block := os.read(self.process.stderr.fileno(), 8192):
-            self._tail = (self._tail + block)[-STDERR_TAIL_BYTES:]
+        with self.process.stderr as pipe:
+            while block := os.read(pipe.fileno(), 8192):
+                self._tail = (self._tail + block)[-STDERR_TAIL_BYTES:]
 
     def __enter__(self) -> Program:
         return self
 
     def __exit__(self, *_exception: object) -> None:
         self.stop()
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+        for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
@@ -833,11 +1298,20 @@ class Program:
                 if left <= TICK_SECONDS:
                     return None
 
+    def write_stdin(self, data: bytes) -> None:
+        """Give it its whole input. One that ended early says why by its exit status."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(data)
+            self.process.stdin.close()
+
     @property
-    def words(self) -> str:
-        """What the program, now ended, said on stderr, or how it ended without a word."""
+    def stderr_text(self) -> str:
+        """What the program, now ended, wrote to stderr, or how it ended without a word."""
         self._drain.join(STOP_SECONDS)  # something that it started may hold its stderr open
-        said = printable_lines(self._tail.decode("utf-8", "backslashreplace"))
+        text = printable_lines(self._tail.decode("utf-8", "backslashreplace"))
+        if self._file is not None:
+            text = text.replace(self._file.argument, display_path(self._file.path))
         status = self.process.returncode
         if status is not None and status < 0:
             try:
@@ -845,8 +1319,8 @@ class Program:
             except ValueError:
                 name = "unknown"
             ended = f"{self.name} was ended by signal {-status} ({name})"
-            return f"{said}\n{ended}" if said else ended
-        return said or (f"{self.name} ended with exit status {status}" if status else "")
+            return f"{text}\n{ended}" if text else ended
+        return text or (f"{self.name} ended with exit status {status}" if status else "")
 
 
 class Tool(NamedTuple):
@@ -885,13 +1359,15 @@ def tool_environment(settings: Mapping[str, str] = MappingProxyType({})) -> dict
     )
 
 
-def find_tool(name: str, environment: Mapping[str, str]) -> Tool:
-    """The program called `name` on PATH. Raises Failure with the PATH line that would find it."""
+def find_tool(name: str, environment: Mapping[str, str], beside: str | None = None) -> Tool:
+    """The program called `name`, beside another one or on PATH. Raises Failure with the PATH line
+    that would find it."""
     import shutil
 
-    path = shutil.which(name)
+    path = shutil.which(name, path=os.path.dirname(beside)) if beside else None
+    path = path or shutil.which(name)
     if path is None:
-        raise missing_tool(name)
+        raise missing_tool_failure(name)
     return ask_version(path, environment)
 
 
@@ -913,78 +1389,11 @@ def ask_version(path: str, environment: Mapping[str, str]) -> Tool:
             raise Failure(
                 ExitCode.TOOL,
                 f"{printable(path)} --version does not answer with a version: "
-                + (program.words or printable(said.strip()) or "no output"),
+                + (program.stderr_text or printable(said.strip()) or "no output"),
                 f"See what it is: {shell_words(path, '--version')}",
                 "Or put PostgreSQL's own tools first on PATH",
             )
     return Tool(path, match.group(1), environment)
-
-
-def missing_tool(name: str) -> Failure:
-    """The failure for a tool that is not on PATH, with the places where it does lie."""
-    steps = [path_hint(folder) for folder in tool_folders(name)[:1]]
-    blocked = [
-        folder for folder in os.get_exec_path() if os.path.isfile(os.path.join(folder, name))
-    ]
-    detail = f"{name} not found on PATH ({printable(os.environ.get('PATH', ''))})"
-    if blocked:
-        found = os.path.join(blocked[0], name)
-        detail = f"{printable(found)} is on PATH but may not be run by {current_user()}"
-        steps.append(f"Make it executable: {shell_words('chmod', '+x', found)}")
-    if not steps:
-        steps.append(install_hint(None))
-    return Failure(ExitCode.TOOL, detail, *steps)
-
-
-def tool_folders(name: str) -> list[str]:
-    """The usual folders that hold the tool: the newest version first, then in their order."""
-    import glob
-
-    def version(folder: str) -> list[int]:
-        return [int(number) for number in re.findall(r"\d+", folder)]
-
-    found = [
-        folder
-        for pattern in TOOL_FOLDERS
-        for folder in glob.glob(pattern)
-        if os.access(os.path.join(folder, name), os.X_OK)
-    ]
-    return sorted(found, key=version, reverse=True)
-
-
-def path_hint(folder: str) -> str:
-    """The line that makes cron, or a shell, find the tools in `folder`."""
-    return (
-        f"It is in {folder}. For cron, put this line above yours in the crontab: "
-        f"PATH={folder}:/usr/local/bin:/usr/bin:/bin"
-    )
-
-
-def install_hint(major: int | None) -> str:
-    """What to install, on the systems that people have."""
-    number = str(major) if major else "17"
-    return (
-        f"Install PostgreSQL's client tools, version {number} or newer: "
-        f"apt-get install postgresql-client-{number} (Debian, Ubuntu, from apt.postgresql.org), "
-        f"dnf install postgresql{number} (Red Hat), brew install postgresql@{number} (macOS)"
-    )
-
-
-def older_tool(tool: Tool, major: int, because: str) -> Failure:
-    """The failure for a tool that is too old, with a newer one where this machine has it."""
-    name = Path(tool.path).name
-    steps = []
-    for folder in tool_folders(name):
-        with contextlib.suppress(Failure):
-            if ask_version(os.path.join(folder, name), tool.environment).major >= major:
-                steps.append(path_hint(folder))
-                break
-    return Failure(
-        ExitCode.TOOL,
-        f"{printable(tool.path)} is version {tool.version}, {because}",
-        *steps,
-        install_hint(major),
-    )
 
 
 class Tools(NamedTuple):
@@ -1009,97 +1418,42 @@ def find_tools(config: DatabaseConfig) -> Tools:
     # Debian's wrapper chooses its version by them.
     names = ("PGHOST", "PGPORT")
     pg_restore = find_tool(
-        "pg_restore", tool_environment({name: config.libpq[name] for name in names})
+        "pg_restore",
+        tool_environment({name: config.libpq[name] for name in names}),
+        beside=pg_dump.path,  # and so, nearly always, built with the same compressions
     )
     if pg_restore.major < pg_dump.major:
-        raise older_tool(
+        raise older_tool_failure(
             pg_restore, pg_dump.major, f"too old for the archives of pg_dump {pg_dump.version}"
         )
     if not config.compress:
-        fits = pg_dump.major >= 16 and takes_compression(pg_dump, "zstd:3") is None
-        fits = fits and reads_compression(pg_restore, "zstd")
+        fits = pg_dump.major >= 16 and compression_refusal(pg_dump, "zstd:3") is None
         return Tools(pg_dump, pg_restore, "zstd:3" if fits else "gzip:4")
     wanted = config.compress
     wanted = {"0": "none"}.get(wanted, f"gzip:{wanted}" if wanted.isdigit() else wanted)
     tools = Tools(pg_dump, pg_restore, wanted)
-    if refusal := takes_compression(pg_dump, tools.compress_value):
+    if refusal := compression_refusal(pg_dump, tools.compress_value):
         raise Failure(
             ExitCode.CONFIGURATION,
             f"BACKUP_COMPRESS is {config.compress!r}, which pg_dump {pg_dump.version} "
             f"does not take:\n{refusal}",
             f"Correct it {config.places['compress']}",
-            "Or leave it out: then zstd:3 is used where the tools have it, else gzip:4",
+            "Or leave it out: then zstd:3 is used where pg_dump has it, else gzip:4",
         )
-    if not reads_compression(pg_restore, wanted):
-        raise unreadable_compression(pg_restore, wanted)
     return tools
 
 
-def takes_compression(pg_dump: Tool, value: str) -> str | None:
+def compression_refusal(pg_dump: Tool, value: str) -> str | None:
     """None where this build of pg_dump can compress so, else its words.
 
-    pg_dump checks the value, then creates its file, then connects (15 to 18, tried): whether
-    there is a file afterwards is the answer. No server is asked.
+    pg_dump checks the value before it connects (15 to 18, tried), here to nowhere: no server is
+    asked, and no file is made.
     """
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="backup_db-") as folder:
-        file = os.path.join(folder, "probe")
-        argv = [pg_dump.path, "--format=custom", f"--compress={value}", f"--file={file}"]
-        nowhere = {name: text for name, text in pg_dump.environment.items() if name[:2] != "PG"}
-        with Program(argv, nowhere | {"PGHOST": folder, "PGDATABASE": "probe"}) as program:
-            program.wait(TOOL_SECONDS)
-            return None if os.path.exists(file) else program.words
-
-
-COMPRESSION_NUMBERS = {"none": 0, "gzip": 1, "lz4": 2, "zstd": 3}
-
-
-def reads_compression(pg_restore: Tool, compression: str) -> bool:
-    """Whether this build of pg_restore can read archives compressed so.
-
-    It is shown the head of an empty archive, version 1.15 (PostgreSQL 16 source,
-    pg_backup_archiver.c, ReadHead): one that it cannot read later makes it warn now.
-    """
-    algorithm = compression.partition(":")[0]
-    if pg_restore.major < 16:
-        return algorithm in ("gzip", "none")
-    if algorithm not in COMPRESSION_NUMBERS:
-        return True  # a newer PostgreSQL's; the read-back will tell
-    integer_bytes, custom_format, no_entries = 4, 1, 0
-
-    def integer(number: int) -> bytes:
-        return b"\0" + number.to_bytes(integer_bytes, "little")
-
-    created = b"".join(map(integer, (0, 0, 0, 1, 0, 100, 0)))  # 2000-01-01 00:00:00
-    strings = integer(1) + b"x" + integer(2) + b"16" + integer(2) + b"16"
-    head = b"PGDMP" + bytes((1, 15, 0, integer_bytes, 8, custom_format))
-    head += bytes((COMPRESSION_NUMBERS[algorithm],)) + created + strings + integer(no_entries)
-    argv = [pg_restore.path, "--format=custom", "--list"]
-    with Program(argv, pg_restore.environment, stdin=subprocess.PIPE) as program:
-        write_stdin(program, head)
-        return program.wait(TOOL_SECONDS) == 0 and not program.words
-
-
-def unreadable_compression(pg_restore: Tool, compression: str) -> Failure:
-    """The failure for a pg_restore that was built without the archive's compression."""
-    return Failure(
-        ExitCode.TOOL,
-        f"{printable(pg_restore.path)} ({pg_restore.version}) is built without "
-        f"{printable(compression.partition(':')[0])}, by which the backup is compressed",
-        *[path_hint(folder) for folder in tool_folders("pg_restore")[:1]],
-        "Install PostgreSQL's client tools from your distribution or apt.postgresql.org, "
-        "which are built with it",
-        "For new backups another compression will do: BACKUP_COMPRESS=gzip:4",
-    )
-
-
-def write_stdin(program: Program, data: bytes) -> None:
-    """Give the program its whole input. One that ended early says why by its exit status."""
-    assert program.process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):
-        program.process.stdin.write(data)
-        program.process.stdin.close()
+    argv = [pg_dump.path, "--format=custom", f"--compress={value}", f"--file={os.devnull}"]
+    nowhere = {name: text for name, text in pg_dump.environment.items() if name[:2] != "PG"}
+    with Program(argv, nowhere | {"PGHOST": "/nowhere", "PGDATABASE": "probe"}) as program:
+        program.wait(TOOL_SECONDS)
+        return program.stderr_text if "compress" in program.stderr_text else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1107,31 +1461,32 @@ def write_stdin(program: Program, data: bytes) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def hash_file(path: Path, on_block: Callable[[int], None]) -> str:
-    """The SHA-256 of the file, as hexadecimal digits; `on_block` hears how many bytes are read."""
+def hash_file(file: OpenFile, on_block: Callable[[int], None]) -> str:
+    """The SHA-256 of the file, as hexadecimal digits; `on_block` is called with how many bytes are
+    read. (hashlib.file_digest is 3.11's, and cannot be stopped.)"""
     import hashlib
 
     digest = hashlib.sha256()
     block = memoryview(bytearray(HASH_BLOCK_BYTES))
     done = 0
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-            done += count
-            on_block(done)
+    while count := os.preadv(file.descriptor, [block], done):
+        digest.update(block[:count])
+        done += count
+        on_block(done)
     return digest.hexdigest()
 
 
 class FileHash(Background[str]):
-    """`hash_file` in the background: a context manager, behind which it stops at its next block."""
+    """`hash_file` in the background: a context manager, which waits at its end for the block that
+    is being read."""
 
     class Stopped(Exception):
         """The result is not wanted any more."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: OpenFile) -> None:
         self.done_bytes = 0
         self._stopping = False
-        super().__init__(lambda: hash_file(path, self._note))
+        super().__init__(lambda: hash_file(file, self._note))
 
     def _note(self, done_bytes: int) -> None:
         self.done_bytes = done_bytes
@@ -1143,6 +1498,7 @@ class FileHash(Background[str]):
 
     def __exit__(self, *_exception: object) -> None:
         self._stopping = True
+        self.join(STOP_SECONDS)  # before the descriptor is closed, and may be another file's
 
 
 class ScriptReader:
@@ -1256,10 +1612,15 @@ class Contents(NamedTuple):
         return sum(self.rows.values())
 
 
-def read_output(program: Program, look_after: Callable[[], None]) -> Iterator[bytes]:
-    """What pg_restore writes, block by block, to its successful end; `look_after` is called all
-    the while. Raises ArchiveError with its words for any other end, and for too long a silence.
-    """
+def pg_restore_argv(pg_restore: Tool, dump: OpenFile, *options: str) -> list[str]:
+    """The command that reads the dump. From its first byte: see OpenFile."""
+    os.lseek(dump.descriptor, 0, os.SEEK_SET)
+    return [pg_restore.path, "--format=custom", *options, dump.argument]
+
+
+def read_output(program: Program, on_tick: Callable[[], None]) -> Iterator[bytes]:
+    """What pg_restore writes, block by block, to its successful end; `on_tick` is called all the
+    while. Raises ArchiveError with its words for any other end, and for too long a silence."""
     assert program.process.stdout is not None
     pipe = program.process.stdout.fileno()
     if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
@@ -1269,40 +1630,38 @@ def read_output(program: Program, look_after: Callable[[], None]) -> Iterator[by
     block = b"begin"
     while block:
         check_signals()
-        look_after()
+        on_tick()
         if select.select([pipe], [], [], TICK_SECONDS)[0]:
             block = os.read(pipe, READ_BYTES)
             last_heard = time.monotonic()
             yield block
-        elif time.monotonic() - last_heard > READ_SILENCE_SECONDS:
-            raise ArchiveError(
-                f"{program.name} is stuck: silent for {READ_SILENCE_SECONDS} seconds"
-            )
-    if program.wait(READ_SILENCE_SECONDS) != 0 or program.words:
-        raise ArchiveError(program.words)
+        elif time.monotonic() - last_heard > STALL_SECONDS:
+            silence = format_age(STALL_SECONDS)
+            raise ArchiveError(f"{program.name} is stuck: silent for {silence}")
+    if program.wait(STALL_SECONDS) != 0 or program.stderr_text:
+        raise ArchiveError(program.stderr_text or f"{program.name} does not end")
 
 
-def list_data_entries(pg_restore: Tool, dump: Path) -> DataEntries:
+def list_data_entries(pg_restore: Tool, dump: OpenFile) -> DataEntries:
     """`pg_restore --list`. Raises ArchiveError with pg_restore's words; a warning is one too."""
     tables: dict[bytes, int] = {}
     large_objects: list[bytes] = []
-    argv = [pg_restore.path, "--format=custom", "--list", os.path.abspath(dump)]
-    with Program(argv, pg_restore.environment, stdout=subprocess.PIPE) as program:
+    argv = pg_restore_argv(pg_restore, dump, "--list")
+    with Program(argv, pg_restore.environment, stdout=subprocess.PIPE, file=dump) as program:
         unread = b""
         for block in read_output(program, do_nothing):
             *lines, unread = (unread + block).split(b"\n")
-            for line in lines:
-                if match := TOC_DATA_ENTRY.match(line):
-                    dump_id, oid, kind = match.groups()
-                    if kind == b"BLOBS":
-                        large_objects.append(dump_id)
-                    else:
-                        tables[dump_id] = int(oid)
+            for match in filter(None, map(TOC_DATA_ENTRY.match, lines)):
+                dump_id, oid, kind = match.groups()
+                if kind == b"BLOBS":
+                    large_objects.append(dump_id)
+                else:
+                    tables[dump_id] = int(oid)
     return DataEntries(tables, large_objects)
 
 
 def read_contents(
-    pg_restore: Tool, dump: Path, entries: DataEntries, on_tick: Callable[[int], None]
+    pg_restore: Tool, dump: OpenFile, entries: DataEntries, on_tick: Callable[[int], None]
 ) -> Contents:
     """Let pg_restore decode every data entry of the archive, and count what it yields.
 
@@ -1310,15 +1669,15 @@ def read_contents(
     k-th table. Streams: the memory it takes does not grow with the archive. Raises ArchiveError.
     """
     reader = ScriptReader()
-    argv = [pg_restore.path, "--format=custom", "--data-only", "--use-list=/dev/stdin", "--file=-"]
     with Program(
-        [*argv, os.path.abspath(dump)],
+        pg_restore_argv(pg_restore, dump, "--data-only", "--use-list=/dev/stdin", "--file=-"),
         pg_restore.environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        file=dump,
     ) as program:
         wanted = (*entries.tables, *entries.large_objects)
-        write_stdin(program, b"".join(entry + b";\n" for entry in wanted))
+        program.write_stdin(b"".join(entry + b";\n" for entry in wanted))
         for block in read_output(program, lambda: on_tick(reader.rows_read)):
             reader.feed(block)
     reader.finish()
@@ -1394,7 +1753,7 @@ class Examination(NamedTuple):
 
 def examine_dump(
     pg_restore: Tool,
-    dump: Path,
+    dump: OpenFile,
     expected: Metadata,
     on_progress: Callable[[float, int], None],
 ) -> Examination:
@@ -1403,11 +1762,11 @@ def examine_dump(
 
     Hash and contents are read at once, which takes as long as the slower of the two. As soon as the
     checksum is known to differ no more is read, and what was read is discarded. `on_progress` is
-    called with the fraction that is done, and the rows so far. Raises OSError, Interrupted.
+    called with the fraction that is done, and the rows so far. Raises Failure, Interrupted.
     """
     structure, entries = check_structure(pg_restore, dump)
     size_bytes, total_rows = expected.backup_size_bytes, expected.total_rows
-    if (found := dump.stat().st_size) != size_bytes:
+    if (found := dump.size_bytes) != size_bytes:
         sizes = f"expected {size_bytes} bytes, found {found}"
         return Examination("", Check(f"✗ Mismatch ({sizes})", OTHER_FILE), structure, None)
     contents = None
@@ -1426,12 +1785,12 @@ def examine_dump(
             if entries is not None:
                 contents = check_contents(pg_restore, dump, entries, expected, on_tick)
             digest = hashing.wait()
-            found = dump.stat().st_size
         except OSError as error:
-            words = f"{display_path(dump)} cannot be read: {error.strerror}"
+            words = f"{display_path(dump.path)} cannot be read: {error.strerror}"
             return Examination("", Check(f"✗ Invalid ({words})", words), structure, None)
-    if not hashing.done_bytes == found == size_bytes:
-        sizes = f"expected {size_bytes} bytes, read {hashing.done_bytes}, then found {found}"
+    if not hashing.done_bytes == dump.size_bytes == size_bytes:
+        sizes = f"expected {size_bytes} bytes, read {hashing.done_bytes}"
+        sizes += f", then found {dump.size_bytes}"
         return Examination("", Check(f"✗ Mismatch ({sizes})", sizes), structure, None)
     if fits(digest):
         return Examination(digest, Check(f"✓ Match ({digest[:12]}...)"), structure, contents)
@@ -1442,18 +1801,24 @@ def examine_dump(
 OTHER_FILE = "the dump is not the file that was verified when it was made"
 
 
-def check_structure(pg_restore: Tool, dump: Path) -> tuple[Check, DataEntries | None]:
+def check_structure(pg_restore: Tool, dump: OpenFile) -> tuple[Check, DataEntries | None]:
     """Whether pg_restore can list the archive, and the data entries that it lists."""
     try:
         entries = list_data_entries(pg_restore, dump)
     except ArchiveError as error:
-        return Check(f"✗ Invalid ({first_line(str(error))})", str(error)), None
+        return invalid(error), None
     return Check("✓ Valid (pg_restore --list succeeded)"), entries
+
+
+def invalid(error: ArchiveError) -> Check:
+    """The check that failed by this error."""
+    first_line = str(error).partition("\n")[0]
+    return Check(f"✗ Invalid ({first_line})", str(error))
 
 
 def check_contents(
     pg_restore: Tool,
-    dump: Path,
+    dump: OpenFile,
     entries: DataEntries,
     expected: Metadata,
     on_tick: Callable[[int], None],
@@ -1462,7 +1827,7 @@ def check_contents(
     try:
         contents = read_contents(pg_restore, dump, entries, on_tick)
     except ArchiveError as error:
-        return Check(f"✗ Invalid ({first_line(str(error))})", str(error))
+        return invalid(error)
     problems = compare_contents(contents, expected)
     found = row_summary(contents.total_rows, len(contents.rows), contents.large_objects)
     if not problems:
@@ -1470,19 +1835,30 @@ def check_contents(
     wanted = row_summary(
         expected.total_rows, len(expected.table_counts), expected.large_object_count or 0
     )
-    return Check(f"✗ Mismatch (expected {wanted}, found {found})", list_problems(problems))
+    verdict = f"✗ Mismatch (expected {wanted}, found {found})"
+    return Check(verdict, list_names(problems, separator="\n"))
 
 
-def list_problems(problems: Sequence[str], most: int = 10) -> str:
-    """The first problems, a line each, and how many more there are."""
-    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
-    return "\n".join([*problems[:most], *more])
+def check_restore_fits(pg_restore: Tool, metadata: Metadata, examination: Examination) -> None:
+    """Raise Failure where it is pg_restore that is unfit for an archive that is intact."""
+    problem = examination.structure.problem
+    if not problem or examination.checksum.problem:
+        return
+    digits = re.match(r"\d+", metadata.pg_dump_version)
+    if digits and pg_restore.major < int(digits.group()):
+        raise older_tool_failure(
+            pg_restore,
+            int(digits.group()),
+            f"too old for this backup, which pg_dump {printable(metadata.pg_dump_version)} made",
+        )
+    if "does not support compression" in problem:
+        compression = metadata.compression or "the method"
+        raise unreadable_compression_failure(pg_restore, compression, problem)
 
 
 # ---------------------------------------------------------------------------------------------
-# The server: one session, waited for in a thread
+# The session: one connection, waited for in a thread
 # ---------------------------------------------------------------------------------------------
-
 
 # Keepalives notice a peer that is gone while we only receive; what we sent and nobody confirms is
 # tcp_user_timeout's (libpq documentation, "Parameter Key Words"). For our session and pg_dump's.
@@ -1528,41 +1904,49 @@ class Session:
     """
 
     def __init__(self, config: DatabaseConfig, database: str | None = None) -> None:
-        psycopg2 = import_psycopg2()
+        self._config = config
+        self._database = database
+        self.connect()
+
+    def connect(self) -> None:
+        """Begin a session, where there is none or the last one is closed."""
+        config, psycopg2 = self._config, import_psycopg2()
         self._running: Background[Any] | None = None
         self._connection: Any = None
         started = time.monotonic()
-
-        def connect() -> Any:
-            connection = psycopg2.connect(
-                "",  # where to is in the environment, as it is for pg_dump
-                **({} if database is None else {"dbname": database}),
-                client_encoding="UTF8",
-                fallback_application_name="backup_db",
-                **KEEPALIVES,
-            )
-            connection.autocommit = True  # or psycopg2 sends a BEGIN of its own
-            if connection.get_parameter_status("server_encoding") == "SQL_ASCII":
-                # No conversion there: any byte may come, and Latin-1 has a character for each.
-                connection.set_client_encoding("LATIN1")
-            return connection
-
         # libpq ends what is silent, by PGCONNECT_TIMEOUT for each address, and says which; not a
         # resolver that hangs, nor a server that talks without an end.
         hosts = config.host.count(",") + 1
         limit = CONNECT_LIMIT_FACTOR * hosts * config.connect_seconds + CONNECT_LIMIT_SECONDS
         try:
-            self._connection = self._wait(connect, do_nothing, limit)
+            self._connection = self._wait(self._open, do_nothing, limit)
         except TimeoutError:
             place = f'"{config.host}", port {config.port}'
             text = f"no connection to {place}: its name server or the server keeps us waiting"
             raise ServerError(text, lost=True) from None
         except UnicodeDecodeError as error:
-            raise ServerError(decode_words(error.object)) from None
+            raise ServerError(decode_server_text(error.object)) from None
         except (psycopg2.Error, ValueError) as error:
             too_late = time.monotonic() - started >= config.connect_seconds
             text = str(error) or "the server's words are in an encoding that Python cannot read"
             raise ServerError(text, lost=too_late) from None
+
+    def _open(self) -> Any:
+        psycopg2 = import_psycopg2()
+        connection = psycopg2.connect(
+            "",  # where to is in the environment, as it is for pg_dump
+            **({} if self._database is None else {"dbname": self._database}),
+            client_encoding="UTF8",
+            fallback_application_name="backup_db",
+            **KEEPALIVES,
+        )
+        connection.autocommit = True  # or psycopg2 sends a BEGIN of its own
+        if connection.get_parameter_status("server_encoding") == "SQL_ASCII":
+            # No conversion there: any byte may come, and Latin-1 has a character for each.
+            connection.set_client_encoding("LATIN1")
+        # Names are bytes: one from a database of another encoding need not be UTF-8.
+        psycopg2.extensions.register_type(psycopg2.extensions.BYTES, connection)
+        return connection
 
     def _wait(self, call: Callable[[], T], on_tick: Callable[[], None], seconds: float | None) -> T:
         assert self._running is None, "one call at a time"
@@ -1575,18 +1959,26 @@ class Session:
         return result
 
     def query(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
-        """Run a statement, or several in one string, and return the rows of the last."""
+        """Run a statement, or several in one string, and return the rows of the last. Text comes as
+        UTF-8, with lone surrogates for bytes that are none, and goes back as the same bytes."""
 
         def execute() -> list[tuple[Any, ...]]:
             with self._connection.cursor() as cursor:
-                cursor.execute(statement, values or None)
+                cursor.execute(statement.encode("utf-8", "surrogateescape"), values or None)
                 return cursor.fetchall() if cursor.description else []
 
         silence = STALL_SECONDS + ANSWER_SECONDS
         try:
-            return self._call(execute, seconds=silence)
+            rows = self._call(execute, do_nothing, silence)
         except TimeoutError:
             raise ServerError(f"no answer within {format_age(silence)}", lost=True) from None
+        return [
+            tuple(
+                value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+                for value in row
+            )
+            for row in rows
+        ]
 
     def copy_rows(self, statement: str, counter: RowCounter, on_tick: Callable[[], None]) -> int:
         """Run a `COPY … TO STDOUT` and return how many rows came; `counter` counts them on the way,
@@ -1594,29 +1986,21 @@ class Session:
 
         def copy() -> int:
             with self._connection.cursor() as cursor, no_excepthook():
-                cursor.copy_expert(statement, counter)
+                cursor.copy_expert(statement.encode("utf-8", "surrogateescape"), counter)
                 return int(cursor.rowcount)
 
-        return self._call(copy, on_tick)
+        return self._call(copy, on_tick, None)
 
-    def _call(
-        self,
-        call: Callable[[], T],
-        on_tick: Callable[[], None] = do_nothing,
-        seconds: float | None = None,
-    ) -> T:
+    def _call(self, call: Callable[[], T], on_tick: Callable[[], None], seconds: float | None) -> T:
         psycopg2 = import_psycopg2()
         try:
             return self._wait(call, on_tick, seconds)
         except (psycopg2.Error, UnicodeError) as error:
-            raise self._translate(error) from None
-
-    def _translate(self, error: Exception) -> ServerError:
-        sqlstate = getattr(error, "pgcode", None)
-        lost = sqlstate is None and bool(self._connection.closed)
-        # psycopg2 often has no more than "no message from the libpq" for a connection that ended.
-        text = (lost and self._connection.info.error_message) or getattr(error, "pgerror", None)
-        return ServerError((text or str(error)).strip(), sqlstate, lost)
+            sqlstate = getattr(error, "pgcode", None)
+            lost = sqlstate is None and bool(self._connection.closed)
+            # psycopg2 often has no more than "no message from the libpq" for a lost connection.
+            text = (lost and self._connection.info.error_message) or getattr(error, "pgerror", None)
+            raise ServerError((text or str(error)).strip(), sqlstate, lost) from None
 
     def parameter(self, name: str) -> str:
         """A setting that the server reports by itself, such as server_encoding."""
@@ -1626,6 +2010,16 @@ class Session:
     def server_version(self) -> int:
         """170010 for 17.10."""
         return int(self._connection.server_version)
+
+    @property
+    def backend_pid(self) -> int:
+        """The server process as libpq knows it; a pooler hands out a number of its own."""
+        return int(self._connection.info.backend_pid)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it can be asked; not where a call was broken off."""
+        return self._running is None
 
     def close(self) -> None:
         """Leave the server; locks and snapshot go with it, and the query that runs, at once."""
@@ -1658,7 +2052,17 @@ class Session:
         self.close()
 
 
-def decode_words(raw: bytes) -> str:
+def import_psycopg2() -> Any:
+    """psycopg2, where it is used: listing and verifying must work without it."""
+    try:
+        import psycopg2
+        import psycopg2.extensions
+    except ImportError as error:
+        raise missing_package_failure(error) from None
+    return psycopg2
+
+
+def decode_server_text(raw: bytes) -> str:
     """What the server says before a login: its own words in an encoding that it does not name,
     ours within them in UTF-8. A byte that is no UTF-8 is taken as Latin-1."""
     return "".join(
@@ -1667,181 +2071,111 @@ def decode_words(raw: bytes) -> str:
     )
 
 
-def import_psycopg2() -> Any:
-    """psycopg2, where it is used: listing and verifying must work without it."""
-    try:
-        import psycopg2
-        import psycopg2.extensions
-    except ImportError as error:
-        raise missing_package(error) from None
-    return psycopg2
+# PostgreSQL's minor releases from which on a view or foreign table in a table's place can be
+# refused (CVE-2024-7348); every later major release can.
+RESTRICTING_MINORS = {12: 20, 13: 16, 14: 13, 15: 8, 16: 4}
 
-
-def missing_package(error: ImportError) -> Failure:
-    """The failure for a run-time package that is not installed, or does not load."""
-    requirements = SCRIPT_DIR / "requirements.txt"
-    return Failure(
-        ExitCode.GENERAL,
-        f"a package is missing: {error} (python is {printable(sys.executable)})",
-        "Install what the script needs: "
-        + shell_words(sys.executable, "-m", "pip", "install", "-r", display_path(requirements)),
-        "In cron, name the python that has it: /path/to/venv/bin/python3 backup_db.py",
-    )
-
-
-BEGIN_READING = """
+BEGIN_READ_ONLY = """
 BEGIN ISOLATION LEVEL {isolation} READ ONLY;
+SET LOCAL search_path = '';
 SET LOCAL statement_timeout = 0;
-SET LOCAL lock_timeout = '{lock_wait_seconds}s';
+SET LOCAL lock_timeout = '{lock_seconds}s';
 SET LOCAL idle_in_transaction_session_timeout = 0;
 SET LOCAL row_security = off;
-SET LOCAL search_path = '';
 SET LOCAL quote_all_identifiers = off;
 """
 
 
-def begin(session: Session, isolation: str) -> None:
-    """Begin a transaction that no setting of the role or the database can break or bend, and that
-    waits for no lock without an end (a VACUUM FULL of the catalog holds up any query)."""
-    session.query(BEGIN_READING.format(isolation=isolation, lock_wait_seconds=STALL_SECONDS))
-    if session.server_version >= 170000:
+def begin_read_only(session: Session, isolation: str = "READ COMMITTED") -> None:
+    """Begin a transaction that no setting of the role or the database can break or bend, in which
+    no name is found but those of pg_catalog, and which waits for no lock without an end.
+
+    Everything that is asked is asked in one: who owns a schema or the database must not become us.
+    """
+    session.query(BEGIN_READ_ONLY.format(isolation=isolation, lock_seconds=STALL_SECONDS))
+    major, minor = divmod(session.server_version, 10000)
+    if minor >= RESTRICTING_MINORS.get(major, 0):
+        session.query("SET LOCAL restrict_nonsystem_relation_kind = 'view, foreign-table'")
+    if major >= 17:
         session.query("SET LOCAL transaction_timeout = 0")
-    if session.server_version >= 140000:
-        try:
-            # Should this process be killed, the server ends a long count or wait by itself.
-            session.query(
-                "SAVEPOINT looking_after;"
-                f" SET LOCAL client_connection_check_interval = '{ORPHAN_SECONDS}s';"
-                " RELEASE SAVEPOINT looking_after"
-            )
-        except ServerError as error:
-            if error.lost:
-                raise
-            # A platform that cannot.
-            session.query("ROLLBACK TO SAVEPOINT looking_after; RELEASE SAVEPOINT looking_after")
-
-
-def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
-    """Why there is no connection. The cause is looked up in the catalog, where another database
-    lets us in; the server's words are shown as they are, in whatever language."""
-    options = client_options(config)
-    name = config.name
-    # Where there was no answer in time, there is no other database to ask either.
-    known = "unknown" if error.lost else _look_up_database(config)
-    check_name = f"Check database name {config.places['name']}"
-    if known == "missing":
-        return Failure(
-            ExitCode.CONNECTION,
-            error.text,
-            f"Verify database exists: psql -l {options}",
-            check_name,
-            f"Create database if needed: createdb {shell_words(name)} {options}",
+    try:
+        # Should this process be killed, the server ends a long count or wait by itself.
+        session.query(
+            "SAVEPOINT looking_after;"
+            f" SET LOCAL client_connection_check_interval = '{ORPHAN_SECONDS}s';"
+            " RELEASE SAVEPOINT looking_after"
         )
-    if known == "closed":
-        return Failure(
-            ExitCode.CONNECTION,
-            error.text,
-            f"The database does not allow connections: {check_name}",
-            "Or allow them, as its owner: ALTER DATABASE … ALLOW_CONNECTIONS true",
-        )
-    if known == "no CONNECT" or "User does not have CONNECT privilege." in error.text:
-        return Failure(
-            ExitCode.PERMISSION,
-            error.text,
-            f"Grant it, as the owner of the database: GRANT CONNECT ON DATABASE "
-            f"{sql_identifier(name)} TO {sql_identifier(config.user or current_user())}",
-            f"Or back up as another role, set {config.places['user']}",
-        )
-    return Failure(
-        ExitCode.CONNECTION,
-        error.text,
-        f"See whether the server answers: pg_isready {client_options(config, user=False)}",
-        f"Check the host {config.places['host']}, and the port {config.places['port']}",
-        f"Check the user {config.places['user']}, and the password {config.places['password']}",
-        f"Verify database exists: psql -l {options}",
-        *(f"Check libpq's own settings {place}" for place in [config.places.get("libpq")] if place),
-    )
+    except ServerError as error:
+        if error.lost:
+            raise
+        # A platform that cannot.
+        session.query("ROLLBACK TO SAVEPOINT looking_after; RELEASE SAVEPOINT looking_after")
 
 
-def _look_up_database(config: DatabaseConfig) -> str:
-    """What the catalog says of the configured database, seen from the database `postgres`."""
+# ---------------------------------------------------------------------------------------------
+# The catalog: what is in the database, and what this role may read of it
+# ---------------------------------------------------------------------------------------------
+
+
+def look_up_database(config: DatabaseConfig) -> str:
+    """What the catalog says of the configured database, seen from the database `postgres`: the
+    words of CONNECTION_REMEDIES, or nothing."""
     try:
         with Session(config, "postgres") as session:
+            begin_read_only(session)
             found = session.query(
                 "SELECT datallowconn, has_database_privilege(oid, 'CONNECT')"
                 " FROM pg_catalog.pg_database WHERE datname = %s",
                 config.name,
             )
     except ServerError:
-        return "unknown"
+        return ""
     if not found:
-        return "missing"
+        return "(missing)"
     allowed, may_connect = found[0]
-    return "closed" if not allowed else "open" if may_connect else "no CONNECT"
+    if not allowed:
+        return "(closed)"
+    return "" if may_connect else "User does not have CONNECT privilege."
 
 
-def client_options(config: DatabaseConfig, user: bool = True) -> str:
-    """The options by which psql reaches the configured server."""
-    options = shell_words("-h", config.host, "-p", str(config.port))
-    return f"{options} {shell_words('-U', config.user)}" if user and config.user else options
+POOLER_ROUNDS = 10
 
 
-def sql_identifier(name: str) -> str:
-    """A name quoted for SQL, as a person can paste it."""
-    return printable_sql('"' + decode_os_text(name).replace('"', '""') + '"')
+def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
+    """Raise Failure behind a connection pooler in transaction or statement mode: pg_dump would
+    leave search_path = '' on connections that the application is given next, and its own settings
+    may land elsewhere than its dump.
 
+    libpq's backend PID is the server's own where nothing is in between: one round trip. Two
+    sessions that share a backend, or one that changes its own, are not in session mode. Alone in
+    autocommit, since in statement mode a BEGIN ends the connection; it finds nothing by
+    search_path.
+    """
 
-def printable_sql(sql: str) -> str:
-    """SQL that still means the same when it is pasted from a terminal: quoted names that would not
-    show as they are get SQL's own escapes, `U&"two\\+00000Alines"`."""
+    def backend_of(asked: Session) -> int:
+        return int(asked.query("SELECT pg_catalog.pg_backend_pid()")[0][0])
 
-    def escape(quoted: re.Match[str]) -> str:
-        if quoted.group().isprintable():
-            return quoted.group()
-        return "U&" + "".join(
-            character.replace("\\", "\\\\")
-            if character.isprintable()
-            else f"\\+{ord(character):06X}"
-            for character in quoted.group()
-        )
-
-    return re.sub('"(?:[^"]|"")+"', escape, sql)
-
-
-LOCK_NOT_AVAILABLE = "55P03"
-
-
-def server_failure(error: ServerError, doing: str) -> Failure:
-    """What stopped us while `doing` something on the server, in the server's own words."""
-    if error.lost:
-        return Failure(
-            ExitCode.CREATION,
-            f"the connection to the server was lost while {doing}:\n{error.text}",
-            "See why in the server's log: a restart, a crash, or an administrator's command",
-            "Then run the backup again",
-        )
-    if error.sqlstate == "42501":  # insufficient_privilege
-        return Failure(
-            ExitCode.PERMISSION,
-            f"while {doing}: {error.text}",
-            "Grant the role what it lacks, or back up as another role",
-        )
-    if error.sqlstate == LOCK_NOT_AVAILABLE:
-        return waited_too_long(f"while {doing}: {error.text}", None)
-    if error.sqlstate == "53200":  # out_of_memory: the lock table is full
-        return Failure(
-            ExitCode.CREATION,
-            f"while {doing}: {error.text}",
-            "Raise max_locks_per_transaction in postgresql.conf, and restart the server",
-        )
-    return Failure(
-        ExitCode.CREATION, f"while {doing}: {error.text}", "See the server's log for the cause"
+    first = backend_of(session)
+    if first == session.backend_pid:
+        return
+    with Session(config) as other:
+        second = backend_of(other)
+        for _ in range(POOLER_ROUNDS):
+            backends = (backend_of(session), backend_of(other))
+            if backends != (first, second) or first == second:
+                break
+        else:
+            return
+    raise Failure(
+        ExitCode.CONFIGURATION,
+        "there is a connection pooler in transaction or statement mode in between: a backup through"
+        " it would break the application's queries, and could be wrong itself",
+        f"Set the server's own address: the host {config.places['host']}, and the port "
+        f"{config.places['port']}",
+        "Neon: the host name without -pooler. Supabase: port 5432 in place of 6543. pgbouncer: "
+        "the server's own port, or an entry with pool_mode=session",
     )
 
-
-# ---------------------------------------------------------------------------------------------
-# The server: what is in the database, and what this role may read of it
-# ---------------------------------------------------------------------------------------------
 
 # The relations that pg_dump reads: not those of extensions, but for their configuration tables
 # (PostgreSQL documentation, "Extension Configuration Tables").
@@ -1882,40 +2216,46 @@ SELECT 'large object', l.oid::text, l.oid FROM pg_catalog.pg_largeobject_metadat
           WHERE a.privilege_type = 'SELECT'
             AND (a.grantee = 0 OR pg_catalog.pg_has_role(a.grantee, 'USAGE')))
    AND NOT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
+   AND NOT pg_catalog.current_setting('lo_compat_privileges')::bool
 ORDER BY 1, 3
 """
 
 GRANTS = {
-    "schema": ("Let it use the schemas", "GRANT USAGE ON SCHEMA {} TO {}"),
-    "table": ("Let it read the tables", "GRANT SELECT ON TABLE {} TO {}"),
-    "sequence": ("Let it read the sequences", "GRANT SELECT ON SEQUENCE {} TO {}"),
-    "large object": ("Let it read the large objects", "GRANT SELECT ON LARGE OBJECT {} TO {}"),
+    "schema": ("let it use the schemas", "GRANT USAGE ON SCHEMA {} TO {};"),
+    "table": ("let it read the tables", "GRANT SELECT ON TABLE {} TO {};"),
+    "sequence": ("let it read the sequences", "GRANT SELECT ON SEQUENCE {} TO {};"),
+    "large object": ("let it read the large objects", "GRANT SELECT ON LARGE OBJECT {} TO {};"),
 }
 
 
 def check_privileges(session: Session) -> None:
-    """Raise Failure with everything that pg_dump could not read as this role."""
+    """Raise Failure with what pg_dump could not read as this role: ten of each kind, and how many
+    there are."""
     unreadable = session.query(UNREADABLE)
     if not unreadable:
         return
-    role = str(session.query("SELECT pg_catalog.quote_ident(current_user)")[0][0])
+    (role,) = session.query("SELECT pg_catalog.quote_ident(current_user)")[0]
+    grantee = printable(role)
     names: dict[str, list[str]] = {}
     for kind, name, _oid in unreadable:
         names.setdefault(kind, []).append(name)
-    grantee = printable_sql(role)
-    steps = [
-        f"{purpose}: {grant.format(', '.join(map(printable_sql, names[kind])), grantee)};"
-        for kind, (purpose, grant) in GRANTS.items()
-        if kind in names
-    ]
+    steps = []
     if names.keys() - {"large object", "row security"}:
-        steps.append(f"Or all tables, for good: GRANT pg_read_all_data TO {grantee};")
+        steps.append(
+            f"Let it read all tables, as a superuser: GRANT pg_read_all_data TO {grantee};"
+        )
+    for kind, (purpose, grant) in GRANTS.items():
+        if kind in names:
+            listed = ", ".join(map(printable, names[kind][:MOST_NAMES]))
+            more = ", and so on" if len(names[kind]) > MOST_NAMES else ""
+            either = purpose.capitalize() if kind == "large object" else f"Or {purpose}"
+            steps.append(f"{either}{more}: {grant.format(listed, grantee)}")
     if "row security" in names:
         steps.append(f"Let it see every row, as a superuser: ALTER ROLE {grantee} BYPASSRLS;")
-    lines = [f"{kind}: {', '.join(map(printable, found))}" for kind, found in names.items()]
+    lines = [f"{kind}: {list_names(found)}" for kind, found in names.items()]
     raise Failure(
         ExitCode.PERMISSION,
-        f"role {printable(role)} cannot read all of the database; a backup would be incomplete\n"
+        f"role {grantee} cannot read all of the database; a backup would be incomplete\n"
         + "\n".join(lines),
         *steps,
     )
@@ -1925,8 +2265,9 @@ class Table(NamedTuple):
     """A table that pg_dump locks, and whose rows it writes if there can be any."""
 
     oid: int
-    sql_name: str  # with its schema, quoted where SQL needs it
+    qualified_name: str  # with its schema, quoted where SQL needs it
     key: str  # the same in the metadata: bare in schema public
+    root: int | None  # of a partition: the oid of its topmost table
     condition: str  # of an extension's configuration table: the rows that pg_dump takes
     column: str  # the one that is least work to read, in parentheses; empty where there is none
     has_rows: bool  # in the dump: those of a partitioned table are in its partitions
@@ -1940,23 +2281,24 @@ class Table(NamedTuple):
         exception are the tables of an extension that come with a condition.
         """
         if self.condition:
-            return f"COPY (SELECT {self.column} FROM {self.sql_name} {self.condition}) TO STDOUT"
-        return f"COPY {self.sql_name} {self.column} TO STDOUT"
+            select = f"SELECT {self.column} FROM {self.qualified_name} {self.condition}"
+            return f"COPY ({select}) TO STDOUT"
+        return f"COPY {self.qualified_name} {self.column} TO STDOUT"
 
 
 # The tables that pg_dump locks. Unlogged tables hold nothing on a standby, and pg_dump leaves
 # their rows out there. Object ids grow, so that their order is the order of creation.
 DUMPED_TABLES = f"""
 WITH rel AS ({DUMPED_RELATIONS})
-SELECT oid::bigint, pg_catalog.quote_ident(nspname) || '.' || pg_catalog.quote_ident(relname),
-       CASE nspname WHEN 'public' THEN '' ELSE pg_catalog.quote_ident(nspname) || '.' END
-       || pg_catalog.quote_ident(relname), COALESCE(condition, ''),
-       COALESCE((SELECT '(' || pg_catalog.quote_ident(a.attname) || ')'
-                   FROM pg_catalog.pg_attribute a
+SELECT oid::bigint, quote_ident(nspname) || '.' || quote_ident(relname),
+       CASE nspname WHEN 'public' THEN '' ELSE quote_ident(nspname) || '.' END
+       || quote_ident(relname),
+       NULLIF(pg_partition_root(oid)::oid, oid)::bigint, COALESCE(condition, ''),
+       COALESCE((SELECT '(' || quote_ident(a.attname) || ')' FROM pg_catalog.pg_attribute a
                   WHERE a.attrelid = rel.oid AND a.attnum > 0
                     AND NOT a.attisdropped AND a.attgenerated = ''
                   ORDER BY a.attlen < 0, a.attlen, a.attnum LIMIT 1), ''),
-       relkind = 'r' AND NOT (relpersistence = 'u' AND pg_catalog.pg_is_in_recovery())
+       relkind = 'r' AND NOT (relpersistence = 'u' AND pg_is_in_recovery())
   FROM rel WHERE relkind IN ('r', 'p')
  ORDER BY oid
 """
@@ -1965,20 +2307,6 @@ SELECT oid::bigint, pg_catalog.quote_ident(nspname) || '.' || pg_catalog.quote_i
 def list_tables(session: Session) -> list[Table]:
     """The tables that pg_dump will lock, in the order in which they were created."""
     return [Table(*row) for row in session.query(DUMPED_TABLES)]
-
-
-class DatabaseFacts(NamedTuple):
-    """What the metadata says of the database, read in the snapshot."""
-
-    name: str
-    size_bytes: int
-    server_version: str
-    encoding: str
-    locale: dict[str, str | None]
-    extensions: dict[str, str]
-    roles: list[str]
-    large_objects: int
-    not_included: list[str]
 
 
 # Columns that only newer servers have come through to_jsonb: absent, they are NULL.
@@ -2005,85 +2333,164 @@ SELECT rolname FROM pg_catalog.pg_roles r
  ORDER BY rolname
 """
 
-# What pg_dump leaves out and exits 0: (sentence, names or NULL, how many).
+# What pg_dump leaves out and exits 0: (sentence, name), a row each.
 NOT_INCLUDED = """
 WITH rel AS (
   SELECT c.oid, c.relkind, c.relpersistence, n.nspname,
-         CASE n.nspname WHEN 'public' THEN '' ELSE pg_catalog.quote_ident(n.nspname) || '.' END
-         || pg_catalog.quote_ident(c.relname) AS name
+         CASE n.nspname WHEN 'public' THEN '' ELSE quote_ident(n.nspname) || '.' END
+         || quote_ident(c.relname) AS name
     FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-   WHERE c.relkind = 'f' OR c.relpersistence = 'u' OR n.nspname = 'information_schema')
-SELECT 'data of foreign tables', pg_catalog.string_agg(name, ', ' ORDER BY oid), 0
-  FROM rel WHERE relkind = 'f'
+   WHERE c.relkind IN ('r', 'p', 'f') AND n.nspname !~ '^pg_'),
+me AS (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
+SELECT 'data of foreign tables', name, oid::bigint FROM rel WHERE relkind = 'f'
 UNION ALL
-SELECT 'data of unlogged tables, which a standby does not have',
-       pg_catalog.string_agg(name, ', ' ORDER BY oid), 0
-  FROM rel WHERE relkind = 'r' AND relpersistence = 'u' AND pg_catalog.pg_is_in_recovery()
+SELECT 'data of unlogged tables, which a standby does not have', name, oid::bigint
+  FROM rel WHERE relkind = 'r' AND relpersistence = 'u' AND pg_is_in_recovery()
 UNION ALL
-SELECT 'tables in the schema information_schema',
-       pg_catalog.string_agg(name, ', ' ORDER BY oid), 0
-  FROM rel WHERE relkind IN ('r', 'p') AND oid >= 16384 AND nspname = 'information_schema'
+SELECT 'tables in the schema information_schema', name, oid::bigint
+  FROM rel WHERE relkind <> 'f' AND oid >= 16384 AND nspname = 'information_schema'
 UNION ALL
-SELECT 'subscriptions, which only a superuser can back up', NULL, pg_catalog.count(*)
-  FROM pg_catalog.pg_subscription s JOIN pg_catalog.pg_database d ON d.oid = s.subdbid
- WHERE d.datname = pg_catalog.current_database()
-   AND NOT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
+SELECT 'rows of tables that belong to an extension', name, oid::bigint
+  FROM rel JOIN pg_catalog.pg_depend m
+    ON m.classid = 'pg_catalog.pg_class'::regclass AND m.objid = rel.oid AND m.objsubid = 0
+   AND m.deptype = 'e' AND m.refclassid = 'pg_catalog.pg_extension'::regclass
+ WHERE relkind = 'r' AND pg_relation_size(rel.oid) > 0
+   AND NOT EXISTS (SELECT FROM pg_catalog.pg_extension x WHERE rel.oid = ANY (x.extconfig))
 UNION ALL
-SELECT 'options of user mappings, which only a superuser can back up', NULL, pg_catalog.count(*)
-  FROM pg_catalog.pg_user_mappings
- WHERE NOT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
+SELECT 'invalid indexes, which a failed build has left', quote_ident(c.relname) || ' on ' || name,
+       c.oid::bigint
+  FROM pg_catalog.pg_index i JOIN rel ON rel.oid = i.indrelid
+  JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
+ WHERE NOT i.indisvalid AND c.relkind = 'i'
+UNION ALL
+SELECT 'subscriptions, which only a superuser can back up', quote_ident(subname), s.oid::bigint
+  FROM pg_catalog.pg_subscription s JOIN pg_catalog.pg_database d ON d.oid = s.subdbid, me
+ WHERE d.datname = current_database() AND NOT rolsuper
+UNION ALL
+SELECT 'options of user mappings, which only a superuser can back up',
+       COALESCE(quote_ident(usename), 'public') || ' on ' || quote_ident(srvname), umid::bigint
+  FROM pg_catalog.pg_user_mappings, me WHERE NOT rolsuper
+ORDER BY 3
 """
 
 
-def describe_database(session: Session) -> DatabaseFacts:
-    """Everything that the metadata says of the database, but for the tables."""
+def describe_database(session: Session) -> dict[str, Any]:
+    """What the metadata says of the database, by its keys, but for the tables."""
     name, size_bytes, collate, ctype, provider, locale, large_objects = session.query(
         DATABASE_FACTS
     )[0]
     providers = {None: "libc", "c": "libc", "i": "icu", "b": "builtin", "d": "default"}
     major, minor = divmod(session.server_version, 10000)
-    return DatabaseFacts(
-        name=name,
-        size_bytes=size_bytes,
-        server_version=f"{major}.{minor}",
-        encoding=session.parameter("server_encoding"),
-        locale={
+    left_out: dict[str, list[str]] = {}
+    for what, left_name, _oid in session.query(NOT_INCLUDED):
+        left_out.setdefault(what, []).append(left_name)
+    return {
+        "database_name": name,
+        "database_size_bytes": size_bytes,
+        "postgresql_version": f"{major}.{minor}",
+        "encoding": session.parameter("server_encoding"),
+        "locale": {
             "collate": collate,
             "ctype": ctype,
             "provider": providers.get(provider, provider),
             **({"locale": locale} if locale else {}),
         },
-        extensions=dict(session.query(EXTENSIONS)),
-        roles=[role for (role,) in session.query(ROLES)],
-        large_objects=large_objects,
-        not_included=[
-            f"{what} ({names or count})"
-            for what, names, count in session.query(NOT_INCLUDED)
-            if names or count
-        ],
-    )
+        "extensions": dict(session.query(EXTENSIONS)),
+        "roles": [role for (role,) in session.query(ROLES)],
+        "large_object_count": large_objects,
+        "not_included": [f"{what} ({list_names(names)})" for what, names in left_out.items()],
+    }
 
 
 # ---------------------------------------------------------------------------------------------
-# The server: locks first, then the snapshot, then the counts in it
+# The snapshot and the dump: locks first, then the snapshot, then pg_dump beside the counts
 # ---------------------------------------------------------------------------------------------
 
-# also deadlock_detected, undefined_table, invalid_schema_name
-LOCK_RETRY_SQLSTATES = {LOCK_NOT_AVAILABLE, "40P01", "42P01", "3F000"}
 
-DEADLOCK_TIMEOUT_MS = """
-SELECT setting::int FROM pg_catalog.pg_settings WHERE name = 'deadlock_timeout'
-"""
+class Blocker(NamedTuple):
+    """Who has a lock that we or pg_dump wait for: a session, with what this role may know of it, or
+    a prepared transaction, which has none."""
+
+    pid: int | None
+    user: str | None
+    application: str | None
+    query: str | None
+    is_waiting: bool  # for a lock itself
+    gid: str | None
+
+    def __str__(self) -> str:
+        """`session 4711 (alice, psql: ALTER TABLE …)`. No more of its query than the first words:
+        there may be a password in it."""
+        if self.pid is None:
+            return f"prepared transaction {shell_words(self.gid or '')}"
+        command = re.match(r"\W*([A-Za-z]+(?:\s+[A-Za-z]+)?)", self.query or "")
+        about = ", ".join(printable(part) for part in (self.user, self.application) if part)
+        about += f": {' '.join(command.group(1).split())} …" if command else ""
+        return f"session {self.pid}" + (f" ({about})" if about else "")
+
+    @property
+    def remedy(self) -> str:
+        """How to end it."""
+        if self.pid is None:
+            gid = printable("'" + (self.gid or "").replace("'", "''") + "'")
+            return f"End it, in this database: ROLLBACK PREPARED {gid}; or COMMIT PREPARED {gid};"
+        end = shell_words("psql", "-c", f"SELECT pg_terminate_backend({self.pid})")
+        return f"Let that session finish, or end it: {end}"
 
 
 class Snapshot(NamedTuple):
     """A moment of the database that pg_dump can be given, with every table held still."""
 
     id: str
-    tables: Sequence[Table]  # those with rows
+    tables: Sequence[Table]
+    sizes: Mapping[int, int]  # bytes by oid, of the tables with rows
+    large_objects_bytes: int
+    schemas: Mapping[int, str]  # the names of those that hold the tables, by oid
+    facts: Mapping[str, Any]  # what the metadata says of the database
 
 
-def take_snapshot(session: Session, progress: Progress) -> Snapshot:
+class Run(NamedTuple):
+    """What a run works with, from the moment that it may write."""
+
+    config: DatabaseConfig
+    tools: Tools
+    session: Session
+    lock: DatabaseLock
+    partial: PartialBackup
+    progress: Progress
+    last: Metadata | None  # of the last backup of this database and environment
+
+
+LOCK_NOT_AVAILABLE = "55P03"
+# also query_canceled (statement_timeout), deadlock_detected, undefined_table, invalid_schema_name
+LOCK_RETRY_SQLSTATES = {LOCK_NOT_AVAILABLE, "57014", "40P01", "42P01", "3F000"}
+
+DEADLOCK_TIMEOUT_MS = """
+SELECT setting::int FROM pg_catalog.pg_settings WHERE name = 'deadlock_timeout'
+"""
+
+# PostgreSQL documentation, "Lock Management": the lock table is shared by all, and we take one
+# place for each table. Locks by the fast path are not in it.
+LOCK_TABLE_ROOM = """
+SELECT current_setting('max_locks_per_transaction')::int * (1 + sum(setting::int))
+       - (SELECT count(DISTINCT (database, relation)) FROM pg_catalog.pg_locks
+           WHERE locktype = 'relation' AND NOT fastpath)
+  FROM pg_catalog.pg_settings
+ WHERE name IN ('max_connections', 'autovacuum_max_workers', 'max_worker_processes',
+                'max_wal_senders', 'max_prepared_transactions')
+"""
+
+LOCK_HOLDER = """
+SELECT l.relation::bigint, l.pid, a.usename, a.application_name, a.query, false, x.gid
+  FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+  LEFT JOIN pg_catalog.pg_prepared_xacts x ON l.virtualtransaction = '-1/' || x.transaction::text
+ WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.relation = ANY (%s::oid[])
+   AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+ ORDER BY l.granted DESC, a.xact_start LIMIT 1
+"""
+
+
+def take_snapshot(run: Run) -> Snapshot:
     """Lock the tables, then export a snapshot that sees them as they stay.
 
     TRUNCATE and an ALTER TABLE that rewrites are not MVCC-safe (PostgreSQL documentation,
@@ -2091,92 +2498,71 @@ def take_snapshot(session: Session, progress: Progress) -> Snapshot:
     dumped as empty, and counted as empty, with exit status 0. So the locks come before the
     transaction sees anything, and the list of tables is read again behind them.
 
-    Raises Failure, naming the session that holds a table, after STALL_SECONDS.
+    Nothing waits while locks are held. Only success is movement: raises Failure, naming who holds a
+    table, when STALL_SECONDS have passed.
     """
-    deadline = time.monotonic() + STALL_SECONDS
+    session, patience = run.session, Patience()
     while True:
-        begin(session, "READ COMMITTED")
+        begin_read_only(session)
         tables = list_tables(session)
         (deadlock_timeout_ms,) = session.query(DEADLOCK_TIMEOUT_MS)[0]
+        (room,) = session.query(LOCK_TABLE_ROOM)[0]
         session.query("COMMIT")
+        if len(tables) > room:
+            raise lock_table_failure(len(tables), int(room))
+        run.partial.begin()
         try:
-            begin(session, "REPEATABLE READ")
-            if tables:
-                lock_timeout_ms = max(1, min(LOCK_TIMEOUT_MS, deadlock_timeout_ms // 2))
-                session.query(f"SET LOCAL lock_timeout = {lock_timeout_ms}")
-                names = ", ".join(f"ONLY {table.sql_name}" for table in tables)
-                session.query(f"LOCK TABLE {names} IN ACCESS SHARE MODE")
-                session.query(f"SET LOCAL lock_timeout = '{STALL_SECONDS}s'")
-            snapshot = str(session.query("SELECT pg_catalog.pg_export_snapshot()")[0][0])
-            if list_tables(session) == tables:
-                return Snapshot(snapshot, [table for table in tables if table.has_rows])
-            session.query("ROLLBACK")
-            holder, waits_for = None, "the set of tables changes all the time"
+            snapshot = lock_and_export(
+                session, tables, max(1, min(LOCK_TIMEOUT_MS, deadlock_timeout_ms // 2))
+            )
+            if snapshot is not None:
+                return snapshot
+            what, blocker = "the set of tables changes all the time", None
         except ServerError as error:
             if error.sqlstate not in LOCK_RETRY_SQLSTATES:
                 raise
-            session.query("ROLLBACK")  # every lock goes: we never wait while we hold some
-            holder, waits_for = find_lock_holder(session, tables, error)
-        if time.monotonic() > deadline:
-            raise waited_too_long(
-                f"the tables could not be locked for reading: {waits_for}", holder
-            )
-        pause(LOCK_RETRY_SECONDS, progress, f"Waiting: {waits_for}")
+            session.query("ROLLBACK")  # every lock goes
+            what, blocker = find_lock_holder(session, tables, error)
+        session.query("ROLLBACK")
+        patience.check(f"the tables could not be locked for reading: {what}", blocker)
+        pause(run.progress, what)
 
 
-def pause(seconds: float, progress: Progress, what: str) -> None:
-    """Sleep, and keep the progress line alive."""
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        check_signals()
-        progress.show(what)
-        time.sleep(min(left, TICK_SECONDS))
+def lock_and_export(session: Session, tables: list[Table], timeout_ms: int) -> Snapshot | None:
+    """One try: everything that is read while locks are held; None where the tables changed.
+
+    The time limit is one for the LOCK as a whole: lock_timeout counts for each table anew. After it
+    lock_timeout is enough, for a pg_largeobject that somebody rewrites.
+    """
+    begin_read_only(session, "REPEATABLE READ")
+    session.query(f"SET LOCAL statement_timeout = {timeout_ms}")
+    if tables:
+        names = ", ".join(f"ONLY {table.qualified_name}" for table in tables)
+        session.query(f"LOCK TABLE {names} IN ACCESS SHARE MODE")
+    session.query(f"SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {timeout_ms}")
+    (identifier,) = session.query("SELECT pg_catalog.pg_export_snapshot()")[0]
+    if list_tables(session) != tables:
+        return None
+    dumped = [table for table in tables if table.has_rows]
+    (large_objects_bytes,) = session.query(
+        "SELECT pg_catalog.pg_relation_size('pg_catalog.pg_largeobject')"
+    )[0]
+    snapshot = Snapshot(
+        id=identifier,
+        tables=tables,
+        sizes=table_sizes(session, dumped),
+        large_objects_bytes=large_objects_bytes,
+        schemas=dict(session.query(SCHEMAS, [table.oid for table in tables])),
+        facts=describe_database(session),
+    )
+    session.query("SET LOCAL lock_timeout = 0")  # from here on Patience ends a wait
+    return snapshot
 
 
-# Within a transaction pg_stat_activity shows what it showed first, until it is told to look again.
-LOOK_AGAIN = "SELECT pg_catalog.pg_stat_clear_snapshot()"
-
-LOCK_HOLDER = """
-SELECT l.relation::pg_catalog.regclass::text, l.pid, a.usename, a.application_name, a.query
-  FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
- WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock'
-   AND l.relation = ANY (%s::oid[])
-   AND l.database = (SELECT oid FROM pg_catalog.pg_database
-                      WHERE datname = pg_catalog.current_database())
- ORDER BY l.granted DESC, a.xact_start LIMIT 1
+SCHEMAS = """
+SELECT n.oid::bigint, n.nspname FROM pg_catalog.pg_namespace n
+ WHERE n.oid IN (SELECT relnamespace FROM pg_catalog.pg_class WHERE oid = ANY (%s::oid[]))
 """
-
-
-def find_lock_holder(
-    session: Session, tables: Iterable[Table], error: ServerError
-) -> tuple[OtherSession | None, str]:
-    """Who holds one of the tables, and a sentence that says so; where nobody does any more, the
-    words of the error."""
-    session.query(LOOK_AGAIN)
-    found = session.query(LOCK_HOLDER, [table.oid for table in tables])
-    if not found:
-        return None, error.text
-    relation, *who = found[0]
-    holder = OtherSession(*who)
-    return holder, f"{holder} holds the table {printable(relation)}"
-
-
-class OtherSession(NamedTuple):
-    """A session that is not ours, with what this role may know of it."""
-
-    pid: int
-    user: str | None
-    application: str | None
-    query: str | None
-    is_waiting: bool = False  # for a lock
-
-    def __str__(self) -> str:
-        """`session 4711 (alice, psql: ALTER TABLE …)`."""
-        text = printable(" ".join((self.query or "").split()))
-        text = text if len(text) <= 80 else text[:79] + "…"
-        about = ", ".join(printable(part) for part in (self.user, self.application) if part)
-        about += f": {text}" if text else ""
-        return f"session {self.pid}" + (f" ({about})" if about else "")
 
 
 def table_sizes(session: Session, tables: Sequence[Table]) -> dict[int, int]:
@@ -2192,186 +2578,179 @@ def table_sizes(session: Session, tables: Sequence[Table]) -> dict[int, int]:
     )
 
 
-def count_rows(
-    session: Session,
-    tables: Sequence[Table],
-    sizes: Mapping[int, int],
-    counter: RowCounter,
-    on_tick: Callable[[], None],
-) -> dict[int, int]:
-    """The rows of every table, exactly, in the session's snapshot, by the table's oid.
-
-    A table without a byte is empty, but for one with a condition: its children are read too.
-    """
-    return {
-        table.oid: session.copy_rows(table.copy_statement, counter, on_tick)
-        if table.condition or sizes[table.oid]
-        else 0
-        for table in tables
-    }
-
-
-# Whether pg_dump copies rows by now, and who blocks it.
-PG_DUMP_ACTIVITY = """
-SELECT pg_catalog.starts_with(a.query, 'COPY '), b.pid, b.usename, b.application_name, b.query,
-       pg_catalog.cardinality(pg_catalog.pg_blocking_pids(b.pid)) > 0
-  FROM pg_catalog.pg_stat_activity a
-  LEFT JOIN LATERAL pg_catalog.unnest(pg_catalog.pg_blocking_pids(a.pid)) AS blocking (pid) ON true
-  LEFT JOIN pg_catalog.pg_stat_activity b ON b.pid = blocking.pid
- WHERE a.application_name = %s
- ORDER BY b.xact_start LIMIT 1
-"""
-
-
-def look_at_pg_dump(session: Session, application_name: str) -> tuple[bool, OtherSession | None]:
-    """Whether the pg_dump with this application name copies rows by now, and the session that
-    keeps it waiting for a lock."""
-    session.query(LOOK_AGAIN)
-    for is_copying, pid, *about in session.query(PG_DUMP_ACTIVITY, application_name):
-        return bool(is_copying), None if pid is None else OtherSession(pid, *about)
-    return False, None  # it has not connected yet, or has gone
-
-
-# ---------------------------------------------------------------------------------------------
-# The dump: pg_dump beside the counts, and what it means when it fails
-# ---------------------------------------------------------------------------------------------
+def find_lock_holder(
+    session: Session, tables: Iterable[Table], error: ServerError
+) -> tuple[str, Blocker | None]:
+    """A sentence that says who holds which of the tables, and who it is; where nobody does any
+    more, the words of the error."""
+    keys = {table.oid: table.key for table in tables}
+    begin_read_only(session)
+    for oid, *who in session.query(LOCK_HOLDER, list(keys)):
+        blocker = Blocker(*who)
+        return f"{blocker} holds the table {printable(keys[oid])}", blocker
+    return error.text, None
 
 
 class Dumped(NamedTuple):
     """A finished dump, not yet read back, and what the database held at that moment."""
 
-    facts: DatabaseFacts
-    moment: datetime
-    tables: Sequence[Table]
-    counts: Mapping[int, int]
+    snapshot: Snapshot
+    counts: Mapping[int, int]  # by the table's oid
     warnings: str
-
-
-class Run(NamedTuple):
-    """What a run works with, from the moment that it may write."""
-
-    config: DatabaseConfig
-    tools: Tools
-    lock: DatabaseLock
-    partial: PartialBackup
-    progress: Progress
 
 
 def dump_database(run: Run) -> Dumped:
     """Dump the database into the partial file, and count its rows in the same snapshot.
 
-    DDL that slipped in before pg_dump took its own locks (a view dropped, an ALTER TABLE queued
-    behind us) makes pg_dump fail before it writes: then all is let go and begun again. So it is
-    where pg_dump and a migration wait for each other.
+    DDL that slipped in where no lock protects (a view dropped, a schema renamed) makes us let go
+    of everything and begin again, three times in all. So does a deadlock that is ahead, before
+    pg_dump has written anything, for as long as Patience lasts.
     """
     attempts = 0
-    deadline = time.monotonic() + STALL_SECONDS
+    patience: Patience | None = None
     while True:
         try:
-            session = Session(run.config)
+            snapshot = take_snapshot(run)
         except ServerError as error:
-            raise connection_failure(run.config, error) from None
-        doing = "reading the catalog"
+            raise server_failure(error, "locking the tables") from None
         try:
-            with session:
-                refuse_older_dump(run.tools.pg_dump, session.server_version)
-                begin(session, "READ COMMITTED")
-                check_privileges(session)
-                session.query("COMMIT")
-                doing = "locking the tables"
-                snapshot = take_snapshot(session, run.progress)
-                doing = "dumping and counting the rows"
-                try:
-                    return dump_snapshot(run, session, snapshot)
-                except InTheWay as found:
-                    waits_for = found.session
-                    if time.monotonic() > deadline:
-                        raise pg_dump_waited_too_long(waits_for) from None
-                except DumpFailed as failed:
-                    attempts += 1
-                    cause = find_cause(run, failed, session)
-                    retry = failed.status == 1 and run.partial.size_bytes == 0
-                    if cause is not None or not retry or attempts == DUMP_ATTEMPTS:
-                        raise cause or dump_failure(failed) from None
-                    continue
+            return dump_snapshot(run, snapshot)
+        except DeadlockAhead as ahead:
+            patience = patience or Patience()
+            patience.check(f"pg_dump waits for a lock: {ahead.blocker} blocks it", ahead.blocker)
+            waits_for = f"{ahead.blocker} holds what pg_dump needs"
+        except (DumpFailed, SnapshotLost) as error:
+            attempts += 1
+            failure = diagnose_dump(run, error, attempts)
+            if failure is not None:
+                raise failure from None
+            waits_for = "something changed meanwhile"
         except ServerError as error:
-            raise server_failure(error, doing) from None
-        pause(LOCK_RETRY_SECONDS, run.progress, f"Waiting: {waits_for} holds what pg_dump needs")
+            raise server_failure(error, "dumping and counting the rows") from None
+        run.session.close()
+        pause(run.progress, waits_for)
+        try:
+            run.session.connect()
+        except ServerError as error:
+            lost = ServerError(error.text, lost=True)
+            raise server_failure(lost, "beginning again") from None
 
 
-def refuse_older_dump(pg_dump: Tool, server_version: int) -> None:
-    """pg_dump refuses a server of a later major version than its own."""
-    major = server_version // 10000
-    if pg_dump.major < major:
-        raise older_tool(pg_dump, major, f"too old for the server, which is version {major}")
-
-
-def dump_snapshot(run: Run, session: Session, snapshot: Snapshot) -> Dumped:
-    """Run pg_dump on the snapshot while our session counts in it. Raises DumpFailed, InTheWay."""
-    pg_dump_tool, partial = run.tools.pg_dump, run.partial
-    facts = describe_database(session)
-    sizes = table_sizes(session, snapshot.tables)
-    large_objects_size = session.query("SELECT pg_catalog.pg_table_size('pg_largeobject')")[0][0]
-    expected_bytes = check_disk_space(
-        partial.directory, run.config, facts, sum(sizes.values()) + large_objects_size
-    )
-    moment = partial.claim_name()
-    # By this its backend is found; ASCII, since the server replaces anything else.
-    application_name = f"backup_db {os.getpid()} {os.urandom(4).hex()}"
-    argv = [
-        pg_dump_tool.path,
+def dump_argv(run: Run, snapshot: Snapshot) -> list[str]:
+    """The command that writes the dump. The database, the host and the password stay in the
+    environment; owners and grants stay in the archive."""
+    return [
+        run.tools.pg_dump.path,
         "--format=custom",
-        # The database, the host and the password stay in the environment.
         "--dbname=" + " ".join(f"{name}={value}" for name, value in KEEPALIVES.items()),
         "--no-password",
         "--no-sync",  # we do it ourselves, before we read the file back
         f"--snapshot={snapshot.id}",
-        f"--encoding={facts.encoding}",
+        f"--encoding={snapshot.facts['encoding']}",
         f"--lock-wait-timeout={DUMP_LOCK_TIMEOUT}",
         f"--compress={run.tools.compress_value}",
-        f"--file={partial.dump}",
+        f"--file={run.partial.dump.argument}",
     ]
-    environment = {**pg_dump_tool.environment, "PGAPPNAME": application_name}
-    with Program(argv, environment, pass_fds=[run.lock.descriptor]) as pg_dump:
-        run.lock.note(f"pg_dump {pg_dump.process.pid}")
-
-        def show(blocker: OtherSession | None = None) -> None:
-            if blocker is not None:
-                run.progress.show(f"Waiting: {blocker} blocks pg_dump")
-                return
-            written = partial.size_bytes
-            fraction = DUMP_SHARE * min(written / (expected_bytes or 1), 1)
-            run.progress.show("Dumping", fraction, f"{format_size(written)} written")
-
-        counter, patience = RowCounter(), Patience("counting the rows")
-
-        def on_tick() -> None:
-            check_dump_status(pg_dump)
-            patience.look(counter.rows, partial.size_bytes)
-            show()
-
-        blocker_watch = BlockerWatch(session, application_name)
-        while pg_dump.wait(TICK_SECONDS) is None:
-            show(blocker_watch.look())
-            if blocker_watch.saw_copying or partial.size_bytes:
-                break  # it has all its locks
-        check_dump_status(pg_dump)
-        counted = count_rows(session, snapshot.tables, sizes, counter, on_tick)
-        while pg_dump.wait(TICK_SECONDS) is None:
-            show(blocker_watch.look())
-        check_dump_status(pg_dump)
-        warnings = pg_dump.words
-    return Dumped(facts, moment, snapshot.tables, counted, warnings)
 
 
-def check_dump_status(pg_dump: Program) -> None:
-    """Raise DumpFailed if pg_dump ended without success."""
-    if status := pg_dump.status():
-        raise DumpFailed(status, pg_dump.words)
+def dump_snapshot(run: Run, snapshot: Snapshot) -> Dumped:
+    """Run pg_dump on the snapshot while our session counts in it. Raises DumpFailed, DeadlockAhead,
+    SnapshotLost."""
+    tables_bytes = sum(snapshot.sizes.values()) + snapshot.large_objects_bytes
+    expected_bytes = check_disk_space(run, snapshot.facts["database_size_bytes"], tables_bytes)
+    # By this its backend is found; ASCII, since the server replaces anything else.
+    application_name = f"backup_db {os.getpid()} {os.urandom(4).hex()}"
+    tool = run.tools.pg_dump
+    with Program(
+        dump_argv(run, snapshot),
+        {**tool.environment, "PGAPPNAME": application_name},
+        file=run.partial.dump,
+        lock=run.lock.file.descriptor,
+    ) as pg_dump:
+        watch = DumpWatch(run, pg_dump, application_name, expected_bytes)
+        watch.wait_until(lambda: watch.is_copying)
+        try:
+            counts = count_rows(run.session, snapshot, watch)
+        except ServerError as error:
+            if error.sqlstate in SLIPPED_IN_SQLSTATES:
+                raise SnapshotLost(error.text) from None
+            raise
+        watch.wait_until(lambda: False)
+        warnings = pg_dump.stderr_text
+    if not run.partial.dump.size_bytes:
+        raise wrapper_failure(tool, warnings)
+    check_schemas(run.session, snapshot)
+    return Dumped(snapshot, counts, warnings)
 
 
-class BlockerWatch:
-    """Notices when another session keeps pg_dump waiting for a lock.
+# undefined_table, invalid_schema_name, wrong_object_type, undefined_column
+SLIPPED_IN_SQLSTATES = {"42P01", "3F000", "42809", "42703"}
+
+
+def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[int, int]:
+    """The rows of every table, exactly, in the session's snapshot, by the table's oid.
+
+    A table without a byte is empty, but for one with a condition: its children are read too.
+    (Counts taken from the archive alone would prove nothing of what the database held.)
+    """
+    counts = {}
+    for table in snapshot.tables:
+        if not table.has_rows:
+            continue
+        counts[table.oid] = 0
+        if table.condition or snapshot.sizes[table.oid]:
+            watch.counting = table.key
+            counts[table.oid] = session.copy_rows(table.copy_statement, watch.counter, watch.tick)
+            watch.look()
+    watch.counting = ""
+    return counts
+
+
+def check_schemas(session: Session, snapshot: Snapshot) -> None:
+    """Raise SnapshotLost where a schema has another name than in the snapshot: COPY goes by name,
+    so that two schemas that were swapped are dumped with each other's rows. (By oid and name: every
+    GRANT changes xmin.)"""
+    session.query("COMMIT")
+    begin_read_only(session)
+    for oid, name in session.query(
+        "SELECT oid::bigint, nspname FROM pg_catalog.pg_namespace WHERE oid = ANY (%s::oid[])",
+        list(snapshot.schemas),
+    ):
+        if (before := snapshot.schemas[oid]) != name:
+            raise SnapshotLost(
+                f"the schema {sql_identifier(before)} was renamed to {sql_identifier(name)} "
+                "while it was dumped"
+            )
+    session.query("COMMIT")
+
+
+# pg_dump's backend, or ours, and who blocks it: a row for each blocker. A prepared transaction has
+# no session: pg_blocking_pids says 0, and pg_locks tells which it is. pg_stat_activity is frozen
+# within a transaction until it is told to look again.
+CLEAR_ACTIVITY_SNAPSHOT = "SELECT pg_catalog.pg_stat_clear_snapshot()"
+ACTIVITY = """
+SELECT a.pid <> %s, starts_with(a.query, 'COPY '), a.query_start, a.state_change, p.bytes_processed,
+       CASE WHEN b.pid IS NOT NULL OR x.gid IS NOT NULL THEN blocking.pid END,
+       b.usename, b.application_name, b.query, cardinality(pg_blocking_pids(b.pid)) > 0, x.gid
+  FROM pg_catalog.pg_stat_activity a
+  LEFT JOIN pg_catalog.pg_stat_progress_copy p ON p.pid = a.pid
+  LEFT JOIN LATERAL unnest(pg_blocking_pids(a.pid)) AS blocking (pid) ON true
+  LEFT JOIN pg_catalog.pg_stat_activity b ON b.pid = blocking.pid
+  LEFT JOIN LATERAL (
+       SELECT x.gid FROM pg_catalog.pg_locks w
+         JOIN pg_catalog.pg_locks h
+           ON h.granted AND h.pid IS NULL AND h.locktype = w.locktype
+          AND (h.database, h.relation, h.classid, h.objid, h.transactionid)
+              IS NOT DISTINCT FROM (w.database, w.relation, w.classid, w.objid, w.transactionid)
+         JOIN pg_catalog.pg_prepared_xacts x ON h.virtualtransaction = '-1/' || x.transaction::text
+        WHERE w.pid = a.pid AND NOT w.granted LIMIT 1) x ON blocking.pid = 0
+ WHERE a.application_name = %s OR a.pid = %s
+ ORDER BY 1 DESC, b.xact_start
+"""
+
+
+class DumpWatch:
+    """pg_dump while it works: its end, its file, the room on the disk, who is in its way.
 
     --lock-wait-timeout does not cover every lock: pg_dump waits for ever behind an uncommitted
     REFRESH MATERIALIZED VIEW (15 to 18, tried). And views, materialized views and sequences
@@ -2380,116 +2759,158 @@ class BlockerWatch:
     server sees one after deadlock_timeout, 1 s by default; we look more often and let go.
     """
 
-    def __init__(self, session: Session, application_name: str) -> None:
-        self._session = session
+    def __init__(
+        self, run: Run, pg_dump: Program, application_name: str, expected_bytes: int
+    ) -> None:
+        self._run = run
+        self._pg_dump = pg_dump
         self._application_name = application_name
-        self._blocker: OtherSession | None = None
-        self._blocked_since = 0.0
-        self._next_look = 0.0
-        self.saw_copying = False  # rows: all locks are taken before the first
+        self._expected_bytes = expected_bytes
+        self._reserve = DiskReserve(run)
+        self._patience = Patience()
+        self._blocker: Blocker | None = None
+        self._looked_at = 0.0
+        self.is_copying = False
+        self.counter = RowCounter()
+        self.counting = ""  # the key of the table whose rows are being counted
 
-    def look(self) -> OtherSession | None:
-        """Who blocks pg_dump now. Raises Failure once it has lasted STALL_SECONDS, InTheWay
-        where that session waits too."""
-        now = time.monotonic()
-        if now < self._next_look:
-            return self._blocker
-        self._next_look = now + WATCH_SECONDS
-        blocked_before = self._blocker is not None
-        is_copying, self._blocker = look_at_pg_dump(self._session, self._application_name)
-        self.saw_copying |= is_copying
-        if self._blocker is not None and self._blocker.is_waiting:
-            raise InTheWay(self._blocker)
-        if self._blocker is None or not blocked_before:
-            self._blocked_since = now
-        elif now - self._blocked_since > STALL_SECONDS:
-            raise pg_dump_waited_too_long(self._blocker)
-        return self._blocker
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for pg_dump's end, or for the condition before it. Raises DumpFailed, DeadlockAhead,
+        Failure."""
+        while self._pg_dump.wait(TICK_SECONDS) is None and not condition():
+            self.tick()
+            self.look()
+        self._check_status()
 
+    def _check_status(self) -> None:
+        if status := self._pg_dump.status():
+            raise DumpFailed(status, self._pg_dump.stderr_text)
 
-def pg_dump_waited_too_long(blocker: OtherSession) -> Failure:
-    """The failure for a lock that pg_dump has not got."""
-    return waited_too_long(f"pg_dump waits for a lock: {blocker} blocks it", blocker)
+    def tick(self) -> None:
+        """What is to be seen without asking the server. Raises DumpFailed, Failure."""
+        self._check_status()
+        patience, written = self._patience, self._run.partial.dump.size_bytes
+        self.is_copying |= written > 0
+        self._reserve.check(written)
+        if patience.watch(written=written, rows=self.counter.rows):
+            self._blocker = None
+        if self.counting and patience.still_seconds > STILL_SECONDS:
+            self._look_from_beside()
+        if self._blocker is not None:
+            waits = f"the count of {printable(self.counting)}" if self.counting else "pg_dump"
+            patience.check(f"{waits} waits for a lock: {self._blocker} blocks it", self._blocker)
+            self._run.progress.show(f"Waiting: {self._blocker} blocks {waits}")
+            return
+        patience.check("pg_dump has written nothing more, and no row was counted")
+        fraction = DUMP_SHARE * min(written / (self._expected_bytes or 1), 1)
+        self._run.progress.show("Dumping", fraction, f"{format_size(written)} written")
 
+    def look(self) -> None:
+        """Ask our own session, where it is free, what pg_dump does and who blocks it: at each tick
+        until it writes, then only where nothing moves. Raises DeadlockAhead."""
+        still = self._patience.still_seconds
+        if not self.is_copying or still > LOCK_RETRY_SECONDS or self._blocker is not None:
+            self._ask(self._run.session)
 
-def waited_too_long(what: str, holder: OtherSession | None) -> Failure:
-    """The failure for a lock that another session has held too long."""
-    steps = ["Run the backup again, at an hour without migrations"]
-    if holder is not None:
-        end = shell_words("psql", "-c", f"SELECT pg_terminate_backend({holder.pid})")
-        steps.insert(0, f"Let that session finish, or end it: {end}")
-    return Failure(ExitCode.CREATION, f"gave up after {format_age(STALL_SECONDS)}: {what}", *steps)
+    def _look_from_beside(self) -> None:
+        """The same from a session of its own, while a count keeps ours busy; refused, the blocker
+        stays without a name."""
+        if time.monotonic() - self._looked_at > STILL_SECONDS:
+            with contextlib.suppress(ServerError), Session(self._run.config) as beside:
+                begin_read_only(beside)
+                self._ask(beside)
+            self._looked_at = time.monotonic()
+
+    def _ask(self, session: Session) -> None:
+        ours = self._run.session.backend_pid
+        session.query(CLEAR_ACTIVITY_SNAPSHOT)
+        self._blocker = None
+        for (
+            is_pg_dump,
+            is_copying,
+            *moving,
+            pid,
+            user,
+            application,
+            query,
+            waits,
+            gid,
+        ) in session.query(ACTIVITY, ours, self._application_name, ours):
+            if is_pg_dump:
+                self._patience.watch(activity=tuple(moving))
+            if pid is not None and self._blocker is None:
+                self._blocker = Blocker(pid or None, user, application, query, bool(waits), gid)
+            if is_pg_dump and self._blocker and self._blocker.is_waiting and not self.is_copying:
+                raise DeadlockAhead(self._blocker)
+            self.is_copying |= bool(is_pg_dump and is_copying)
 
 
 DUMP_SHARE = 0.8  # of the whole run, as the progress line counts it; the rest is the read-back
 
-
+# All of pg_dump's words about its own file (pg_backup_custom.c, pg_backup_archiver.c, 15 to 18).
 OUTPUT_FILE_ERROR = re.compile(
-    r"could not (?:write to|open) output file.*: (?P<reason>[^:\n]+)$", re.MULTILINE
+    r"could not (?:open output file|write to output file|write to file|close archive file"
+    r"|close output file|close file|set seek position|determine seek position)\b.*: "
+    r"(?P<reason>[^:\n]+)$",
+    re.MULTILINE,
 )
 
 
-def find_cause(run: Run, failed: DumpFailed, session: Session) -> Failure | None:
-    """Why pg_dump failed: settled by looking again at the file, the server and the privileges.
+def diagnose_dump(run: Run, error: DumpFailed | SnapshotLost, attempts: int) -> Failure | None:
+    """Why there is no dump; None where it is worth another try.
 
-    The only words of pg_dump's that count are its own on its output file, whose end is the text
-    of the errno (in English: LC_ALL=C). None where nothing explains it.
+    Settled by looking again at the file, the server and the privileges. The only words of pg_dump's
+    that count are its own on its output file, whose end is the text of the errno (in English:
+    LC_ALL=C).
     """
-    directory = run.partial.directory
-    if match := OUTPUT_FILE_ERROR.search(failed.words):
+    if isinstance(error, SnapshotLost):
+        if attempts < DUMP_ATTEMPTS:
+            return None
+        return Failure(
+            ExitCode.CREATION,
+            f"gave up after {DUMP_ATTEMPTS} attempts: {error}",
+            "Run the backup again, at an hour without migrations",
+        )
+    directory, text = run.partial.directory, error.stderr_text
+    if match := OUTPUT_FILE_ERROR.search(text):
         for number in errno.errorcode:
             if match.group("reason") == os.strerror(number):
-                return other_file_failure(number, directory, failed.words)
-    if failed.status == -signal.SIGXFSZ:
-        detail = f"{failed.words}: the limit on file sizes was reached"
-        return other_file_failure(errno.EFBIG, directory, detail)
+                if number == errno.ENOENT:
+                    return wrapper_failure(run.tools.pg_dump, text)
+                return errno_failure(number, directory, text)
+        return errno_failure(0, directory, text)
+    if error.status == -signal.SIGXFSZ:
+        return errno_failure(errno.EFBIG, directory, f"{text}: the limit on file sizes was reached")
     if is_disk_full(directory):
-        return other_file_failure(errno.ENOSPC, directory, failed.words)
-    if failed.status < 0:
-        return None
+        return errno_failure(errno.ENOSPC, directory, text)
+    if error.status < 0:
+        return dump_failure(error)
     try:
         with Session(run.config) as again:
-            begin(again, "READ COMMITTED")
+            begin_read_only(again)
             check_privileges(again)
     except Failure as failure:
-        return Failure(failure.code, f"{failed.words}\n{failure.detail}", *failure.steps)
-    except ServerError as error:
-        return find_lost_connection(run.config, failed, session, error)
-    return None
+        return Failure(failure.code, f"{text}\n{failure.detail}", *failure.steps)
+    except ServerError as refused:
+        return diagnose_lost_connection(run, error, refused)
+    is_early = run.partial.dump.size_bytes == 0
+    return None if is_early and attempts < DUMP_ATTEMPTS else dump_failure(error)
 
 
-def find_lost_connection(
-    config: DatabaseConfig, failed: DumpFailed, session: Session, error: ServerError
-) -> Failure:
+def diagnose_lost_connection(run: Run, failed: DumpFailed, error: ServerError) -> Failure:
     """pg_dump failed, and no second connection is to be had: is the server gone, or full?"""
-    session.close()
     try:
-        Session(config).close()
-    except ServerError as gone:
-        lost = ServerError(f"{failed.words}\n{gone.text}", lost=True)
-        return server_failure(lost, "dumping")
-    role = sql_identifier(config.user or current_user())
-    return Failure(
-        ExitCode.CONNECTION,
-        error.text,
-        "A backup needs two connections at once, one of them for pg_dump",
-        f"Allow the role more: ALTER ROLE {role} CONNECTION LIMIT 3; or the database: "
-        f"ALTER DATABASE {sql_identifier(config.name)} CONNECTION LIMIT …",
-    )
-
-
-def dump_failure(failed: DumpFailed) -> Failure:
-    """pg_dump failed, and nothing here explains it: its own words are all there is."""
-    steps = ["See the server's log for the time of this run"]
-    if failed.status == -signal.SIGKILL:
-        steps.insert(
-            0, "See whether the system ran out of memory: dmesg | grep -i 'killed process'"
-        )
-    return Failure(ExitCode.CREATION, failed.words, *steps, "Then run the backup again")
+        if run.session.is_idle:
+            run.session.query("SELECT")
+            return connection_limit_failure(run.config, error)
+    except ServerError:
+        pass
+    lost = ServerError(f"{failed.stderr_text}\n{error.text}", lost=True)
+    return server_failure(lost, "dumping")
 
 
 # ---------------------------------------------------------------------------------------------
-# Files: the directory, its lock, partial files, and how a backup is published
+# The directory: its lock, partial files, how a backup is published, the room on the disk
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2513,7 +2934,7 @@ def make_directory(directory: Path) -> None:
 
 
 class DatabaseLock:
-    """That one run at a time backs up a database into a directory.
+    """Allows one run at a time per database and directory.
 
     flock() on a hidden file that is never deleted. pg_dump inherits the descriptor: should this
     process be killed, the lock is held until pg_dump has ended too.
@@ -2521,69 +2942,50 @@ class DatabaseLock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.descriptor = -1
 
     def __enter__(self) -> DatabaseLock:
-        self.descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Somebody else may write to this directory: a link, a pipe or a second name of another file
+        # is none of ours, and nothing is written before that is known.
+        self.file = OpenFile.open(
+            self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        )
         try:
-            try:
-                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise self._held() from None
-            os.ftruncate(self.descriptor, 0)
-            self.note(f"pid {os.getpid()}")
-            self.note(f"started {iso_timestamp(datetime.now(timezone.utc))}")
+            status = os.fstat(self.file.descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                detail = f"{display_path(self._path)} is no lock file of ours"
+                raise errno_failure(errno.EEXIST, self._path, detail)
+            with with_filename(self._path):
+                self._lock()
         except BaseException:
-            os.close(self.descriptor)
+            self.file.close()
             raise
         return self
 
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self.file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = os.pread(self.file.descriptor, 1000, 0).decode("utf-8", "replace")
+            notes = dict(line.split(" ", 1) for line in text.splitlines() if " " in line)
+            pid, started = (printable(notes.get(name, "?")) for name in ("pid", "started"))
+            raise held_failure(pid, started) from None
+        os.ftruncate(self.file.descriptor, 0)
+        started = iso_timestamp(datetime.now(timezone.utc))
+        os.write(self.file.descriptor, f"pid {os.getpid()}\nstarted {started}\n".encode())
+
     def __exit__(self, *_exception: object) -> None:
-        os.close(self.descriptor)
-
-    def note(self, line: str) -> None:
-        """Add a line for whoever finds the lock held."""
-        with naming(self._path):
-            os.write(self.descriptor, f"{line}\n".encode())
-
-    def _held(self) -> Failure:
-        text = os.pread(self.descriptor, 1000, 0).decode("utf-8", "replace")
-        notes = dict(line.split(" ", 1) for line in text.splitlines() if " " in line)
-        pid, started = printable(notes.get("pid", "?")), printable(notes.get("started", "?"))
-        dump_pid = printable(notes.get("pg_dump", ""))
-        if dump_pid and not is_running(pid) and is_running(dump_pid):
-            return Failure(
-                ExitCode.GENERAL,
-                f"pg_dump (process {dump_pid}) of a backup of this database that was killed "
-                f"(process {pid}, started {started}) is still running",
-                f"Wait until it has ended, or stop it: kill {dump_pid}",
-            )
-        return Failure(
-            ExitCode.GENERAL,
-            f"another backup of this database is running: process {pid}, started {started}",
-            f"Wait until it has ended; look at it: ps -fp {pid}",
-        )
+        self.file.close()
 
 
-def is_running(pid: str) -> bool:
-    """Whether a process with this number is there."""
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, OverflowError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def sweep(directory: Path, prefix: str) -> None:
+def remove_leftovers(directory: Path, prefix: str) -> None:
     """Remove what a killed run of this database left; only with the lock held.
 
     That is its partial files, and metadata that it published when its dump still was partial.
     """
     partial = re.compile(
         rf"\.(?P<stem>{re.escape(prefix)}_{TIMESTAMP_PATTERN})"
-        rf"(?P<suffix>{re.escape(DUMP_SUFFIX)}|{re.escape(METADATA_SUFFIX)}){re.escape(PARTIAL_SUFFIX)}"
+        rf"(?P<suffix>{re.escape(DUMP_SUFFIX)}|{re.escape(METADATA_SUFFIX)})"
+        + re.escape(PARTIAL_SUFFIX)
     )
     for name in os.listdir(directory):
         if match := partial.fullmatch(name):
@@ -2597,268 +2999,313 @@ class PartialBackup:
     """The two hidden files of a run, until both are whole and bear their names.
 
     Nothing that is not whole is ever visible: `publish` renames both, and whatever ends the run
-    before that removes both.
+    before that removes both. Everything goes through their descriptors.
     """
 
     def __init__(self, directory: Path, prefix: str) -> None:
         self.directory = directory
         self._prefix = prefix
-        self.name = ""
-
-    @property
-    def dump(self) -> Path:
-        """Where pg_dump writes."""
-        return self._hidden(DUMP_SUFFIX)
-
-    @property
-    def metadata(self) -> Path:
-        """Where the metadata is written."""
-        return self._hidden(METADATA_SUFFIX)
-
-    @property
-    def published_dump(self) -> Path:
-        """What the dump is called when it is published."""
-        return self.directory / (self.name + DUMP_SUFFIX)
-
-    def _hidden(self, suffix: str) -> Path:
-        return self.directory / f".{self.name}{suffix}{PARTIAL_SUFFIX}"
+        self._files: list[OpenFile] = []
 
     def __enter__(self) -> PartialBackup:
-        self.name = f"{self._prefix}_{file_timestamp(datetime.now(timezone.utc))}"
-        try:
-            for path in (self.dump, self.metadata):
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        except BaseException:
-            self._remove()
-            raise
         return self
 
     def __exit__(self, *_exception: object) -> None:
         self._remove()
 
     def _remove(self) -> None:
-        for path in (self.dump, self.metadata):
+        for file in self._files:
+            file.close()
             # A directory that is gone or read-only by now must not hide why the run failed; what
-            # stays is hidden, and the next run sweeps it.
+            # stays is hidden, and the next run removes it.
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+                file.path.unlink(missing_ok=True)
+        self._files = []
+
+    def begin(self) -> None:
+        """Make both files, in place of those of the last try, under the name of this second, or of
+        the next that is free."""
+        self._remove()
+        while True:
+            self.moment = datetime.now(timezone.utc).replace(microsecond=0)
+            stem = f"{self._prefix}_{file_timestamp(self.moment)}"
+            self.published_dump = self.directory / (stem + DUMP_SUFFIX)
+            names = (self.published_dump, metadata_path(self.published_dump))
+            if not any(map(os.path.lexists, names)):
+                break
+            check_signals()
+            time.sleep(TICK_SECONDS)
+        for name in names:
+            path = name.with_name(f".{name.name}{PARTIAL_SUFFIX}")
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            self._files.append(OpenFile.open(path, flags))
 
     @property
-    def size_bytes(self) -> int:
-        """How much of the dump is written."""
-        try:
-            return self.dump.stat().st_size
-        except OSError:
-            return 0
+    def dump(self) -> OpenFile:
+        """Where pg_dump writes."""
+        return self._files[0]
 
-    def claim_name(self) -> datetime:
-        """Name the backup by this second, or by the next whose name is free."""
-        while True:
-            moment = datetime.now(timezone.utc).replace(microsecond=0)
-            name = f"{self._prefix}_{file_timestamp(moment)}"
-            dump = self.directory / (name + DUMP_SUFFIX)
-            if not os.path.lexists(dump) and not os.path.lexists(metadata_path(dump)):
-                break
-            time.sleep(TICK_SECONDS)
-            check_signals()
-        old = (self.dump, self.metadata)
-        self.name = name
-        for path, new_path in zip(old, (self.dump, self.metadata), strict=True):
-            path.rename(new_path)
-        return moment
-
-    def write_metadata(self, metadata: Metadata) -> None:
-        """Write the metadata beside the dump, down to the disk."""
-        with naming(self.metadata), self.metadata.open("w", encoding="utf-8") as file:
-            file.write(metadata.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def publish(self) -> Path:
-        """Give both files their names, the metadata first: a dump that can be seen is described.
-
-        Raises OSError, and then nothing is published.
-        """
-        dump = self.published_dump
-        metadata = metadata_path(dump)
-        for path in (metadata, dump):
+    def publish(self, metadata: Metadata) -> Path:
+        """Write the metadata, and give both files their names, the metadata first: a dump that can
+        be seen is described. Raises OSError, and then nothing is published; Failure where a name
+        has come to lead elsewhere."""
+        dump, partial = self._files
+        with with_filename(partial.path):
+            with open(partial.descriptor, "w", encoding="utf-8", closefd=False) as file:
+                file.write(metadata.to_json())
+            Background(partial.sync).wait()
+        names = (self.published_dump, metadata_path(self.published_dump))
+        for path in names:
             if os.path.lexists(path):  # not of our making, since we hold the lock
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        for held in self._files:
+            if not held.has_its_name:
+                detail = f"{display_path(held.path)} was replaced by somebody else"
+                raise errno_failure(errno.EEXIST, self.directory, detail)
         check_signals()
-        self.metadata.rename(metadata)
+        partial.path.rename(names[1])
         try:
             sync_directory(self.directory)
-            self.dump.rename(dump)
+            dump.path.rename(names[0])
         except OSError:
-            metadata.unlink(missing_ok=True)
+            names[1].unlink(missing_ok=True)
             raise
         sync_directory(self.directory)
-        return dump
+        return names[0]
 
 
-def sync_file(path: Path) -> None:
-    """Bring a file that another program wrote down to the disk, and out of the page cache, so
-    that whoever reads it next reads the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with naming(path):
-            os.fsync(descriptor)
-        if hasattr(os, "posix_fadvise"):  # not on macOS
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+# What a network or FUSE file system answers that has nothing to sync there: it cannot.
+CANNOT_SYNC_ERRNOS = {
+    errno.EINVAL,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EBADF,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+}
 
 
 def sync_directory(directory: Path) -> None:
     """Bring the names in a directory down to the disk, where its file system can."""
-    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        with naming(directory):
-            os.fsync(descriptor)
+        descriptor = os.open(directory, os.O_RDONLY)
+    except PermissionError:  # to read it is not ours to ask for
+        return
+    try:
+        with with_filename(directory):
+            Background(lambda: os.fsync(descriptor)).wait()
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno not in CANNOT_SYNC_ERRNOS:
             raise
     finally:
         os.close(descriptor)
 
 
-# ---------------------------------------------------------------------------------------------
-# Files: the space on the disk, and the backups that are there
-# ---------------------------------------------------------------------------------------------
+def free_bytes(directory: Path) -> int | None:
+    """The room that is left for us; None where the file system does not tell."""
+    try:
+        disk = os.statvfs(directory)
+    except OSError:
+        return None
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None
 
 
 def is_disk_full(directory: Path) -> bool:
     """Whether the file system has neither room nor, where it counts them, inodes."""
-    try:
-        disk = os.statvfs(directory)
-    except OSError:
+    free = free_bytes(directory)
+    if free is None:
         return False
-    return disk.f_bavail * disk.f_frsize < FULL_DISK_BYTES or (
-        disk.f_files > 0 and disk.f_favail == 0
-    )
+    disk = os.statvfs(directory)
+    return free < FULL_DISK_BYTES or (disk.f_files > 0 and disk.f_favail == 0)
 
 
-def check_disk_space(
-    directory: Path, config: DatabaseConfig, facts: DatabaseFacts, tables_bytes: int
-) -> int:
+class DiskReserve:
+    """What a dump leaves to others on its file system: a server's own data may be there, which
+    stops when it is full."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._written = 0
+
+    @staticmethod
+    def of(directory: Path) -> int:
+        """The bytes that stay free."""
+        try:
+            disk = os.statvfs(directory)
+        except OSError:
+            return 0
+        return min(RESERVE_BYTES, int(RESERVE_SHARE * disk.f_blocks * disk.f_frsize))
+
+    def check(self, written: int) -> None:
+        """Raise Failure where what comes before the next look may go to the reserve."""
+        directory, last = self._run.partial.directory, self._run.last
+        growth, self._written = written - self._written, written
+        free = free_bytes(directory)
+        if free is None or free >= self.of(directory) + 2 * growth:
+            return
+        size = f", the last backup had {format_size(last.backup_size_bytes)}" if last else ""
+        raise errno_failure(
+            errno.ENOSPC,
+            directory,
+            f"{display_path(directory)}: {format_size(free)} free, which is left to others; "
+            f"the dump had come to {format_size(written)}{size}. It was deleted",
+        )
+
+
+def check_disk_space(run: Run, database_bytes: int, tables_bytes: int) -> int:
     """How large the dump will be, more or less. Refuse only what can hardly fit: a nightly backup
     must not be refused where it would have fitted, and a disk that fills on the way is handled
     there."""
-    last = max(
-        (
-            backup
-            for backup in find_backups(directory)
-            if backup.is_verified and backup.belongs_to(facts.name, config.environment.value)
-        ),
-        key=lambda backup: backup.timestamp,
-        default=None,
-    )
-    need = NEED_OF_TABLES * tables_bytes
-    expected = EXPECTED_OF_TABLES * tables_bytes
+    directory, last = run.partial.directory, run.last
+    need, expected = NEED_OF_TABLES * tables_bytes, EXPECTED_OF_TABLES * tables_bytes
     basis = f"{format_size(tables_bytes)} of tables"
-    if last is not None and last.metadata is not None and last.metadata.database_size_bytes:
-        growth = facts.size_bytes / last.metadata.database_size_bytes
-        expected = growth * last.metadata.backup_size_bytes
+    if last is not None and last.database_size_bytes:
+        expected = database_bytes / last.database_size_bytes * last.backup_size_bytes
         need = NEED_OF_LAST_BACKUP * expected
-        basis = f"the last backup had {format_size(last.metadata.backup_size_bytes)}"
-    disk = os.statvfs(directory)
-    free = disk.f_bavail * disk.f_frsize
-    if free < need:
+        basis = f"the last backup had {format_size(last.backup_size_bytes)}"
+    need += DiskReserve.of(directory)
+    free = free_bytes(directory)
+    if free is not None and free < need:
         detail = (
             f"{display_path(directory)}: {format_size(free)} free, at least "
             f"{format_size(int(need))} needed ({basis})"
         )
-        raise other_file_failure(errno.ENOSPC, directory, detail)
+        raise errno_failure(errno.ENOSPC, directory, detail)
     return int(expected)
 
 
-VERIFIED = "✓ Verified"
+# ---------------------------------------------------------------------------------------------
+# The backups that are there
+# ---------------------------------------------------------------------------------------------
+
+
+class Series(NamedTuple):
+    """What backups must have in common to be compared, counted and removed: two servers may share a
+    directory."""
+
+    database: str
+    environment: str
+    server: str | None  # system_identifier; None, where a service refuses it, is any
+
+    def has(self, metadata: Metadata) -> bool:
+        """Whether it is of this series; made before there was a server in it, it counts as ours."""
+        server = metadata.system_identifier
+        return (metadata.database_name, metadata.environment) == self[:2] and (
+            server is None or self.server in (None, server)
+        )
+
+
+class Status(str, enum.Enum):
+    """What a look at a backup's two files shows."""
+
+    VERIFIED = "✓ Verified"  # when it was made, and of the same size since
+    NOT_VERIFIED = "✗ Not verified"
+    SIZE_MISMATCH = "✗ Size mismatch"
+    NO_METADATA = "✗ No metadata"
+    BAD_METADATA = "✗ Bad metadata"
+    NOT_READABLE = "✗ Not readable"
 
 
 class Backup(NamedTuple):
-    """A `.dump` in a directory, with what can be known of it without reading it."""
+    """A `.dump` in a directory, with what can be known of it without reading it; `-` for what
+    neither the metadata nor the file name tells."""
 
     dump: Path
     size_bytes: int | None
     metadata: Metadata | None
-    status: str
+    status: Status
+    timestamp: str
+    environment: str
+    database: str
 
     @property
     def is_verified(self) -> bool:
         """Verified when it was made, and of the same size since."""
-        return self.status == VERIFIED
-
-    def belongs_to(self, database: str, environment: str) -> bool:
-        """Whether it is of this database and environment, by its metadata, and named so."""
-        return (
-            self.metadata is not None
-            and self.metadata.database_name == database
-            and self.metadata.environment == environment
-        )
-
-    @property
-    def timestamp(self) -> str:
-        """Its time in ISO 8601, from the metadata or else from the file name, or `-`."""
-        if self.metadata is not None:
-            return self.metadata.backup_timestamp
-        match = match_name(self.dump)
-        if match is None:
-            return "-"
-        date, clock = match.group("timestamp").split("T")
-        return f"{date}T{clock.replace('-', ':')}"
-
-    @property
-    def environment(self) -> str:
-        """`dev` or `prod`, from the metadata or else from the file name, or `-`."""
-        if self.metadata is not None:
-            return self.metadata.environment
-        match = match_name(self.dump)
-        ending = re.search(r"_(dev|prod)$", match.group("prefix")) if match else None
-        return ending.group(1) if ending else "-"
-
-    @property
-    def database(self) -> str:
-        """The database, from the metadata, or else what the file name begins with, or `-`."""
-        if self.metadata is not None:
-            return self.metadata.database_name
-        match = match_name(self.dump)
-        return match.group("prefix") if match else "-"
+        return self.status is Status.VERIFIED
 
 
 def find_backups(directory: Path) -> list[Backup]:
-    """Every backup in the directory, broken ones too, in no order. Raises OSError for the
+    """Every backup in the directory, broken ones too, the newest first. Raises OSError for the
     directory; whatever is wrong with a file is in its status."""
-    names = set(os.listdir(directory))
-    return [
+    backups = [
         read_backup(directory / name)
-        for name in names
+        for name in os.listdir(directory)
         if name.endswith(DUMP_SUFFIX) and not name.startswith(".")
     ]
+    return sorted(backups, key=lambda backup: (backup.timestamp, backup.dump.name), reverse=True)
 
 
 def read_backup(dump: Path) -> Backup:
     """One backup, from its metadata and the size of its dump."""
     size_bytes: int | None = None
-    try:
+    with contextlib.suppress(OSError):  # unreadable, or a link to nowhere
         status = dump.stat()
-        if stat.S_ISREG(status.st_mode):
-            size_bytes = status.st_size
-    except OSError:
-        pass  # unreadable, or a link to nowhere
+        size_bytes = status.st_size if stat.S_ISREG(status.st_mode) else None
     try:
         metadata = Metadata.read(metadata_path(dump))
     except FileNotFoundError:
-        return Backup(dump, size_bytes, None, "✗ No metadata")
+        return named_backup(dump, size_bytes, Status.NO_METADATA)
+    except PermissionError:
+        return named_backup(dump, size_bytes, Status.NOT_READABLE)
     except (OSError, MetadataError):
-        return Backup(dump, size_bytes, None, "✗ Bad metadata")
+        return named_backup(dump, size_bytes, Status.BAD_METADATA)
+    verdict = Status.VERIFIED if metadata.verification else Status.NOT_VERIFIED
     if size_bytes != metadata.backup_size_bytes:
-        return Backup(dump, size_bytes, metadata, "✗ Size mismatch")
-    verdict = VERIFIED if metadata.verification else "✗ Not verified"
-    return Backup(dump, size_bytes, metadata, verdict)
+        verdict = Status.SIZE_MISMATCH
+    return Backup(
+        dump,
+        size_bytes,
+        metadata,
+        verdict,
+        metadata.backup_timestamp,
+        metadata.environment,
+        metadata.database_name,
+    )
+
+
+def named_backup(dump: Path, size_bytes: int | None, status: Status) -> Backup:
+    """A backup of which no more is known than its name tells."""
+    name = FileName.parse(dump.name)
+    if name is None:
+        return Backup(dump, size_bytes, None, status, "-", "-", "-")
+    ending = re.search(r"_(dev|prod)$", name.prefix)
+    environment = ending.group(1) if ending else "-"
+    return Backup(dump, size_bytes, None, status, name.timestamp, environment, name.prefix)
+
+
+def verified_backups(directory: Path, prefix: str, series: Series) -> list[tuple[Path, Metadata]]:
+    """The verified backups of the series that still bear the name they were given, the newest
+    first."""
+    found = []
+    for backup in find_backups(directory):
+        name = FileName.parse(backup.dump.name)
+        if name is None or name.prefix != prefix or backup.metadata is None:
+            continue
+        if backup.is_verified and series.has(backup.metadata):
+            found.append((backup.dump, backup.metadata))
+    return found
+
+
+def remove_backups(dumps: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    """Remove backups: which were removed, and a sentence for each file that was not.
+
+    The dump goes first: metadata alone is no backup to anyone.
+    """
+    removed, complaints = [], []
+    for dump in dumps:
+        check_signals()
+        try:
+            dump.unlink()
+            removed.append(dump)
+            metadata_path(dump).unlink()
+        except OSError as error:
+            path = display_path(Path(os.fsdecode(error.filename)))
+            complaints.append(f"{path} was not removed: {error.strerror}")
+    return removed, complaints
 
 
 # ---------------------------------------------------------------------------------------------
-# Operations: create, verify, list, remove
+# Operations: create, verify
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2867,59 +3314,65 @@ class CreationReport(NamedTuple):
 
     dump: Path
     metadata: Metadata
-    keep: int | None
-    warnings: str
+    warnings: str  # pg_dump's
 
 
-def create_backup(choice: str, output_dir: Path, progress: Progress) -> CreationReport:
-    """Make, verify and publish a backup: the whole run, in order.
+def create_backup(
+    environment_option: str,
+    output_dir: Path,
+    progress: Progress,
+    announce: Callable[[CreationReport], None],
+) -> tuple[list[Path], list[str]]:
+    """Make, verify, publish and announce a backup; only then remove old ones. Returns what
+    `remove_backups` does.
 
     Raises Failure or OSError; then what was there before is untouched, and nothing else is.
     """
     started = time.monotonic()
-    config = load_configuration(choice)
+    config = load_configuration(environment_option)
     tools = find_tools(config)
-    make_directory(output_dir)
-    prefix = file_prefix(config.name, config.environment.value)
-    with DatabaseLock(output_dir / f".{prefix}.lock") as lock:
-        sweep(output_dir, prefix)
-        with PartialBackup(output_dir, prefix) as partial:
-            run = Run(config, tools, lock, partial, progress)
+    with open_session(config) as session:  # validated first: a wrong password leaves no directory
+        server = check_server(session, config, tools.pg_dump)
+        make_directory(output_dir)
+        prefix = file_prefix(config.name, config.environment.value)
+        with (
+            DatabaseLock(output_dir / f".{prefix}.lock") as lock,
+            PartialBackup(output_dir, prefix) as partial,
+        ):
+            remove_leftovers(output_dir, prefix)
+            any_server = Series(server.database, config.environment.value, None)
+            earlier = verified_backups(output_dir, prefix, any_server)
+            last = earlier[0][1] if earlier else None
+            run = Run(config, tools, session, lock, partial, progress, last)
             dumped = dump_database(run)
-            Background(lambda: sync_file(partial.dump)).wait()
-            draft = draft_metadata(run, dumped)
+            session.close()  # nothing more is asked of the server
+            Background(partial.dump.sync).wait()
+            draft = draft_metadata(run, dumped, server.identifier)
 
             def on_progress(done: float, rows: int) -> None:
                 done = DUMP_SHARE + (1 - DUMP_SHARE) * done
                 progress.show("Verifying", done, f"{rows} rows read back")
 
             examination = examine_dump(tools.pg_restore, partial.dump, draft, on_progress)
+            check_restore_fits(tools.pg_restore, draft, examination)
             if examination.problem:
-                raise unsound_dump_failure(output_dir, examination)
-            now = datetime.now(timezone.utc)
-            metadata = draft._replace(
-                checksum_sha256=examination.digest,
-                duration_seconds=round(time.monotonic() - started, 3),
-                verification={
-                    "verified_at": iso_timestamp(now),
-                    "rows_read_back": draft.total_rows,
-                    "tables_read_back": len(draft.table_counts),
-                    "large_objects_read_back": draft.large_object_count,
-                    "pg_restore_version": tools.pg_restore.version,
-                },
-            )
-            partial.write_metadata(metadata)
-            published = partial.publish()
-            check_signals()
-    return CreationReport(published, metadata, config.keep, dumped.warnings)
+                raise unsound_dump_failure(partial, examination.problem)
+            metadata = draft.verified(examination, tools.pg_restore, time.monotonic() - started)
+            dump = partial.publish(metadata)
+            announce(CreationReport(dump, metadata, dumped.warnings))
+            if config.keep is None:
+                return [], []
+            series = any_server._replace(server=server.identifier)
+            old = [path for path, described in earlier if series.has(described)]
+            return remove_backups(old[config.keep - 1 :])
 
 
-def load_configuration(choice: str) -> DatabaseConfig:
-    """The settings for `choice`, which from here on are this process's libpq settings too."""
+def load_configuration(environment_option: str) -> DatabaseConfig:
+    """The settings for `--env`, which from here on are this process's libpq settings too."""
     from brain_core.config import ConfigurationError, load_config, read_settings
 
     try:
-        config = load_config(choice, read_settings(os.environ, SCRIPT_DIR))
+        config = load_config(environment_option, read_settings(os.environ, SCRIPT_DIR))
     except ConfigurationError as error:
         raise Failure(
             ExitCode.CONFIGURATION, printable(str(error)), *map(printable, error.steps)
@@ -2927,49 +3380,71 @@ def load_configuration(choice: str) -> DatabaseConfig:
     except OSError as error:
         raise file_failure(error, ExitCode.CONFIGURATION) from None
     except ImportError as error:
-        raise missing_package(error) from None
+        raise missing_package_failure(error) from None
     for name in [name for name in os.environ if name.startswith("PG") and name != "PGCLUSTER"]:
         del os.environ[name]
     os.environ.update({name: encode_os_text(value) for name, value in config.libpq.items()})
+    os.environ["PGDATESTYLE"] = "ISO"  # or psycopg2 sets it, and it stays on a pooled connection
     return config
 
 
-def draft_metadata(run: Run, dumped: Dumped) -> Metadata:
+def open_session(config: DatabaseConfig) -> Session:
+    """The session of a run. Raises Failure."""
+    try:
+        return Session(config)
+    except ServerError as error:
+        raise connection_failure(config, error) from None
+
+
+class Server(NamedTuple):
+    """What is known of the server before anything is written."""
+
+    database: str  # as it is called there: longer names are cut
+    identifier: str | None  # None where a managed service refuses it
+
+
+def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> Server:
+    """Raise Failure for whatever makes a backup impossible; nothing is written yet."""
+    try:
+        check_no_pooler(session, config)
+        major = session.server_version // 10000
+        if pg_dump.major < major:
+            because = f"too old for the server, which is version {major}"
+            raise older_tool_failure(pg_dump, major, because)
+        begin_read_only(session)
+        check_privileges(session)
+        (database,) = session.query("SELECT current_database()")[0]
+        try:
+            (identifier,) = session.query(
+                "SELECT system_identifier::text FROM pg_catalog.pg_control_system()"
+            )[0]
+        except ServerError as error:
+            if error.lost:
+                raise
+            identifier = None
+        session.query("ROLLBACK")
+    except ServerError as error:
+        raise server_failure(error, "reading the catalog") from None
+    return Server(database, identifier)
+
+
+def draft_metadata(run: Run, dumped: Dumped, server: str | None) -> Metadata:
     """What the metadata says of a dump before it is read back: no checksum, no verification."""
-    facts = dumped.facts
+    tables = {table.oid: table for table in dumped.snapshot.tables}
+    counted = [tables[oid] for oid in dumped.counts]
     return Metadata(
-        backup_timestamp=iso_timestamp(dumped.moment),
+        backup_timestamp=iso_timestamp(run.partial.moment),
         environment=run.config.environment.value,
-        database_name=facts.name,
         backup_file=decode_os_text(run.partial.published_dump.name),
-        backup_size_bytes=run.partial.size_bytes,
+        backup_size_bytes=run.partial.dump.size_bytes,
         checksum_sha256="",
-        table_counts={table.key: dumped.counts[table.oid] for table in dumped.tables},
-        table_oids={table.key: table.oid for table in dumped.tables},
+        table_counts={table.key: dumped.counts[table.oid] for table in counted},
+        table_oids={table.key: table.oid for table in counted},
+        partition_of={table.key: tables[table.root].key for table in counted if table.root},
         pg_dump_version=run.tools.pg_dump.version,
-        postgresql_version=facts.server_version,
-        database_size_bytes=facts.size_bytes,
+        system_identifier=server,
         compression=run.tools.compression,
-        large_object_count=facts.large_objects,
-        not_included=facts.not_included,
-        encoding=facts.encoding,
-        locale=facts.locale,
-        extensions=facts.extensions,
-        roles=facts.roles,
-    )
-
-
-def unsound_dump_failure(directory: Path, examination: Examination) -> Failure:
-    """The failure for a new dump that is not what the database held."""
-    detail = f"the new dump does not hold what the database held\n{examination.problem}"
-    if is_disk_full(directory):
-        return other_file_failure(errno.ENOSPC, directory, f"the disk is full: {detail}")
-    return Failure(
-        ExitCode.VERIFICATION,
-        detail,
-        "Run the backup again",
-        "If it fails again, check the disk and the memory of this machine: dmesg | tail -50",
-        f"Keep the last good backup: {list_command(directory)}",
+        **dumped.snapshot.facts,
     )
 
 
@@ -2987,36 +3462,38 @@ def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
 
     Raises Failure for what keeps the checks from being made (files, tools), OSError.
     """
-    size_bytes, metadata = load_backup(dump)
+    metadata = load_metadata(dump)
     pg_restore = find_tool("pg_restore", tool_environment())
 
     def on_progress(done: float, rows: int) -> None:
         progress.show("Verifying", done, f"{rows} rows read back")
 
-    examination = examine_dump(pg_restore, dump, metadata, on_progress)
-    if examination.structure.problem and not examination.checksum.problem:
-        check_restore_fits(pg_restore, metadata)
-    return VerificationReport(dump, size_bytes, metadata, examination)
+    file = OpenFile.open(dump, os.O_RDONLY)
+    try:
+        examination = examine_dump(pg_restore, file, metadata, on_progress)
+        check_restore_fits(pg_restore, metadata, examination)
+        return VerificationReport(dump, file.size_bytes, metadata, examination)
+    finally:
+        file.close()
 
 
-def load_backup(dump: Path) -> tuple[int, Metadata]:
-    """The size of the dump to verify, and its metadata. Raises Failure where one is missing."""
+def load_metadata(dump: Path) -> Metadata:
+    """The metadata of the dump to verify. Raises Failure where one of the two is missing."""
     again = [f"See which backups there are: {list_command(dump.parent)}"]
     if dump.name.endswith(METADATA_SUFFIX):
         other = dump.with_name(dump.name.removesuffix(METADATA_SUFFIX) + DUMP_SUFFIX)
         again.insert(0, f"Name the dump: python3 backup_db.py --verify {shell_words(str(other))}")
     try:
-        status = dump.stat()
+        is_file = stat.S_ISREG(dump.stat().st_mode)
     except FileNotFoundError:
         detail = f"there is no file {display_path(dump)}"
         raise Failure(ExitCode.VERIFICATION, detail, *again) from None
-    if not stat.S_ISREG(status.st_mode) or not dump.name.endswith(DUMP_SUFFIX):
+    if not is_file or not dump.name.endswith(DUMP_SUFFIX):
         detail = f"{display_path(dump)} is not a {DUMP_SUFFIX} file"
         raise Failure(ExitCode.VERIFICATION, detail, *again)
-    os.close(os.open(dump, os.O_RDONLY))
     path = metadata_path(dump)
     try:
-        return status.st_size, Metadata.read(path)
+        return Metadata.read(path)
     except FileNotFoundError:
         problem = f"there is no metadata file {display_path(path)}"
     except MetadataError as error:
@@ -3027,71 +3504,6 @@ def load_backup(dump: Path) -> tuple[int, Metadata]:
         "Bring the metadata file back from the place that this backup was copied to or from",
         "What the dump alone can tell: pg_restore --file=/dev/null " + shell_words(str(dump)),
     )
-
-
-def check_restore_fits(pg_restore: Tool, metadata: Metadata) -> None:
-    """Raise Failure where it is pg_restore that is unfit for an archive that is intact."""
-    digits = re.match(r"\d+", metadata.pg_dump_version)
-    if digits and pg_restore.major < int(digits.group()):
-        raise older_tool(
-            pg_restore,
-            int(digits.group()),
-            f"too old for this backup, which pg_dump {printable(metadata.pg_dump_version)} made",
-        )
-    if metadata.compression and not reads_compression(pg_restore, metadata.compression):
-        raise unreadable_compression(pg_restore, metadata.compression)
-
-
-def first_line(text: str) -> str:
-    """The first line of a tool's words."""
-    return text.partition("\n")[0]
-
-
-def list_backups(output_dir: Path) -> list[Backup]:
-    """The backups in the directory, the newest first. Raises Failure, OSError."""
-    try:
-        backups = find_backups(output_dir)
-    except FileNotFoundError:
-        raise Failure(
-            ExitCode.GENERAL,
-            f"there is no directory {display_path(output_dir)}",
-            "Name the one that has the backups: --output-dir DIR",
-            "Or make the first backup: python3 backup_db.py",
-        ) from None
-    return sorted(backups, key=lambda backup: (backup.timestamp, backup.dump.name), reverse=True)
-
-
-def remove_old_backups(report: CreationReport, warn: Callable[[str], None]) -> list[Path]:
-    """Remove all but the newest `keep` verified backups of the same database and environment.
-
-    The dump goes first: metadata alone is no backup to anyone. The one just made always stays,
-    even where the clock was set back. What cannot be removed is a warning.
-    """
-    if report.keep is None:
-        return []
-    made = report.metadata
-    prefix = match_name(report.dump)
-    assert prefix is not None
-    others = [
-        backup
-        for backup in find_backups(report.dump.parent)
-        if backup.is_verified
-        and backup.belongs_to(made.database_name, made.environment)
-        and backup.dump != report.dump
-        and (name := match_name(backup.dump))
-        and name.group("prefix") == prefix.group("prefix")
-    ]
-    others.sort(key=lambda backup: backup.timestamp, reverse=True)
-    removed = []
-    for backup in others[report.keep - 1 :]:
-        try:
-            backup.dump.unlink()
-            removed.append(backup.dump)
-            metadata_path(backup.dump).unlink()
-        except OSError as error:
-            path = display_path(Path(os.fsdecode(error.filename)))
-            warn(f"{path} was not removed: {error.strerror}")
-    return removed
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3124,10 +3536,10 @@ def describe_tables(table_counts: Mapping[str, int]) -> str:
 
 
 def creation_lines(report: CreationReport) -> list[str]:
-    """The contract's success output."""
+    """The contract's success output, and behind it what was found and what is not in it."""
     made = report.metadata
-    read = row_summary(made.total_rows, len(made.table_counts), made.large_object_count or 0)
-    return [
+    found = row_summary(made.total_rows, len(made.table_counts), made.large_object_count or 0)
+    lines = [
         "✓ Backup created successfully",
         "",
         f"Backup File: {display_path(report.dump)}",
@@ -3137,8 +3549,12 @@ def creation_lines(report: CreationReport) -> list[str]:
         f"Database:    {printable(made.database_name)}",
         f"Tables:      {describe_tables(made.table_counts)}",
         f"Checksum:    {made.checksum_sha256[:12]}...",
-        f"Verified:    ✓ Integrity check passed ({read} read back)",
+        "Verified:    ✓ Integrity check passed",
+        f"Contents:    ✓ Match ({found})",
     ]
+    if made.not_included:
+        lines.append(f"Not included: {printable('; '.join(made.not_included))}")
+    return lines
 
 
 def verification_lines(report: VerificationReport) -> list[str]:
@@ -3148,31 +3564,10 @@ def verification_lines(report: VerificationReport) -> list[str]:
         f"File:        {display_path(report.dump)}",
         f"Checksum:    {found.checksum.verdict}",
         f"Structure:   {found.structure.verdict}",
-        *([f"Contents:    {found.contents.verdict}"] if found.contents else []),
         f"Size:        {format_size(report.size_bytes)}",
         f"Timestamp:   {report.metadata.backup_timestamp}",
+        *([f"Contents:    {found.contents.verdict}"] if found.contents else []),
     ]
-
-
-def display_width(text: str) -> int:
-    """The columns that the text takes on a terminal."""
-    if text.isascii():
-        return len(text)
-    import unicodedata
-
-    return sum(
-        0
-        if unicodedata.combining(character)
-        else 2
-        if unicodedata.east_asian_width(character) in "WF"
-        else 1
-        for character in text
-    )
-
-
-def pad(text: str, columns: int) -> str:
-    """The text, and spaces until it takes so many columns."""
-    return text + " " * (columns - display_width(text))
 
 
 LIST_COLUMNS = (
@@ -3195,32 +3590,32 @@ def list_lines(backups: Sequence[Backup], output_dir: Path, now: datetime) -> li
             printable(backup.environment),
             printable(backup.database),
             "-" if backup.size_bytes is None else format_size(backup.size_bytes),
-            backup.status,
+            backup.status.value,
         )
         for backup in backups
     ]
     widths = [
-        max(least, *(display_width(cell) + 2 for cell in set(column)))
+        max(least, *(len(cell) + 2 for cell in set(column)))
         for column, (_title, least) in zip(zip(*rows, strict=True), LIST_COLUMNS, strict=True)
     ]
 
-    def line(cells: Sequence[str]) -> str:
-        *padded, last = cells
-        return "".join(map(pad, padded, widths)) + last
+    def line(cells: Iterable[str]) -> str:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        return "".join(padded).rstrip()
 
     total = sum(backup.size_bytes or 0 for backup in backups)
     return [
         f"Backup Files ({folder}):",
         "",
-        line([title for title, _width in LIST_COLUMNS]),
+        line(title for title, _width in LIST_COLUMNS),
         *map(line, rows),
         "",
         f"{plural(len(backups), 'backup')}, {format_size(total)} in all",
-        *newest_lines(backups, now),
+        *freshness_lines(backups, now),
     ]
 
 
-def newest_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
+def freshness_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
     """For each environment the age of its newest verified backup."""
     for environment in dict.fromkeys(backup.environment for backup in backups):
         newest = next(
@@ -3238,13 +3633,13 @@ def newest_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
             yield f"Newest verified {printable(environment)} backup: none"
 
 
-def failure_lines(what: str, failure: Failure) -> list[str]:
+def failure_lines(headline: str, failure: Failure) -> list[str]:
     """`✗ Backup failed: …`, the tool's own words, and what to do."""
-    lines = [f"✗ {what}: {failure.code.category}", ""]
-    if what == VERIFICATION_FAILED and failure.code == ExitCode.VERIFICATION:
-        lines[0] = f"✗ {what}"
-    if failure.report:
-        lines += [*failure.report, ""]
+    lines = [f"✗ {headline}: {failure.code.category}", ""]
+    if (
+        failure.report
+    ):  # it is the verification that failed, and nothing else: as the contract has it
+        lines = [f"✗ {headline}", "", *failure.report, ""]
     lines.append(f"Error: {failure.detail}")
     if failure.steps:
         lines += ["", "Troubleshooting:"]
@@ -3252,18 +3647,33 @@ def failure_lines(what: str, failure: Failure) -> list[str]:
     return lines
 
 
-VERIFICATION_FAILED = "Backup verification failed"
-
-
 # ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
+
+
+class Arguments(NamedTuple):
+    """What the command line says, typed."""
+
+    mode: str
+    environment: str
+    output_dir: Path
+    dump: Path | None
+
+
+class Mode(NamedTuple):
+    """One of the three things that the script does."""
+
+    headline: str  # of a failure
+    default_code: ExitCode  # of an OSError that no remedy gives another
+    run: Callable[[Arguments, Progress], None]
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The contract's options, and nothing else."""
     parser = argparse.ArgumentParser(
         prog="backup_db.py",
+        usage="%(prog)s [--env ENV] [--output-dir DIR] [--verify FILE] [--list] [--help]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -3279,7 +3689,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output-dir",
         metavar="DIR",
-        help="where the backups lie (default: db/backups/ beside this script)",
+        help="where the backups are (default: db/backups/ beside this script)",
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
@@ -3291,52 +3701,89 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_creation(choice: str, output_dir: Path, progress: Progress) -> int:
-    """Default mode: make a backup and report it."""
-    try:
-        report = create_backup(choice, output_dir, progress)
-    finally:
-        progress.clear()
-    if report.warnings:
-        write_lines(sys.stderr, [f"Warning: {report.warnings}"])
-    write_lines(sys.stdout, creation_lines(report))
-    removed = remove_old_backups(report, lambda text: write_lines(sys.stderr, [f"Warning: {text}"]))
-    lines = [f"Removed:     {', '.join(map(display_path, removed))}"] if removed else []
-    if report.metadata.not_included:
-        lines.append(f"Not included: {printable('; '.join(report.metadata.not_included))}")
-    write_lines(sys.stdout, lines)
-    return 0
+def parse_arguments(words: Sequence[str] | None) -> Arguments:
+    """The command line; argparse's own words and exit for what is none."""
+    parser = build_parser()
+    options = parser.parse_args(words)
 
+    def path(option: str, text: str) -> Path:
+        # The shell leaves the ~ of `--output-dir=~/backups` to us.
+        expanded = os.path.expanduser(text)
+        if text == "":
+            parser.error(f"argument {option}: expected a path, not an empty text")
+        if expanded.startswith("~"):
+            parser.error(
+                f"argument {option}: {printable(text)}: no such user, or one without a home "
+                f"directory; if the name begins with ~: {shell_words('./' + text)}"
+            )
+        return Path(expanded)
 
-def run_verification(dump: Path, progress: Progress) -> int:
-    """`--verify`: check a backup and report it."""
-    try:
-        report = verify_backup(dump, progress)
-    finally:
-        progress.clear()
-    lines = verification_lines(report)
-    if not report.examination.problem:
-        write_lines(sys.stdout, ["✓ Backup verification passed", "", *lines])
-        return 0
-    steps = [
-        "Do not rely on this dump alone: restore it into an empty database and compare",
-        f"Choose another backup: {list_command(dump.parent)}",
-    ]
-    if report.examination.checksum.problem:
-        steps[:1] = [
-            "Do not rely on this dump: its bytes have changed since it was made",
-            "Compare it with a copy elsewhere, and check the disk it lies on: dmesg | tail -50",
-        ]
-    raise Failure(
-        ExitCode.VERIFICATION, report.examination.problem, *steps, report=verification_lines(report)
+    return Arguments(
+        mode="list" if options.list else "create" if options.verify is None else "verify",
+        environment=options.env,
+        output_dir=DEFAULT_OUTPUT_DIR
+        if options.output_dir is None
+        else path("--output-dir", options.output_dir),
+        dump=None if options.verify is None else path("--verify", options.verify),
     )
 
 
-def run_listing(output_dir: Path) -> int:
+def run_creation(arguments: Arguments, progress: Progress) -> None:
+    """Default mode: make a backup and report it."""
+
+    def announce(report: CreationReport) -> None:
+        progress.clear()
+        if report.warnings:
+            write_lines(sys.stderr, [f"Warning: {report.warnings}"])
+        write_lines(sys.stdout, creation_lines(report))
+
+    removed, complaints = create_backup(
+        arguments.environment, arguments.output_dir, progress, announce
+    )
+    if removed:
+        write_lines(sys.stdout, [f"Removed:     {', '.join(map(display_path, removed))}"])
+    write_lines(sys.stderr, [f"Warning: {complaint}" for complaint in complaints])
+
+
+def run_verification(arguments: Arguments, progress: Progress) -> None:
+    """`--verify`: check a backup and report it. Raises Failure where it is not sound."""
+    assert arguments.dump is not None
+    report = verify_backup(arguments.dump, progress)
+    progress.clear()
+    lines = verification_lines(report)
+    if not report.examination.problem:
+        write_lines(sys.stdout, ["✓ Backup verification passed", "", *lines])
+        return
+    steps = ["Do not rely on this dump alone: restore it into an empty database and compare"]
+    if report.examination.checksum.problem:
+        steps = [
+            "Do not rely on this dump: its bytes have changed since it was made",
+            "Compare it with a copy elsewhere, and check the disk: sudo dmesg | tail -50",
+        ]
+    steps.append(f"Choose another backup: {list_command(report.dump.parent)}")
+    raise Failure(ExitCode.VERIFICATION, report.examination.problem, *steps, report=lines)
+
+
+def run_listing(arguments: Arguments, _progress: Progress) -> None:
     """`--list`: show the backups."""
-    backups = list_backups(output_dir)
-    write_lines(sys.stdout, list_lines(backups, output_dir, datetime.now(timezone.utc)))
-    return 0
+    directory = arguments.output_dir
+    try:
+        backups = find_backups(directory)
+    except FileNotFoundError:
+        raise Failure(
+            ExitCode.GENERAL,
+            f"there is no directory {display_path(directory)}",
+            "Name the one that has the backups: --output-dir DIR",
+            "Or make the first backup: python3 backup_db.py",
+        ) from None
+    write_lines(sys.stdout, list_lines(backups, directory, datetime.now(timezone.utc)))
+
+
+MODES = {
+    "create": Mode("Backup failed", ExitCode.CREATION, run_creation),
+    "verify": Mode("Backup verification failed", ExitCode.VERIFICATION, run_verification),
+    "list": Mode("Listing failed", ExitCode.GENERAL, run_listing),
+}
 
 
 def prepare_process() -> None:
@@ -3352,71 +3799,39 @@ def prepare_process() -> None:
     catch_signals()
 
 
-def user_path(text: str) -> Path:
-    """A path from the command line. The shell leaves the ~ of `--output-dir=~/backups` to us."""
-    path = os.path.expanduser(text)
-    if path.startswith("~"):
-        raise Failure(
-            ExitCode.CONFIGURATION,
-            f"{printable(text)}: no such user, or one without a home directory",
-            f"Write the path in full, or, if its name begins with ~: {shell_words('./' + text)}",
-        )
-    return Path(path)
-
-
-def run(options: argparse.Namespace, progress: Progress) -> int:
-    """Run the mode that was asked for. Raises Failure or OSError."""
-    output_dir = DEFAULT_OUTPUT_DIR
-    if options.output_dir is not None:
-        output_dir = user_path(options.output_dir)
-    if options.list:
-        return run_listing(output_dir)
-    if options.verify is not None:
-        return run_verification(user_path(options.verify), progress)
-    return run_creation(options.env, output_dir, progress)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run the command line: whatever was raised becomes a message and an exit code."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    for option, value in (("--output-dir", options.output_dir), ("--verify", options.verify)):
-        if value == "":
-            parser.error(f"argument {option}: expected a path, not an empty text")
-    what, otherwise = "Backup failed", ExitCode.CREATION
-    if options.list:
-        what, otherwise = "Listing failed", ExitCode.GENERAL
-    elif options.verify is not None:
-        what, otherwise = VERIFICATION_FAILED, ExitCode.VERIFICATION
+    arguments = parse_arguments(words)
+    mode = MODES[arguments.mode]
     progress = Progress(sys.stderr)
     try:
         try:
             prepare_process()
-            return run(options, progress)
+            mode.run(arguments, progress)
+            return 0
         except Failure as error:
             failure = error
         except OSError as error:
-            failure = file_failure(error, otherwise)
-        write_lines(sys.stderr, failure_lines(what, failure))
+            failure = file_failure(error, mode.default_code)
+        progress.clear()
+        write_lines(sys.stderr, failure_lines(mode.headline, failure))
         return failure.code
     except Interrupted as interrupted:
         progress.clear()
         write_lines(
             sys.stderr, [f"✗ Stopped by {interrupted}: what was published before is untouched"]
         )
-        die_by_signal(interrupted.number)
+        return die_by_signal(interrupted.number)
     except Exception:  # noqa: BLE001 - a bug, shown as one: there is nobody else to tell
         import traceback
 
-        write_lines(
-            sys.stderr,
-            [f"✗ {what}: a bug in backup_db.py; please report it with the lines below", ""],
-        )
-        write_lines(sys.stderr, traceback.format_exc().splitlines())
+        progress.clear()
+        what = f"✗ {mode.headline}: a bug in backup_db.py; please report it with the lines below"
+        write_lines(sys.stderr, [what, "", *traceback.format_exc().splitlines()])
+        return ExitCode.GENERAL
     finally:
-        # Interrupted must not be raised during interpreter shutdown.
+        # Restore default handling: Interrupted must not be raised during interpreter shutdown.
         set_signals(signal.SIG_DFL)
-    return ExitCode.GENERAL
 
 
 if __name__ == "__main__":

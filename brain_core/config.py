@@ -220,8 +220,8 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
     }
     # PG_VERSION, PGDATA and the like are the server's.
     further = [name for name in inherited.keys() - own.keys() - {"PGDATA"} if name.isalpha()]
-    if further:
-        places["libpq"] = "; ".join(settings.place(variable) for variable in sorted(further))
+    listed = "; ".join(settings.place(variable) for variable in sorted(further))
+    places["libpq"] = listed or f"in {ENV_FILES[0]}"
     return DatabaseConfig(
         environment=environment,
         name=name,

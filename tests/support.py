@@ -142,6 +142,8 @@ class Project:
 
     def fake(self, program: str, script: str) -> None:
         """Put a shell script in the place of a program; in it, "$real" is the program itself."""
+        if program == "pg_restore" and not (self.fakes / "pg_dump").exists():
+            self.fake("pg_dump", 'exec "$real" "$@"')  # it is looked for beside pg_dump first
         path = self.fakes / program
         path.write_text(f"#!/bin/sh\nreal='{self.bin_dir / program}'\n{script}\n", encoding="utf-8")
         path.chmod(0o755)

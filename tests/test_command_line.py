@@ -79,7 +79,8 @@ def test_backup_prints_the_lines_of_the_contract(sample: Project) -> None:
         Database:    project_chat_dev
         Tables:      4 ({rows})
         Checksum:    {checksum.stdout[:12]}...
-        Verified:    ✓ Integrity check passed (3727 rows in 4 tables read back)
+        Verified:    ✓ Integrity check passed
+        Contents:    ✓ Match (3727 rows in 4 tables)
         """)
     assert not result.stderr
 
@@ -134,14 +135,20 @@ def test_more_than_six_tables_are_summed_up(database: Database, make_project: Ma
     assert lines[7] == (
         'Tables:      8 (3 a, 70 c, 5 "D e", 6 other.f, 4 g, 8 "select", and 2 more)'
     )
-    assert lines[9] == "Verified:    ✓ Integrity check passed (99 rows in 8 tables read back)"
-    assert lines[10:] == ["Not included: data of foreign tables (far)"]
+    assert lines[9:11] == [
+        "Verified:    ✓ Integrity check passed",
+        "Contents:    ✓ Match (99 rows in 8 tables)",
+    ]
+    assert lines[11:] == ["Not included: data of foreign tables (far)"]
 
 
 def test_empty_database_is_backed_up(database: Database, make_project: MakeProject) -> None:
     lines = make_project(database).run().succeeded().stdout.splitlines()
     assert lines[7] == "Tables:      0"
-    assert lines[9] == "Verified:    ✓ Integrity check passed (0 rows in 0 tables read back)"
+    assert lines[9:11] == [
+        "Verified:    ✓ Integrity check passed",
+        "Contents:    ✓ Match (0 rows in 0 tables)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -218,10 +225,8 @@ def test_tilde_is_the_home_directory(bare: Project) -> None:
 
 @pytest.mark.parametrize("mode", [["--list"], []], ids=["list", "back up"])
 def test_tilde_of_nobody_is_refused(mode: Sequence[str], sample: Project) -> None:
-    result = sample.run(*mode, "--output-dir", "~no such user/x").failed_with(
-        2, "Configuration error"
-    )
-    assert "Error: ~no such user/x: no such user" in result.stderr
+    result = sample.run(*mode, "--output-dir", "~no such user/x").failed_with(2)
+    assert "error: argument --output-dir: ~no such user/x: no such user" in result.stderr
     assert "'./~no such user/x'" in result.stderr
     sample.run("--output-dir", "./~no such user/x").succeeded()
     assert len(list((sample.directory / "~no such user" / "x").glob("*.dump"))) == 1
@@ -266,9 +271,9 @@ def test_verify_prints_the_lines_of_the_contract(bare: Project) -> None:
         File:        db/backups/{dump.name}
         Checksum:    ✓ Match ({metadata["checksum_sha256"][:12]}...)
         Structure:   ✓ Valid (pg_restore --list succeeded)
-        Contents:    ✓ Match (3727 rows in 4 tables)
         Size:        {dump.stat().st_size / 1024:.1f} KB
         Timestamp:   {metadata["backup_timestamp"]}
+        Contents:    ✓ Match (3727 rows in 4 tables)
         """)
     assert not result.stderr
 
@@ -496,12 +501,11 @@ def test_list_tells_how_old_the_newest_is(
 def test_list_columns_widen_by_what_is_in_them(make_project: MakeProject) -> None:
     project = make_project()
     put_pair(project.backups, "a" * 30, "dev", "2025-01-01T00:00:00Z", 1)
-    put_pair(project.backups, "日本", "dev", "2025-01-02T00:00:00Z", 2)
+    put_pair(project.backups, "é", "dev", "2025-01-02T00:00:00Z", 2)
     put_pair(project.backups, "x\ty", "dev", "2025-01-03T00:00:00Z", 3)
     rows = project.run("--list").succeeded().stdout.splitlines()[2:6]
     assert [
-        backup_db.display_width(row[: row.index(size)])
-        for row, size in zip(rows, ("Size", "3 B", "2 B", "1 B"), strict=True)
+        row.index(size) for row, size in zip(rows, ("Size", "3 B", "2 B", "1 B"), strict=True)
     ] == [25 + 13 + 32] * 4
     assert r"  x\ty  " in rows[1]
 
@@ -566,7 +570,7 @@ def test_backup_is_published_whatever_the_streams(redirection: str, sample: Proj
     }
     assert not result.stderr
     if ">&-" not in redirection.replace("2>&-", "") and "full" not in redirection:
-        assert result.stdout.endswith("read back)\n")
+        assert result.stdout.endswith(" tables)\n")
     assert sample.run("--verify", dump, prefix=shell).returncode == 0
     assert sample.run("--list", prefix=shell).returncode == 0
     # And a failure keeps its code.
@@ -677,7 +681,7 @@ def test_wrong_option_is_refused(
     project = make_project()
     result = project.run(*arguments).failed_with(2)
     usage, error = result.stderr.split("backup_db.py: error: ")
-    assert usage.startswith("usage: backup_db.py [-h] ")
+    assert usage.startswith("usage: backup_db.py [--env ENV] ")
     assert error.startswith(words)
     assert not project.backups.exists()
 

@@ -175,6 +175,7 @@ def test_place_names_variable_and_file(tmp_path: Path) -> None:
         "host": "in .env.local: DB_HOST",
         "password": "in .env.local: DB_PASSWORD",
         "compress": "in .env.local: BACKUP_COMPRESS",
+        "libpq": "in .env.local",
     }
 
 

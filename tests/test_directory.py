@@ -321,7 +321,7 @@ def test_files_that_may_not_be_read(standing: Project, damaged: Path) -> None:
         result.failed_with(4, "Permission error")
         assert f"{path.name}: Permission denied" in result.stderr, result
         listed = standing.run("--list", prefix=UNPRIVILEGED).succeeded()
-        assert ("Bad metadata" in listed.stdout) == (path != damaged), listed
+        assert ("✗ Not readable" in listed.stdout) == (path != damaged), listed
         path.chmod(0o600)
 
 

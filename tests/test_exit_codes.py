@@ -457,7 +457,7 @@ def pg_dump_is_killed(stage: Stage) -> Result:
     return project.run()
 
 
-@situation(ExitCode.CREATION, "the connection to the server was lost", "run the backup again")
+@situation(ExitCode.CREATION, "the connection to the server was lost", "Run the backup again")
 def session_is_terminated(stage: Stage) -> Result:
     project = stage.project()
     terminate = (

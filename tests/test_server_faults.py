@@ -51,8 +51,8 @@ OURS, PG_DUMPS = "backup\\_db", "backup\\_db %"  # the application names, as LIK
 def test_our_session_is_ended(
     phase: Phase, function: str, words: str, standing: Project, standing_database: Database
 ) -> None:
-    if (phase, function) == (dumping, "pg_cancel_backend"):
-        return  # our session runs nothing then
+    if function == "pg_cancel_backend" and phase is not counting:
+        return  # a LOCK that is cancelled is tried again; beside a pg_dump that waits nothing runs
     with untouched(standing), phase(standing, standing_database) as process:
         standing_database.psql(f"SELECT {function}({backend_of(standing_database, OURS)})")
         result = finish(process, NOTICED_SECONDS).failed_with(7, "Backup creation error")
@@ -149,7 +149,7 @@ def test_server_falls_silent(phase: Phase, fragile: Project, fragile_database: D
         with frozen(fragile_database.cluster):
             # A second of silence, one for pg_dump to end.
             result = finish(process, NOTICED_SECONDS).failed_with(7, "Backup creation error")
-        silent = r":\n(no answer within|nothing has moved for) 1 second"
+        silent = r":\nno answer within 1 second|gave up after 1 second: pg_dump has written nothing"
         assert re.search(silent, result.stderr), result
         assert_nothing_runs(fragile, fragile_database)
     fragile.back_up()
@@ -218,18 +218,21 @@ def test_migration_that_lets_go_is_waited_for(
             waiting_for_a_lock,
             (
                 "the tables could not be locked for reading: session NUMBER (postgres, migration:"
-                " LOCK TABLE messages IN ACCESS EXCLUSIVE MODE;) holds the table messages"
+                " LOCK TABLE …) holds the table messages"
             ),
         ),
         (
             counting,
-            ("while dumping and counting the rows: ERROR: canceling statement due to lock timeout"),
+            (
+                "the count of wide waits for a lock: session NUMBER (postgres, migration: REINDEX"
+                " TABLE …) blocks it"
+            ),
         ),
         (
             dumping,
             (
                 "pg_dump waits for a lock: session NUMBER (postgres, migration: REFRESH"
-                " MATERIALIZED VIEW statistics;) blocks it"
+                " MATERIALIZED …) blocks it"
             ),
         ),
     ],
@@ -237,7 +240,7 @@ def test_migration_that_lets_go_is_waited_for(
 def test_migration_that_never_lets_go_is_named(
     phase: Phase, words: str, standing: Project, standing_database: Database
 ) -> None:
-    standing.rewrite({"STALL_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.2})
+    standing.rewrite({"STALL_SECONDS": 1, "STILL_SECONDS": 0.3, "LOCK_RETRY_SECONDS": 0.2})
     with untouched(standing), phase(standing, standing_database) as process:
         result = finish(process, NOTICED_SECONDS).failed_with(7, "Backup creation error")
         assert_nothing_runs(standing, standing_database)

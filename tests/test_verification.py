@@ -351,7 +351,6 @@ def test_random_damage_never_passes(
 LYING_DUMPS = {
     "loses the last byte": '"$real" "$@" && truncate -s -1 "$file"',
     "loses the tail": '"$real" "$@" && truncate -s 6000 "$file"',
-    "writes nothing": "",
     "writes noise": 'head -c 9999 /dev/urandom > "$file"',
     "writes another format": '"$real" "$@" --format=tar --compress=0',
     "forgets the rows of a table": '"$real" "$@" --exclude-table-data=messages',
@@ -416,7 +415,7 @@ def test_backup_that_pg_restore_cannot_read_is_not_verified(
     failure: str, source: Database, backup: Backup, make_project: MakeProject
 ) -> None:
     script, words = FAILING_RESTORES[failure]
-    project = make_project(source, constants={"READ_SILENCE_SECONDS": 2})
+    project = make_project(source, constants={"STALL_SECONDS": 2})
     fake_at_work(project, "pg_restore", "--use-list", script)
     created = project.run().failed_with(8, "Verification error")
     assert words in created.stderr, created
