@@ -3,6 +3,22 @@
 
 Makes the environment first. The tests start the PostgreSQL servers that they need, by default
 17 alone; BACKUP_TEST_SERVERS="15 16 17 18" has the tests that depend on the version run on each.
+
+Where to look for what:
+
+    what a user sees          test_command_line, test_exit_codes, test_progress, test_text
+    settings, passwords       test_config, test_secrets
+    the way to the server     test_connections, test_ways, test_server_faults
+    versions, tools           test_servers, test_tools, test_earlier
+    what a backup holds       test_counts, test_encodings, test_hostile_data, test_owners
+    one moment, locks         test_snapshot
+    what "verified" means     test_verification, test_contents, test_script_reader
+    files and disks           test_directory, test_disks, test_durability
+    signals, every night      test_signals, test_nights
+    README, sample database   test_readme, test_sample
+
+    what the tests share      support, faults, conftest, cluster, environment, sample
+    speed and size            benchmark (no test: it is run by hand)
 """
 
 from __future__ import annotations
@@ -24,7 +40,8 @@ def main(arguments: Sequence[str]) -> int:
         print(failure, file=sys.stderr)
         return 1
     os.chdir(environment.PROJECT)
-    os.execv(python, [python, "-m", "pytest", f"--numprocesses={WORKERS}", *arguments])
+    options = (f"--numprocesses={WORKERS}", "--durations=10")
+    os.execv(python, [python, "-m", "pytest", *options, *arguments])
 
 
 if __name__ == "__main__":

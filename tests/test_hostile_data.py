@@ -57,7 +57,7 @@ SELECT json_agg(CASE WHEN nspname = 'public' THEN '' ELSE quote_ident(nspname) |
  WHERE relkind = 'r' AND c.oid >= 16384
 """
 
-HUGE_BYTES = 200 * 1024 * 1024
+HUGE_BYTES = 100 * 1024 * 1024
 
 # The most that our process needs, whatever the database holds.
 OUR_MEMORY_BYTES = 64 * 1024 * 1024
@@ -178,7 +178,7 @@ def test_huge_value_in_a_table_of_nothing_else_is_held_three_times_at_most(
     database: Database, make_project: MakeProject
 ) -> None:
     """Counting reads a value there: libpq's buffer has it, libpq's row, and the row in Python."""
-    size_bytes = HUGE_BYTES // 4
+    size_bytes = HUGE_BYTES // 2
     make_huge(database, "content text", size_bytes)
     project = make_project(database)
     assert peak_memory(project) < OUR_MEMORY_BYTES + 3 * size_bytes
