@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MakeProject
+from faults import DUMP, HOLD, fake_call, let_go, paused
 from support import (
     MOUNTING,
     Database,
@@ -181,16 +182,18 @@ def stopped_by(number: int) -> Callable[[Project, Path], Result]:
     """A night on which a signal ends the run while it dumps."""
 
     def run(project: Project, folder: Path) -> Result:
-        project.fake("pg_dump", f'{DUMPING} touch "$HOME/dumping"; sleep 1 ;; esac; {AS_USUAL}')
+        fake_call(project, *DUMP, HOLD)
         run = project.start("--output-dir", folder)
-        wait_until((project.directory / "home" / "dumping").exists)
+        wait_until(lambda: paused(project))
         run.send_signal(number)
         result = finish(run)
-        (project.directory / "home" / "dumping").unlink()
         assert result.returncode == -number
         # The pg_dump of a run that was killed holds the lock to its end; by the next night it has.
+        let_go(project)
         (lock,) = folder.glob(".*.lock")
         wait_until(lambda: is_free(lock))
+        for mark in ("paused", "go"):
+            (project.directory / "home" / mark).unlink()
         return result
 
     return run
@@ -228,49 +231,59 @@ def no_server(project: Project, folder: Path) -> Result:
     return project.run("--output-dir", folder, env={"DEV_DB_PORT": "1"}).failed_with(3)
 
 
-FAULTS = {
-    2: no_server,
-    6: failing_dump,
-    11: stopped_by(signal.SIGKILL),
-    12: stopped_by(signal.SIGKILL),
-    16: full_disk,
-    20: damaged_dump,
-    24: stopped_by(signal.SIGTERM),
-    27: failing_dump,
-}
+# After a month of nights without a fault, as the last ones went; None is one more of those.
+NIGHTS = (
+    None,
+    no_server,
+    failing_dump,
+    None,
+    stopped_by(signal.SIGKILL),
+    stopped_by(signal.SIGKILL),
+    full_disk,
+    None,
+    damaged_dump,
+    stopped_by(signal.SIGTERM),
+    None,
+)
+KEEP = 7
 
 
 def test_month_of_nights(small_database: Database, make_project: MakeProject) -> None:
-    settings = small_database.settings() | {"BACKUP_KEEP": "7", "BACKUP_COMPRESS": "none"}
+    settings = small_database.settings() | {"BACKUP_KEEP": str(KEEP), "BACKUP_COMPRESS": "none"}
     project = make_project(small_database, settings=settings)
+    first = project.back_up()
+    history = sorted(aged(first, days).name for days in range(1, 31))
+    for file in (first, metadata_path(first)):
+        file.unlink()
     held: dict[str, list[str]] = {}  # by dump: what the database held that night
     with small_disk("size=2m") as disk:
-        folder = disk / "backups"
-        for night in range(30):
+        folder = Path(shutil.copytree(project.backups, disk / "backups"))
+        for number, night in enumerate(NIGHTS):
             small_database.psql(
                 "INSERT INTO notes (note) SELECT repeat(md5(random()::text), 9)"
-                " FROM generate_series(1, 20);"
-                f"UPDATE notes SET note = 'night {night}' WHERE id % 7 = {night % 7};"
-                f"DELETE FROM notes WHERE id % 11 = {night % 11}"
+                " FROM generate_series(1, 200);"
+                f"UPDATE notes SET note = 'night {number}' WHERE id % 7 = {number % 7};"
+                f"DELETE FROM notes WHERE id % 11 = {number}"
             )
-            before = visible(folder) if folder.exists() else {}
-            if night in FAULTS:
-                FAULTS[night](project, folder)
+            before = visible(folder)
+            if night:
+                night(project, folder)
                 assert visible(folder) == before
-            else:
-                project.fake("pg_dump", AS_USUAL)
-                project.run("--output-dir", folder).succeeded()
-                (new,) = {n for n in visible(folder) if n.endswith(".dump")} - before.keys()
-                held[new] = small_database.contents()
+                continue
+            project.fake("pg_dump", AS_USUAL)
+            project.run("--output-dir", folder).succeeded()
+            (new,) = {n for n in visible(folder) if n.endswith(".dump")} - before.keys()
+            held[new] = small_database.contents()
+            dumps = sorted(folder.glob("*.dump"))
+            assert [dump.name for dump in dumps] == [*history, *held][-KEEP:]
+            # No metadata without its dump, and nothing that a killed run left.
+            assert visible(folder).keys() == set().union(*map(pair, dumps))
+            assert not list(folder.glob(".*.partial"))
 
-        dumps = sorted(folder.glob("*.dump"))
-        assert [dump.name for dump in dumps] == sorted(held)[-7:]
-        # No metadata without its dump, and nothing that a killed run left.
-        assert visible(folder).keys() == set().union(*map(pair, dumps))
-        assert not list(folder.glob(".*.partial"))
+        assert len(held) == NIGHTS.count(None)
         listing = project.run("--list", "--output-dir", folder).succeeded().stdout
-        assert listing.count("✓ Verified") == 7
-        for dump in (dumps[0], dumps[-1]):
-            project.run("--verify", dump).succeeded()
-            with restored(dump, small_database.cluster) as copy:
-                assert copy.contents() == held[dump.name]
+        assert listing.count("✓ Verified") == KEEP
+        for name in (min(held), max(held)):
+            project.run("--verify", folder / name).succeeded()
+            with restored(folder / name, small_database.cluster) as copy:
+                assert copy.contents() == held[name]
