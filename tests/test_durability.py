@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
 import pytest
-from support import Project, program
+from faults import STRACE, published, untouched
+from support import Project, Result, metadata_path, program
 
 # strace is one of Debian's packages.
 pytestmark = pytest.mark.servers(15)
@@ -84,3 +86,51 @@ def test_files_are_private_from_their_first_byte(calls: list[str]) -> None:
     assert len(written) == 2, written
     assert set(written) < claimed
     assert not [call for call in ours if "chmod" in call]
+
+
+# -- what fails while the names are given ---------------------------------------------------------
+
+
+def run_with_fault(project: Project, *fault: str) -> Result:
+    """A run in which the kernel refuses a call of the script itself."""
+    return project.run(
+        prefix=(program("strace", "strace"), *STRACE, *fault),
+        env={"PYTHONDONTWRITEBYTECODE": "1"},  # Python renames these
+    )
+
+
+def visible(project: Project) -> dict[str, str]:
+    """What anyone would take for a backup; what is hidden the next run sweeps."""
+    files = published(project.backups).items()
+    return {name: content for name, content in files if not name.startswith(".")}
+
+
+def test_rename_that_fails_publishes_nothing(standing: Project) -> None:
+    """Each in turn. The last is the dump's, when the metadata has its name already."""
+    before = published(standing.backups)
+    for number in itertools.count(1):
+        earlier = visible(standing)
+        result = run_with_fault(standing, "-e", f"inject=/^rename:error=EIO:when={number}")
+        if result.returncode == 0:
+            break
+        assert "Input/output error" in result.failed_with(7, "Backup creation error").stderr
+        assert visible(standing) == earlier
+    assert number > 2, "at least the metadata and the dump are renamed"
+    (dump,) = (path for path in standing.dumps() if path.name not in before)
+    new = published(standing.backups).keys() - before.keys()
+    assert new == {dump.name, metadata_path(dump).name}
+
+
+def test_directory_that_is_not_synced_shows_no_metadata_alone(standing: Project) -> None:
+    """Once for the metadata's name, once for the dump's: then the backup is there, and whole."""
+    calls = ("-P", str(standing.backups), "-e")
+    with untouched(standing):
+        result = run_with_fault(standing, *calls, "inject=fsync:error=EIO:when=1")
+        assert "Input/output error" in result.failed_with(7, "Backup creation error").stderr
+    before = published(standing.backups)
+    result = run_with_fault(standing, *calls, "inject=fsync:error=EIO:when=2")
+    assert "Error: db/backups: Input/output error\n" in result.failed_with(7).stderr
+    (dump,) = (path for path in standing.dumps() if path.name not in before)
+    new = published(standing.backups).keys() - before.keys()
+    assert new == {dump.name, metadata_path(dump).name}
+    standing.run("--verify", dump).succeeded()
