@@ -81,6 +81,10 @@ b;" (x integer);
 INSERT INTO "a
 b;" VALUES (1), (2);
 
+CREATE SCHEMA pgagent; -- it begins like PostgreSQL's own, whose names begin with pg_
+CREATE TABLE pgagent.jobs (x integer);
+INSERT INTO pgagent.jobs VALUES (1), (2), (3);
+
 -- partitions, three levels, with a default; inheritance, two levels
 CREATE TABLE measures (day date NOT NULL, city text NOT NULL, value float4, PRIMARY KEY (day, city))
     PARTITION BY RANGE (day);

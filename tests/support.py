@@ -131,7 +131,8 @@ class Project:
         """
         paths = (self.directory / "backup_db.py", self.directory / "brain_core" / "config.py")
         for name, value in constants.items():
-            assignment = re.compile(rf"^{name}(: [^=\n]+)? = (\(\n(    .*\n)+\)|.*)$", re.MULTILINE)
+            value_there = r'(\(\n(    .*\n)+\)|"""(.*\n)+?"""|.*)'
+            assignment = re.compile(rf"^{name}(: [^=\n]+)? = {value_there}$", re.MULTILINE)
             found = 0
             for path in paths:
                 line = f"{name} = {value!r}".replace("\\", r"\\")

@@ -517,6 +517,26 @@ def test_empty_directory_is_said_to_be_so(make_project: MakeProject) -> None:
     assert (result.stdout, result.stderr) == ("No backup files in db/backups/\n", "")
 
 
+# What Asia/Kathmandu is, also where no time zones are installed.
+KATHMANDU = {"TZ": "<+0545>-5:45"}
+
+
+def test_times_are_utc_wherever_the_machine_is(sample: Project) -> None:
+    before = datetime.now(timezone.utc).replace(microsecond=0)
+    sample.run(env=KATHMANDU).succeeded()
+    after = datetime.now(timezone.utc)
+    (dump,) = sample.dumps()
+    metadata = read_metadata(dump)
+    made = metadata["backup_timestamp"]
+    for text in (made, metadata["verification"]["verified_at"]):
+        moment = datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+        assert before <= moment <= after
+    assert dump.name == f"project_chat_dev_{made.replace(':', '-')}.dump"
+    listed = sample.run("--list", env=KATHMANDU).succeeded()
+    assert f"\n{made}     dev  " in listed.stdout
+    assert re.search(r"\nNewest verified dev backup: \d+ seconds? old\n$", listed.stdout)
+
+
 # -- no configuration, no packages ----------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from conftest import MakeProject
 from environment import PROJECT
 
 from brain_core.config import (
@@ -312,6 +313,13 @@ def test_line_is_read_literally(lines: str, value: str | None, tmp_path: Path) -
 )
 def test_file_of_any_editor_is_read(content: bytes, tmp_path: Path) -> None:
     assert dict(settings_of(tmp_path, content).values) == {"A": "1", "B": "2"}
+
+
+def test_run_reads_the_first_line_behind_a_byte_order_mark(make_project: MakeProject) -> None:
+    project = make_project()
+    (project.directory / ".env.local").write_bytes(b"\xef\xbb\xbfDB_NAME=first\r\nDB_PORT=1\r\n")
+    result = project.run().failed_with(3, "Database connection error")
+    assert "port 1 failed" in result.stderr, result
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster import Cluster
 from conftest import MakeProject
 from faults import CONTENTS, PAUSE, fake_call, paused, published, untouched
 from support import (
@@ -19,6 +20,7 @@ from support import (
     Project,
     finish,
     metadata_path,
+    new_database,
     read_metadata,
     wait_until,
 )
@@ -73,6 +75,39 @@ def test_databases_whose_files_begin_alike_keep_out_of_each_others_way(
         assert result.returncode == code, result
     first.terminate()
     finish(first)
+
+
+def test_database_with_a_dot_removes_nothing_of_another_whose_name_would_match(
+    cluster: Cluster, make_project: MakeProject
+) -> None:
+    """What belongs to `axb` is no pattern's business: its partial files, its newer metadata."""
+    with new_database(cluster) as database:
+        name = f"{database.name}a.b"
+        cluster.create_database(name)
+        project = make_project(Database(cluster, name), settings={"BACKUP_KEEP": "1"})
+        project.backups.mkdir(parents=True)
+        stem = name.replace(".", "x") + "_dev_2025-01-27T14-30-00Z"
+        partial = (f".{stem}.dump.partial", f".{stem}.metadata.json.partial")
+        others = [project.backups / name for name in (*partial, f"{stem}.metadata.json")]
+        for other in others:
+            other.write_text("another's")
+        try:
+            project.back_up()
+            project.back_up()
+        finally:
+            cluster.drop_database(name)
+        assert [other.read_text() for other in others] == ["another's"] * 3
+        assert len(project.dumps()) == 1
+
+
+def test_clean_up_leaves_the_metadata_of_a_published_dump(standing: Project) -> None:
+    """Beside a whole backup a partial dump of the same name, as after a clock was set back."""
+    (dump,) = standing.dumps()
+    left = dump.with_name(f".{dump.name}.partial")
+    left.write_text("of a run that was killed")
+    before = published(standing.backups)
+    standing.back_up()
+    assert before.items() - published(standing.backups).items() == {(left.name, before[left.name])}
 
 
 def test_run_waits_for_a_second_whose_name_is_free(

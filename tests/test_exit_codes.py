@@ -615,6 +615,33 @@ def test_every_code_has_several_situations() -> None:
     assert [int(code) for code in ExitCode] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+# What is broken in the copy of the script by a value that its code cannot use.
+BUGS: dict[str, tuple[dict[str, object], str]] = {
+    "in the main thread": ({"READ_BYTES": "many"}, "Backup failed"),
+    "in another thread": ({"HASH_BLOCK_BYTES": "many"}, "Backup failed"),
+    "in --verify": ({"READ_BYTES": "many"}, "Backup verification failed"),
+    "in --list": ({"LIST_COLUMNS": ()}, "Listing failed"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_bug_is_a_line_a_traceback_and_exit_code_1(bug: str, stage: Stage) -> None:
+    constants, headline = BUGS[bug]
+    project = stage.project(constants=constants)
+    before = contents_of(project.backups)
+    mode = {"Backup failed": [], "Listing failed": ["--list"]}
+    result = project.run(*mode.get(headline, ["--verify", *project.dumps()]))
+    assert result.returncode == 1, result
+    assert not result.stdout, result
+    first, empty, second, *_frames, last = result.stderr.splitlines()
+    assert first == f"✗ {headline}: a bug in backup_db.py; please report it with the lines below"
+    assert (empty, second) == ("", "Traceback (most recent call last):"), result
+    assert re.match(r"(TypeError|ValueError): ", last), result
+    after = contents_of(project.backups)
+    after.pop(".project_chat_dev.lock", None)
+    assert after == before
+
+
 @pytest.mark.parametrize("failing", [pg_dump_fails, new_dump_is_cut_short, database_is_missing])
 def test_failure_leaves_the_backups_as_they_were(
     failing: Callable[[Stage], Result], stage: Stage, tmp_path: Path

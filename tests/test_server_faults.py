@@ -181,13 +181,15 @@ def test_role_with_one_connection_is_told_of_two(
     fragile: Project, fragile_database: Database
 ) -> None:
     fragile_database.psql("ALTER ROLE chat CONNECTION LIMIT 1")
-    with untouched(fragile):
-        result = fragile.run().failed_with(3, "Database connection error")
-    assert 'too many connections for role "chat"' in result.stderr, result
-    assert 'ALTER ROLE "chat" CONNECTION LIMIT' in result.stderr, result
-    fragile_database.psql("ALTER ROLE chat CONNECTION LIMIT 2")
-    fragile.back_up()
-    fragile_database.psql("ALTER ROLE chat CONNECTION LIMIT -1")
+    try:
+        with untouched(fragile):
+            result = fragile.run().failed_with(3, "Database connection error")
+        assert 'too many connections for role "chat"' in result.stderr, result
+        assert 'ALTER ROLE "chat" CONNECTION LIMIT' in result.stderr, result
+        fragile_database.psql("ALTER ROLE chat CONNECTION LIMIT 2")
+        fragile.back_up()
+    finally:
+        fragile_database.psql("ALTER ROLE chat CONNECTION LIMIT -1")
 
 
 def test_server_without_a_free_connection(fragile: Project, fragile_database: Database) -> None:

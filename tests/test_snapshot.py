@@ -254,6 +254,25 @@ def test_table_created_between_the_locks_and_the_snapshot_is_in(
     assert_restores(dump, chat)
 
 
+@pytest.mark.parametrize("dropped", ["TABLE chat.messages", "SCHEMA chat"])
+def test_what_is_dropped_while_it_is_being_locked_is_not_in(
+    dropped: str, chat: Database, observer: Connection, make_project: MakeProject
+) -> None:
+    """The lock waits for the one who drops it, and then there is nothing to lock: once again."""
+    chat.psql("CREATE TABLE stays AS SELECT 1 AS n")
+    project = make_project(chat, constants={"LOCK_TIMEOUT_MS": 60_000, "LOCK_RETRY_SECONDS": 0.1})
+    chat.psql(f"ALTER DATABASE {chat.name} SET deadlock_timeout = '120s'")
+    with closing(connect(chat)) as migration:
+        execute(migration, f"BEGIN; DROP {dropped} CASCADE")
+        run = project.start()
+        wait_for(observer, OUR_LOCK)
+        execute(migration, "COMMIT")
+    finish(run).succeeded()
+    (dump,) = project.dumps()
+    assert "chat.messages" not in table_counts(dump)
+    assert_restores(dump, chat)
+
+
 # -- migrations that hold a table when we come ----------------------------------------------------
 
 
@@ -314,6 +333,28 @@ def test_migration_that_wants_more_is_not_the_victim_of_a_deadlock(
         run = project.start()
         wait_for(observer, OUR_LOCK)
         execute(migration, f"LOCK TABLE {wanted}")  # no "deadlock detected"
+        execute(migration, "COMMIT")
+    finish(run).succeeded()
+    assert_restores(project.dumps()[0], chat)
+
+
+def test_backup_that_is_the_victim_of_a_deadlock_begins_again(
+    chat: Database, observer: Connection, make_project: MakeProject
+) -> None:
+    """It would have let go before the server looks for deadlocks, were it not for its limits."""
+    chat.psql(f"ALTER DATABASE {chat.name} SET deadlock_timeout = '1s'")
+    limits = {"LOCK_TIMEOUT_MS": 60_000, "DEADLOCK_TIMEOUT_MS": "SELECT 120000"}
+    project = make_project(chat, constants=limits)
+    with closing(connect(chat)) as migration:
+        execute(migration, "SET deadlock_timeout = '60s'")
+        execute(migration, "BEGIN; LOCK TABLE chat.part")
+        run = project.start()
+        wait_for(observer, OUR_LOCK)
+        execute(migration, "LOCK TABLE chat.messages")  # which the backup has, until it is refused
+        log = chat.cluster.log.read_text(encoding="utf-8", errors="replace")
+        _before, found, refused = log.rpartition("ERROR:  deadlock detected\n")
+        assert found
+        assert "STATEMENT:  LOCK TABLE ONLY chat.messages" in refused
         execute(migration, "COMMIT")
     finish(run).succeeded()
     assert_restores(project.dumps()[0], chat)

@@ -7,7 +7,9 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
 
@@ -125,6 +127,32 @@ def test_newer_pg_restore_will_do(originals: Callable[[str], Backup]) -> None:
     backup.project.run("--verify", backup.dump, env={"PATH": path}).succeeded()
 
 
+# -- what a new backup says of its verification ---------------------------------------------------
+
+
+def test_metadata_says_what_was_read_back_and_how_long_the_run_took(
+    database: Database, make_project: MakeProject
+) -> None:
+    database.psql(SCHEMA)
+    project = make_project(database)
+    fake_at_work(project, "pg_restore", "--list", 'sleep 1; exec "$real" "$@"')
+    started = time.monotonic()
+    began = datetime.now(timezone.utc).replace(microsecond=0)
+    metadata = Backup(project.back_up(), project).read_metadata()
+    ended = datetime.now(timezone.utc)
+    assert 1 <= metadata["duration_seconds"] <= time.monotonic() - started
+    verification = metadata["verification"]
+    verified_at = datetime.strptime(verification.pop("verified_at"), "%Y-%m-%dT%H:%M:%S%z")
+    assert began <= verified_at <= ended
+    version = database.cluster.run("pg_restore", "--version")
+    assert f"pg_restore (PostgreSQL) {verification.pop('pg_restore_version')}" in version
+    assert verification == {
+        "rows_read_back": sum(COUNTS.values()),
+        "tables_read_back": len(COUNTS),
+        "large_objects_read_back": 2,
+    }
+
+
 # -- damage ---------------------------------------------------------------------------------------
 
 
@@ -136,6 +164,12 @@ def test_intact_copy_passes(backup: Backup) -> None:
 
 
 CHECKSUM, STRUCTURE, CONTENTS = "Checksum:    ✗", "Structure:   ✗", "Contents:    ✗"
+
+
+def change_last_digit(backup: Backup) -> None:
+    checksum = backup.read_metadata()["checksum_sha256"]
+    backup.edit(checksum_sha256=checksum[:-1] + ("1" if checksum[-1] == "0" else "0"))
+
 
 # What is done to a backup, the check that finds it, and what the error says.
 DAMAGE: dict[str, tuple[Callable[[Backup], object], str, str]] = {
@@ -150,6 +184,7 @@ DAMAGE: dict[str, tuple[Callable[[Backup], object], str, str]] = {
         "bytes have changed",
     ),
     "other checksum": (lambda b: b.edit(checksum_sha256="0" * 64), CHECKSUM, "000000000000..."),
+    "other last digit of the checksum": (change_last_digit, CHECKSUM, "bytes have changed"),
     "empty, forged": (lambda b: b.forge(b""), STRUCTURE, "could not read from input file"),
     "noise, forged": (lambda b: b.forge(b"noise" * 1000), STRUCTURE, "did not find magic string"),
     "half, forged": (
