@@ -6,6 +6,7 @@ BACKUP_TEST_SERVERS names the versions; the pairs of server and tools are made f
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -114,6 +115,17 @@ def with_tools(project: Project, version: int) -> Project:
     return replace(project, environ={**project.environ, "PATH": path}, bin_dir=bin_dir)
 
 
+def assert_default_compression(dump: Path, project: Project) -> None:
+    """zstd where this build of pg_dump takes it, by its own words; before 16 it takes a number."""
+    probe = ("--format=custom", "--compress=zstd:3", "--file=/dev/null", "--host=/nowhere")
+    refusal = subprocess.run([project.bin_dir / "pg_dump", *probe], capture_output=True, text=True)
+    expected = "gzip:4" if "compress" in refusal.stderr else "zstd:3"
+    assert read_metadata(dump)["compression"] == expected
+    listed = subprocess.check_output([project.bin_dir / "pg_restore", "--list", dump], text=True)
+    algorithm, _, level = expected.partition(":")
+    assert re.search(f"^; +Compression: ({algorithm}|{level})$", listed, re.MULTILINE)
+
+
 @pytest.mark.parametrize("server", SERVERS)
 def test_database_with_everything_is_restored_equal(
     server: int, mixed_databases: Callable[[int], Database], make_project: MakeProject
@@ -129,14 +141,44 @@ def test_database_with_everything_is_restored_equal(
     assert metadata["extensions"] == dict(line.split("|") for line in extensions)
     assert set(metadata["roles"]) == {"postgres", "reader"}
     assert metadata["large_object_count"] == 2
+    assert_default_compression(dump, project)
     assert metadata["not_included"] == ["data of foreign tables (far)"]
     counts = metadata["table_counts"]
+    assert counts["pgagent.jobs"] == 3
     assert counts["vehicle"] == 1  # by itself, without the tables that inherit from it
     assert counts["no_columns"] == 2
     assert counts['"public.dotted"'] == 1
     assert '"Sales & ""more""".e2' in counts
     # What has no rows of its own: the upper levels of the partitions, and what is elsewhere.
     assert not counts.keys() & {"measures", "measures_2024", "measures_2024_a", "far", "summed"}
+
+
+# A locale of the system's that is not the server's own, C; that where there is no other.
+ANOTHER_CTYPE = """
+SELECT COALESCE(min(collctype) FILTER (WHERE collctype NOT IN ('', 'C', 'POSIX')), 'C')
+  FROM pg_collation WHERE collprovider = 'c' AND collencoding IN (-1, 6)
+"""
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_locale_is_that_of_the_database(
+    server: int, clusters: Callable[[int], Cluster], make_project: MakeProject
+) -> None:
+    cluster = clusters(server)
+    ctype = cluster.psql(ANOTHER_CTYPE)
+    made: dict[tuple[str, ...], dict[str, str]] = {
+        (f"--lc-ctype={ctype}",): {"ctype": ctype, "provider": "libc"}
+    }
+    if cluster.psql("SELECT count(*) FROM pg_collation WHERE collname LIKE '%-x-icu'") != "0":
+        icu = ("--locale-provider=icu", "--icu-locale=de-DE")
+        made[icu] = {"ctype": "C", "provider": "icu", "locale": "de-DE"}
+    if server >= 17:
+        builtin = ("--locale-provider=builtin", "--builtin-locale=C.UTF-8")
+        made[builtin] = {"ctype": "C", "provider": "builtin", "locale": "C.UTF-8"}
+    for options, locale in made.items():
+        with new_database(cluster, "--template=template0", *options) as database:
+            dump = make_project(database).back_up()
+        assert read_metadata(dump)["locale"] == {"collate": "C", **locale}
 
 
 @newer_tools
@@ -149,6 +191,7 @@ def test_newer_tools_back_up_an_older_server(
     project.run("--verify", dump).succeeded()
     assert read_metadata(dump)["pg_dump_version"].startswith(f"{tools}.")
     assert read_metadata(dump)["postgresql_version"].startswith(f"{server}.")
+    assert_default_compression(dump, project)
     with restored_by(RESTORE_INTO_OLDER, dump, project, database.cluster) as copy:
         assert copy.schema() == database.schema()
         assert copy.contents() == database.contents()
