@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,22 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Retention:
+    """Which backups BACKUP_KEEP keeps: the newest so many, and the newest of each of the last so
+    many days, weeks, months and years that have one."""
+
+    newest: int = 0
+    days: int = 0
+    weeks: int = 0
+    months: int = 0
+    years: int = 0
+
+
+# What stands behind the number in a part of BACKUP_KEEP.
+RETENTION_UNITS = {"": "newest", "d": "days", "w": "weeks", "m": "months", "y": "years"}
+
+
+@dataclass(frozen=True)
 class DatabaseConfig:
     """One database and the way to it. An empty field is left to libpq's own default."""
 
@@ -84,7 +101,7 @@ class DatabaseConfig:
     user: str
     password: str = field(repr=False)
     compress: str
-    keep: int | None
+    retention: Retention | None  # None keeps every backup
     connect_seconds: int
     # Where each field comes from: field name to "in .env.local: DEV_DB_NAME"; and "libpq", the
     # further PG* variables, where there are any.
@@ -230,7 +247,7 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
         user=user,
         password=password,
         compress=settings.values.get("BACKUP_COMPRESS", ""),
-        keep=_parse_keep(settings),
+        retention=_parse_retention(settings),
         connect_seconds=connect_seconds,
         places=MappingProxyType(places),
         libpq=MappingProxyType(inherited | own),
@@ -260,14 +277,17 @@ def _parse_connect_timeout(settings: Settings) -> int:
     )
 
 
-def _parse_keep(settings: Settings) -> int | None:
+def _parse_retention(settings: Settings) -> Retention | None:
     text = settings.values.get("BACKUP_KEEP")
     if text is None:
         return None
-    if text.isascii() and text.isdigit() and len(text) <= 9 and int(text) >= 1:
-        return int(text)
+    parts = [re.fullmatch(r"([0-9]{1,9})([dwmy]?)", part) for part in text.split(",")]
+    counts = {RETENTION_UNITS[part[2]]: int(part[1]) for part in parts if part}
+    if len(counts) == len(parts) and all(counts.values()):
+        return Retention(**counts)
     raise ConfigurationError(
-        f"BACKUP_KEEP is {text!r}; it must be a number of backups, 1 or more",
+        f"BACKUP_KEEP is {text!r}; it must be a number of backups (14), or numbers of days, weeks,"
+        " months and years (7d,4w,6m,2y), or both (3,7d,4w): each 1 or more, and each once",
         f"Correct it {settings.place('BACKUP_KEEP')}",
         "Or leave it out: then every backup is kept",
     )

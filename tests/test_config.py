@@ -17,6 +17,7 @@ from brain_core.config import (
     ConfigurationError,
     DatabaseConfig,
     Environment,
+    Retention,
     Settings,
     detect_environment,
     load_config,
@@ -224,9 +225,8 @@ def test_user_and_password_that_are_not_set_are_left_to_libpq() -> None:
 
 # -- values that are refused ----------------------------------------------------------------------
 
-NUMBERS: list[tuple[str, str, dict[str, int | None]]] = [
+NUMBERS: list[tuple[str, str, dict[str, int]]] = [
     ("DB_PORT", "port", {"1": 1, "5432": 5432, "05432": 5432, "65535": 65535, "": 5432}),
-    ("BACKUP_KEEP", "keep", {"1": 1, "14": 14, "999999999": 999999999, "": None}),
     (
         "PGCONNECT_TIMEOUT",
         "connect_seconds",
@@ -244,8 +244,33 @@ NO_NUMBERS = ["-1", "1.5", "1e3", "0x10", "abc", "1 2", " 1", "٣", "²", "9" * 
         for text, number in numbers.items()
     ],
 )
-def test_numbers_are_read(variable: str, field: str, text: str, number: int | None) -> None:
+def test_numbers_are_read(variable: str, field: str, text: str, number: int) -> None:
     assert getattr(config_of(**{"DB_NAME": "b", variable: text}), field) == number
+
+
+RETENTIONS = {
+    "": None,
+    "1": Retention(newest=1),
+    "14": Retention(newest=14),
+    "014": Retention(newest=14),
+    "999999999": Retention(newest=999999999),
+    "7d": Retention(days=7),
+    "7d,4w,6m,2y": Retention(days=7, weeks=4, months=6, years=2),
+    "2y,6m,4w,7d": Retention(days=7, weeks=4, months=6, years=2),
+    "3,7d,4w": Retention(newest=3, days=7, weeks=4),
+    "7d,3": Retention(newest=3, days=7),
+}
+NO_RETENTIONS = [
+    *("0", "0d", "7d,0", "7d,0w", "00"),
+    *("7h", "7D", "7dd", "d7", "d", "7 d", "7d, 4w", "-7d", "1.5d", "²d", "٣d", "9999999999d"),
+    *(",", "7d,", ",7d", "7d,,4w", "7d;4w", "7d 4w", "7d\n"),
+    *("3,14", "7d,7d", "7d,4w,6d"),
+]
+
+
+@pytest.mark.parametrize(("text", "retention"), RETENTIONS.items())
+def test_retention_is_read(text: str, retention: Retention | None) -> None:
+    assert config_of(DB_NAME="b", BACKUP_KEEP=text).retention == retention
 
 
 @pytest.mark.parametrize(
@@ -253,7 +278,7 @@ def test_numbers_are_read(variable: str, field: str, text: str, number: int | No
     [
         *((variable, text) for variable, _field, _numbers in NUMBERS for text in NO_NUMBERS),
         *(("DB_PORT", text) for text in ("0", "65536", "0000065536", "5432,5433")),
-        ("BACKUP_KEEP", "0"),
+        *(("BACKUP_KEEP", text) for text in (*NO_NUMBERS, *NO_RETENTIONS)),
     ],
 )
 def test_what_is_no_number_is_refused_and_named(variable: str, text: str, tmp_path: Path) -> None:
@@ -262,6 +287,14 @@ def test_what_is_no_number_is_refused_and_named(variable: str, text: str, tmp_pa
         load_config("prod", read_settings({"DB_NAME": "b"}, tmp_path))
     assert repr(text) in str(caught.value)
     assert caught.value.steps[0] == f"Correct it in .env: {variable}"
+
+
+def test_form_that_is_named_for_a_retention_is_one_that_is_read() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        config_of(DB_NAME="b", BACKUP_KEEP="weekly")
+    forms = re.findall(r"\((.+?)\)", str(caught.value))
+    assert forms == ["14", "7d,4w,6m,2y", "3,7d,4w"]
+    assert all(RETENTIONS[form] for form in forms)
 
 
 # -- the .env files -------------------------------------------------------------------------------
@@ -417,7 +450,8 @@ def test_example_parses_with_every_line_switched_on(tmp_path: Path) -> None:
     text = (PROJECT / ".env.example").read_text(encoding="utf-8")
     every = re.sub(r"^#(?=[A-Z_]+=)", "", text, flags=re.MULTILINE)
     config = load_config("prod", settings_of(tmp_path, every))
-    assert (config.name, config.port, config.keep) == ("project_chat_prod", 5432, 14)
+    assert (config.name, config.port) == ("project_chat_prod", 5432)
+    assert config.retention == Retention(days=14, weeks=8, months=12)
     assert config.libpq["PGSSLMODE"] == "verify-full"
 
 
