@@ -46,12 +46,15 @@ def pair(dump: Path) -> set[str]:
     return {dump.name.removesuffix(".dump") + suffix for suffix in SUFFIXES}
 
 
-def aged(dump: Path, days: int, **changes: object) -> Path:
+def moment_of(dump: Path) -> datetime:
+    stamp = dump.name.removesuffix(".dump").rpartition("_")[2]
+    return datetime.strptime(stamp, "%Y-%m-%dT%H-%M-%SZ").replace(tzinfo=timezone.utc)
+
+
+def aged(dump: Path, days: float, **changes: object) -> Path:
     """A copy of a backup that says it was made that many days earlier, with other metadata too."""
-    stem = dump.name.removesuffix(".dump")
-    prefix, _, stamp = stem.rpartition("_")
-    moment = datetime.strptime(stamp, "%Y-%m-%dT%H-%M-%SZ").replace(tzinfo=timezone.utc)
-    moment -= timedelta(days=days)
+    prefix = dump.name.rpartition("_")[0]
+    moment = moment_of(dump) - timedelta(days=days)
     old = dump.with_name(f"{prefix}_{moment:%Y-%m-%dT%H-%M-%SZ}.dump")
     shutil.copy(dump, old)
     metadata = read_metadata(dump)
@@ -121,8 +124,8 @@ def test_what_is_not_a_verified_backup_of_this_database_is_never_touched(keeping
     assert before.items() - after.items() == {(name, before[name]) for name in pair(first)}
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "three", "1.5", "", " ", "²", "1e3"])
-def test_number_that_is_none_is_a_configuration_error(
+@pytest.mark.parametrize("value", ["0", "7d,0w", "three", "7h", "7d,", "3,4", "", " "])
+def test_what_keeps_nothing_is_a_configuration_error(
     value: str, small_database: Database, make_project: MakeProject
 ) -> None:
     settings = small_database.settings() | {"BACKUP_KEEP": value}
@@ -131,7 +134,8 @@ def test_number_that_is_none_is_a_configuration_error(
         project.run().succeeded()
         return
     result = project.run().failed_with(2, "Configuration error")
-    assert "BACKUP_KEEP" in result.stderr
+    assert f"BACKUP_KEEP is {value!r}" in result.stderr
+    assert "7d,4w,6m,2y" in result.stderr
     assert not project.backups.exists()
 
 
@@ -152,10 +156,29 @@ def test_backup_just_made_stays_though_the_clock_was_set_back(
     settings = small_database.settings() | {"BACKUP_KEEP": "1"}
     project = make_project(small_database, settings=settings)
     first = project.back_up()
-    future = aged(first, -400)
+    slightly, future = aged(first, -0.5), aged(first, -400)
     newest = project.back_up()
-    assert project.dumps() == [newest]
-    assert not future.exists()
+    # One from the future, where the clock was once, neither counts nor goes.
+    assert project.dumps() == [newest, future]
+    assert not slightly.exists()
+
+
+def test_nights_by_the_calendar(small_database: Database, make_project: MakeProject) -> None:
+    settings = small_database.settings() | {"BACKUP_KEEP": "2,7d,4w,6m,2y"}
+    project = make_project(small_database, settings=settings)
+    first = project.back_up()
+    made = {first, *(aged(first, days) for days in range(1, 400))}
+    project.run().succeeded()
+    kept = {moment_of(dump).date() for dump in project.dumps()}
+    days = {moment_of(dump).date() for dump in made.union(project.dumps())}
+    periods = {"%Y-%m-%d": 7, "%G-%V": 4, "%Y-%m": 6, "%Y": 2}
+    assert kept == {moment_of(first).date()} | {
+        max(day for day in days if day.strftime(period) == name)
+        for period, count in periods.items()
+        for name in sorted({day.strftime(period) for day in days})[-count:]
+    }
+    assert len(project.dumps()) < 20
+    assert first in project.dumps()  # one of the newest two
 
 
 def test_file_that_cannot_be_removed_is_a_warning(keeping: Project) -> None:
