@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
-from backup_db import backups_to_keep
+from backup_db import Metadata, backups_to_keep, last_full_backup, shrunk_tables
 from brain_core.config import Retention, Settings, load_config
 
 
@@ -147,3 +148,115 @@ def test_night_after_night_as_many_stay(keep: str, count: int) -> None:
         there = kept_of([*there, night], keep)
         assert len(there) <= count
     assert there == kept_of(every, keep)
+
+
+# -- databases that shrank ------------------------------------------------------------------------
+
+# The rows of every backup, the newest first; BACKUP_KEEP; and the one that is held back beside
+# those that are kept.
+HELD_BACK: dict[str, tuple[list[int], str, int | None]] = {
+    "nothing would go": ([10, 1000], "2", None),
+    "an ordinary day": ([1010, 1000, 990, 980], "2", None),
+    "emptied today, and yesterday's is kept": ([0, 1000, 1000], "2", None),
+    "emptied two nights ago": ([0, 0, 1000, 990], "2", 2),
+    "emptied some nights ago: not the newest that would go": ([0, 0, 0, 0, 1000, 990], "2", 4),
+    "half emptied": ([500, 500, 1000, 1001, 1002], "2", 3),
+    "filled anew, not half": ([400, 0, 0, 1000, 1000], "2", 3),
+    "filled anew": ([600, 0, 0, 1000], "2", None),
+    "one row left": ([1, 1, 2, 3], "2", 3),
+    "never any row": ([0, 0, 0, 0], "2", None),
+    "an older one of the calendar is full": ([0, 0, 0, 0, 0, 990, 990], "1,2m", None),
+}
+
+
+@pytest.mark.parametrize(("rows", "keep", "held"), HELD_BACK.values(), ids=HELD_BACK)
+def test_last_full_backup(rows: list[int], keep: str, held: int | None) -> None:
+    moments = [moment(text) for text in nights("2026-11-05", len(rows))]
+    assert last_full_backup(rows, backups_to_keep(moments, retention(keep))) == held
+
+
+def test_last_full_backup_stays_for_more_nights_than_are_kept() -> None:
+    """Night after night with what the night before left: it is there for as long as it is asked."""
+    there: list[tuple[str, int]] = []
+    for number, night in enumerate(reversed(nights("2026-11-22", 60))):
+        there.insert(0, (night, 1000 + number if number < 20 else number - 20))
+        kept = backups_to_keep([moment(text) for text, _rows in there], retention("5"))
+        held = last_full_backup([rows for _night, rows in there], kept)
+        there = [backup for index, backup in enumerate(there) if index in {*kept, held}]
+        assert len(there) <= 6
+    assert [rows for _night, rows in there] == [39, 38, 37, 36, 35, 1019]
+
+
+def backup(rows: dict[str, int], partition_of: dict[str, str] | None = None) -> Metadata:
+    return Metadata(
+        backup_timestamp="2026-11-22T02:00:00Z",
+        environment="prod",
+        database_name="chat",
+        backup_file="chat_prod_2026-11-22T02-00-00Z.dump",
+        backup_size_bytes=1,
+        checksum_sha256="0" * 64,
+        table_counts=rows,
+        pg_dump_version="17.5",
+        postgresql_version="17.5",
+        partition_of=partition_of,
+    )
+
+
+# The rows of each table in the earlier backups and in that of tonight, and what is told.
+SHRUNK: dict[str, tuple[list[dict[str, int]], dict[str, int], list[tuple[str, int, int]]]] = {
+    "the first backup": ([], {"a": 0}, []),
+    "no table": ([{}, {}], {}, []),
+    "more and fewer, ordinarily": ([{"a": 100, "b": 9}, {"a": 90, "b": 8}], {"a": 45, "b": 99}, []),
+    "fewer than half of the least": ([{"a": 100}, {"a": 90}], {"a": 44}, [("a", 44, 90)]),
+    "empty": ([{"a": 1}, {"a": 2}], {"a": 0}, [("a", 0, 1)]),
+    "gone": ([{"a": 1, "b": 1}, {"a": 2, "b": 1}], {"b": 1}, [("a", 0, 1)]),
+    "gone, but it was not always there": ([{"a": 9}, {}], {}, []),
+    "gone, but it was sometimes empty": ([{"a": 9}, {"a": 0}], {}, []),
+    "new since some nights, and empty": ([{}, {"a": 9}], {"a": 0}, [("a", 0, 9)]),
+    "new": ([{}], {"a": 9, "b": 0}, []),
+    "a queue that is sometimes empty": ([{"a": 5000}, {"a": 0}, {"a": 7}], {"a": 0}, []),
+    "the night after": ([{"a": 100}, {"a": 100}, {"a": 3}], {"a": 3}, []),
+    "the night after it was gone": ([{"a": 100}, {"a": 100}, {}], {}, []),
+    "the largest loss first": (
+        [{"a": 10, "b": 1000, "c": 100}],
+        {"a": 0, "b": 490, "c": 0},
+        [("b", 490, 1000), ("c", 0, 100), ("a", 0, 10)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("earlier", "now", "told"), SHRUNK.values(), ids=SHRUNK)
+def test_shrunk_tables(
+    earlier: list[dict[str, int]], now: dict[str, int], told: list[tuple[str, int, int]]
+) -> None:
+    assert shrunk_tables(backup(now), [backup(rows) for rows in earlier]) == told
+
+
+def log(*months: int, rows: int = 100) -> Metadata:
+    """A table with a partition for each month, of which some are there."""
+    names = [f"log_{month:02}" for month in months]
+    return backup(dict.fromkeys(names, rows) | {"a": 1}, dict.fromkeys(names, "log"))
+
+
+def test_partitions_count_as_one_table() -> None:
+    earlier = [log(1, 2, 3), log(2, 3, 4), log(3, 4, 5)]
+    assert shrunk_tables(log(4, 5, 6), earlier) == []  # one dropped each night
+    assert shrunk_tables(log(5, 6), earlier) == []
+    assert shrunk_tables(log(6), earlier) == [("log", 100, 300)]
+    assert shrunk_tables(log(4, 5, 6, rows=0), earlier) == [("log", 0, 300)]
+    assert shrunk_tables(log(), earlier) == [("log", 0, 300)]
+
+
+def test_partitions_of_a_backup_that_does_not_know_them() -> None:
+    """Made before there was `partition_of`; or before it was attached, or after it was detached."""
+    alone = backup({"log_01": 100, "log_02": 100, "a": 1})
+    assert shrunk_tables(log(1, 2), [alone]) == []
+    assert shrunk_tables(log(2, 3), [alone, log(1, 2)]) == []
+    assert shrunk_tables(alone, [log(1, 2)]) == []
+
+
+def test_thousands_of_backups_take_no_time() -> None:
+    earlier = [backup({f"table_{number}": 100 for number in range(20)}) for _ in range(10_000)]
+    start = time.monotonic()
+    assert shrunk_tables(earlier[0], earlier) == []
+    assert time.monotonic() - start < 5
