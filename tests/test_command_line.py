@@ -390,6 +390,9 @@ def test_list_prints_the_table_of_the_contract(make_project: MakeProject) -> Non
     ]:
         put_pair(project.backups, *row)
     result = project.run("--list").succeeded()
+    prod = "project_chat_prod_2025-01-27T15-00-00Z.dump"
+    dev = "project_chat_dev_2025-01-27T14-30-00Z.dump"
+    verify = "python3 backup_db.py --verify "
     days = (datetime.now(timezone.utc) - datetime(2025, 1, 27, 15, tzinfo=timezone.utc)).days
     dev_days = (
         datetime.now(timezone.utc) - datetime(2025, 1, 27, 14, 30, tzinfo=timezone.utc)
@@ -403,8 +406,9 @@ def test_list_prints_the_table_of_the_contract(make_project: MakeProject) -> Non
         2025-01-27T10:00:00Z     prod         project_chat_prod   120.1 MB  ✓ Verified
 
         3 backups, 295.4 MB in all
-        Newest verified prod backup: {days} days old
-        Newest verified dev backup: {dev_days} days old
+        prod project_chat_prod: 2 backups, 245.4 MB; newest verified {days} days old: {prod}
+        dev project_chat_dev: 1 backup, 50.0 MB; newest verified {dev_days} days old: {dev}
+        Verified means verified when it was made. To check a file now: {verify}db/backups/{prod}
         """)
     assert not result.stderr
 
@@ -470,8 +474,17 @@ def test_list_shows_every_broken_pair_and_hides_none(make_project: MakeProject) 
         ("-", "-", "-", "3 B", "✗ No metadata"),
         ("-", "-", "-", "-", "✗ No metadata"),
     ]
-    assert totals.startswith("13 backups, 77 B in all\nNewest verified dev backup: ")
-    assert totals.endswith("\nNewest verified prod backup: none\n")
+    assert re.fullmatch(
+        r"""13 backups, 77 B in all
+dev good: 1 backup, 10 B; newest verified \d+ days old: good_2025-01-09T00-00-00Z\.dump
+dev smaller: 1 backup, 10 B; none verified
+dev alone_dev: 1 backup, 7 B; none verified
+prod no_json_prod: 1 backup, 6 B; none verified
+1 metadata without a dump; .*: rm -- .*/a_dev_2025-01-01T00-00-00Z\.metadata\.json
+Verified means verified when it was made. To check a file now: .* --verify .*/good_2025\S+
+""",
+        totals,
+    )
     assert not result.stderr
     assert contents_of(directory) == before
 
@@ -493,9 +506,11 @@ def test_list_tells_how_old_the_newest_is(
     project = make_project()
     put_pair(project.backups, "a", "dev", ago(**age), 1)
     put_pair(project.backups, "a", "dev", ago(days=500), 1)
-    put_pair(project.backups, "a", "dev", ago(days=-2), 1, backup_size_bytes=2)  # not verified
-    last = project.run("--list").succeeded().stdout.splitlines()[-1]
-    assert re.fullmatch(f"Newest verified dev backup: {shown} old", last)
+    put_pair(project.backups, "a", "dev", ago(seconds=5), 1, backup_size_bytes=2)  # not verified
+    series = project.run("--list").succeeded().stdout.splitlines()[-2]
+    assert re.fullmatch(
+        rf"dev a: 3 backups, 3 B; newest verified {shown} old: a_\S+Z\.dump", series
+    )
 
 
 def test_list_columns_widen_by_what_is_in_them(make_project: MakeProject) -> None:
@@ -510,11 +525,77 @@ def test_list_columns_widen_by_what_is_in_them(make_project: MakeProject) -> Non
     assert r"  x\ty  " in rows[1]
 
 
-def test_empty_directory_is_said_to_be_so(make_project: MakeProject) -> None:
+def test_no_backups_yet(make_project: MakeProject) -> None:
+    """In the usual place before the first backup too; a folder that is named should be there."""
     project = make_project()
-    project.backups.mkdir(parents=True)
-    result = project.run("--list").succeeded()
-    assert (result.stdout, result.stderr) == ("No backup files in db/backups/\n", "")
+    for _ in range(2):
+        result = project.run("--list").succeeded()
+        assert (result.stdout, result.stderr) == ("No backups yet in db/backups/\n", "")
+        project.backups.mkdir(parents=True, exist_ok=True)
+    project.run("--list", "--output-dir", "db/backup").failed_with(1)
+
+
+def footer_of(project: Project) -> list[str]:
+    return project.run("--list").succeeded().stdout.rpartition("\n\n")[2].splitlines()[1:]
+
+
+def test_list_tells_the_series_apart(make_project: MakeProject) -> None:
+    """By environment, database and server; what does not know its server is the first one's."""
+    project = make_project()
+    for days, environment, name, server in [
+        (1, "prod", "shop", "222"),
+        (2, "prod", "shop", None),
+        (3, "prod", "shop", "111"),
+        (4, "prod", "shop", "111"),
+        (5, "prod", "shop", None),
+        (6, "dev", "shop", "333"),
+        (7, "prod", "wiki", None),
+    ]:
+        put_pair(project.backups, name, environment, ago(days=days), days, system_identifier=server)
+    put_pair(project.backups, "wiki", "prod", ago(days=0), 9, verification=None)
+    lines = [re.sub(r"_20\S+Z", "", line) for line in footer_of(project)]
+    assert lines[:-1] == [
+        "prod wiki: 2 backups, 16 B; newest verified 7 days old: wiki.dump",
+        "prod shop of server 222: 1 backup, 1 B; newest verified 1 day old: shop.dump",
+        "prod shop of server 111: 4 backups, 14 B; newest verified 2 days old: shop.dump",
+        "dev shop: 1 backup, 6 B; newest verified 6 days old: shop.dump",
+    ]
+
+
+def test_list_names_what_needs_an_eye(make_project: MakeProject) -> None:
+    project = make_project()
+    folder = project.backups
+    put_pair(folder, "a", "dev", "2099-01-01T00:00:00Z", 1)
+    made = put_pair(folder, "a", "dev", ago(days=1), 1)
+    renamed = folder / "it's kept.dump"
+    for old, new in ((made, renamed), map(backup_db.metadata_path, (made, renamed))):
+        old.rename(new)
+    for days in range(3, 15):
+        put_pair(folder, "a b_dev", "dev", ago(days=days), 1).unlink()
+    # A run that is publishing; a stranger's.
+    running = put_pair(folder, "b_dev", "dev", "2026-01-01T00:00:00Z", 1)
+    running.rename(folder / f".{running.name}.partial")
+    (folder / "c_2026-01-01T00-00-00Z.metadata.json").write_text("mine")
+
+    assert "✓ Verified (it's kept.dump)\n" in project.run("--list").succeeded().stdout
+    series, future, orphans, status = footer_of(project)
+    assert series == "dev a: 1 backup, 1 B; newest verified 1 day old: it's kept.dump"
+    assert future == (
+        "1 dated in the future, left alone by BACKUP_KEEP: a_2099-01-01T00-00-00Z.dump"
+    )
+    verify = shlex.split(status.rpartition(": ")[2])
+    assert verify == ["python3", "backup_db.py", "--verify", "db/backups/it's kept.dump"]
+    # The command, typed in, removes what it names: ten at a time.
+    for count in (12, 2):
+        text, _, command = orphans.partition(": ")
+        assert text == f"{count} metadata without a dump; remove what is not coming back"
+        subprocess.run(["sh", "-c", command], cwd=project.directory, check=True)
+        orphans = footer_of(project)[2]
+    assert orphans == status
+    assert sorted(path.name for path in folder.glob("[bc]*")) == [
+        "b_dev_2026-01-01T00-00-00Z.metadata.json",
+        "c_2026-01-01T00-00-00Z.metadata.json",
+    ]
 
 
 # What Asia/Kathmandu is, also where no time zones are installed.
