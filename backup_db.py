@@ -42,14 +42,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from brain_core.config import DatabaseConfig
+    from brain_core.config import DatabaseConfig, Retention
 
 # Records are NamedTuples: dataclasses import inspect, which takes 10 ms of every start.
 
@@ -1699,8 +1700,6 @@ def compare_contents(contents: Contents, expected: Metadata) -> list[str]:
     if expected.table_oids is None:  # made before: all that can be compared are the numbers
         found, wanted = sorted(contents.rows.values()), sorted(expected.table_counts.values())
         if found != wanted:
-            from collections import Counter
-
             more, less = Counter(found) - Counter(wanted), Counter(wanted) - Counter(found)
             problems += [f"a table of {plural(n, 'row')}: not expected" for n in more.elements()]
             problems += [f"a table of {plural(n, 'row')}: not in the dump" for n in less.elements()]
@@ -3223,6 +3222,12 @@ class Backup(NamedTuple):
         """Verified when it was made, and of the same size since."""
         return self.status is Status.VERIFIED
 
+    @property
+    def is_renamed(self) -> bool:
+        """Whether it was called otherwise when it was made."""
+        name = decode_os_text(self.dump.name)
+        return self.metadata is not None and self.metadata.backup_file != name
+
 
 def find_backups(directory: Path) -> list[Backup]:
     """Every backup in the directory, broken ones too, the newest first. Raises OSError for the
@@ -3286,22 +3291,133 @@ def verified_backups(directory: Path, prefix: str, series: Series) -> list[tuple
     return found
 
 
-def remove_backups(dumps: Iterable[Path]) -> tuple[list[Path], list[str]]:
-    """Remove backups: which were removed, and a sentence for each file that was not.
+def find_orphans(directory: Path) -> list[Path]:
+    """The metadata files whose dump is gone; not of one that a run is publishing."""
+    names = set(os.listdir(directory))
+    return sorted(
+        directory / name
+        for name in names
+        if name.endswith(METADATA_SUFFIX)
+        and (stem := name.removesuffix(METADATA_SUFFIX)) + DUMP_SUFFIX not in names
+        and f".{stem}{DUMP_SUFFIX}{PARTIAL_SUFFIX}" not in names
+        and re.fullmatch(rf"[^.].*_(dev|prod)_{TIMESTAMP_PATTERN}", stem)
+    )
+
+
+def group_series(backups: Sequence[Backup]) -> dict[tuple[str, str, str], list[Backup]]:
+    """The backups of each environment, database and server, the newest first as they came.
+
+    One that does not know its server counts as the oldest server's that is known.
+    """
+    known = {
+        (backup.environment, backup.database): backup.metadata.system_identifier
+        for backup in backups
+        if backup.metadata is not None and backup.metadata.system_identifier
+    }
+    series: dict[tuple[str, str, str], list[Backup]] = {}
+    for backup in backups:
+        name = (backup.environment, backup.database)
+        server = backup.metadata.system_identifier if backup.metadata is not None else None
+        series.setdefault((*name, server or known.get(name, "")), []).append(backup)
+    return series
+
+
+def backups_to_keep(moments: Sequence[datetime], retention: Retention) -> set[int]:
+    """Which of these moments, in UTC and from the newest on, BACKUP_KEEP keeps: their indexes.
+
+    What any part keeps stays, and so does the first, whatever it is. A period without a backup
+    takes no place: after a gap as many are kept as before it.
+    """
+    kept = set(range(min(retention.newest, len(moments))))
+    for count, period in (
+        (retention.days, "%Y-%m-%d"),
+        (retention.weeks, "%G-%V"),  # of ISO 8601: the last days of December may be in week 1
+        (retention.months, "%Y-%m"),
+        (retention.years, "%Y"),
+    ):
+        newest: dict[str, int] = {}
+        for index, moment in enumerate(moments):
+            newest.setdefault(moment.strftime(period), index)
+        kept.update(list(newest.values())[:count])
+    return kept
+
+
+def last_full_backup(rows: Sequence[int], kept: Collection[int]) -> int | None:
+    """Of backups with so many rows, the newest first, the last full one that would not be kept.
+
+    Full is what has more than twice the rows of every one that is kept. The newest of all that
+    would go is not enough: some nights after the database was emptied, it is an emptied one.
+    """
+    most_kept = max((rows[index] for index in kept), default=0)
+    return next((index for index, count in enumerate(rows) if count > 2 * most_kept), None)
+
+
+def shrunk_tables(made: Metadata, earlier: Sequence[Metadata]) -> list[tuple[str, int, int]]:
+    """The tables with fewer than half of the least rows they ever had: rows now, and that least.
+
+    One that is gone counts if every earlier backup has it. So each is told once: tonight's rows
+    are the next night's least. Partitions are summed under their topmost table; what any backup
+    knows of them holds for all, since one made before knows nothing.
+    """
+    topmost: dict[str, str] = {}
+    for metadata in (*earlier, made):
+        topmost.update(metadata.partition_of or {})
+
+    def sum_rows(metadata: Metadata) -> dict[str, int]:
+        rows: dict[str, int] = {}
+        for key, count in metadata.table_counts.items():
+            table = topmost.get(key, key)
+            rows[table] = rows.get(table, 0) + count
+        return rows
+
+    now = sum_rows(made)
+    before = list(map(sum_rows, earlier))
+    shrunk = []
+    for table in dict.fromkeys(table for rows in before for table in rows):
+        had = [rows[table] for rows in before if table in rows]
+        if 2 * now.get(table, 0) < min(had) and (table in now or len(had) == len(before)):
+            shrunk.append((table, now.get(table, 0), min(had)))
+    return sorted(shrunk, key=lambda found: found[2] - found[1], reverse=True)
+
+
+def retire_backups(
+    made: Metadata, earlier: Sequence[tuple[Path, Metadata]], retention: Retention | None
+) -> Retired:
+    """Remove the earlier backups of the series that are not to be kept. The one just made always
+    stays, even where the clock was set back; and of those that would go, the last full one.
 
     The dump goes first: metadata alone is no backup to anyone.
     """
-    removed, complaints = [], []
-    for dump in dumps:
-        check_signals()
+    tomorrow = iso_timestamp(datetime.now(timezone.utc) + timedelta(days=1))
+    # One from the future, when a clock was wrong, is neither counted nor removed.
+    others = [backup for backup in earlier if backup[1].backup_timestamp <= tomorrow]
+    if retention is None or not others:
+        return Retired([], [])
+    described = [made, *(metadata for _path, metadata in others)]
+    kept = backups_to_keep([metadata.moment for metadata in described], retention)
+    removed, warnings = [], []
+    rows = [metadata.total_rows for metadata in described]
+    full = last_full_backup(rows, kept)
+    if full is not None:
+        path = others[full - 1][0]
+        files = (display_path(path), display_path(metadata_path(path)))
+        warnings.append(
+            f"{files[0]} is kept beyond BACKUP_KEEP: it has {plural(rows[full], 'row')}, the kept "
+            f"ones at most {max(rows[index] for index in kept)}. If that is meant: "
+            + shell_words("rm", "--", *files)
+        )
+        kept.add(full)
+    for index, (dump, _metadata) in enumerate(others, 1):
+        if index in kept:
+            continue
         try:
             dump.unlink()
             removed.append(dump)
             metadata_path(dump).unlink()
         except OSError as error:
-            path = display_path(Path(os.fsdecode(error.filename)))
-            complaints.append(f"{path} was not removed: {error.strerror}")
-    return removed, complaints
+            path = Path(os.fsdecode(error.filename))
+            warnings.append(f"{display_path(path)} was not removed: {error.strerror}")
+    return Retired(removed, warnings)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3314,7 +3430,15 @@ class CreationReport(NamedTuple):
 
     dump: Path
     metadata: Metadata
+    earlier: Sequence[Metadata]  # of the same series
     warnings: str  # pg_dump's
+
+
+class Retired(NamedTuple):
+    """What BACKUP_KEEP has done."""
+
+    removed: Sequence[Path]
+    warnings: Sequence[str]
 
 
 def create_backup(
@@ -3322,9 +3446,8 @@ def create_backup(
     output_dir: Path,
     progress: Progress,
     announce: Callable[[CreationReport], None],
-) -> tuple[list[Path], list[str]]:
-    """Make, verify, publish and announce a backup; only then remove old ones. Returns what
-    `remove_backups` does.
+) -> Retired:
+    """Make, verify, publish and announce a backup; only then remove old ones.
 
     Raises Failure or OSError; then what was there before is untouched, and nothing else is.
     """
@@ -3359,12 +3482,11 @@ def create_backup(
                 raise unsound_dump_failure(partial, examination.problem)
             metadata = draft.verified(examination, tools.pg_restore, time.monotonic() - started)
             dump = partial.publish(metadata)
-            announce(CreationReport(dump, metadata, dumped.warnings))
-            if config.keep is None:
-                return [], []
             series = any_server._replace(server=server.identifier)
-            old = [path for path, described in earlier if series.has(described)]
-            return remove_backups(old[config.keep - 1 :])
+            earlier = [backup for backup in earlier if series.has(backup[1])]
+            announce(CreationReport(dump, metadata, [old for _, old in earlier], dumped.warnings))
+            check_signals()
+            return retire_backups(metadata, earlier, config.retention)
 
 
 def load_configuration(environment_option: str) -> DatabaseConfig:
@@ -3579,18 +3701,21 @@ LIST_COLUMNS = (
 )
 
 
-def list_lines(backups: Sequence[Backup], output_dir: Path, now: datetime) -> list[str]:
-    """The contract's table; below it the totals, and how old the newest backups are."""
+def list_lines(
+    backups: Sequence[Backup], orphans: Sequence[Path], output_dir: Path, now: datetime
+) -> list[str]:
+    """The contract's table, and a footer."""
     folder = display_path(output_dir).rstrip("/") + "/"
     if not backups:
-        return [f"No backup files in {folder}"]
+        return [f"No backups yet in {folder}", *footer_lines([], orphans, now)]
     rows = [
         (
             backup.timestamp,
             printable(backup.environment),
             printable(backup.database),
             "-" if backup.size_bytes is None else format_size(backup.size_bytes),
-            backup.status.value,
+            backup.status.value
+            + (f" ({printable(backup.dump.name)})" if backup.is_renamed else ""),
         )
         for backup in backups
     ]
@@ -3611,26 +3736,62 @@ def list_lines(backups: Sequence[Backup], output_dir: Path, now: datetime) -> li
         *map(line, rows),
         "",
         f"{plural(len(backups), 'backup')}, {format_size(total)} in all",
-        *freshness_lines(backups, now),
+        *footer_lines(backups, orphans, now),
     ]
 
 
-def freshness_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
-    """For each environment the age of its newest verified backup."""
-    for environment in dict.fromkeys(backup.environment for backup in backups):
-        newest = next(
-            (
-                backup.metadata
-                for backup in backups
-                if backup.environment == environment and backup.is_verified
-            ),
-            None,
+def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
+    """For each series how many backups, their size, and the newest verified one.
+
+    So a nightly line that stopped is seen, and what a move or an upgrade left behind.
+    """
+    series = group_series(backups)
+    servers = Counter(key[:2] for key in series)
+    for (environment, database, server), members in series.items():
+        if environment == "-":
+            continue
+        text = f"{printable(environment)} {printable(database)}"
+        if servers[environment, database] > 1:
+            text += f" of server {printable(server)}"
+        size_bytes = sum(backup.size_bytes or 0 for backup in members)
+        text += f": {plural(len(members), 'backup')}, {format_size(size_bytes)}; "
+        newest = next((backup for backup in members if backup.is_verified), None)
+        if newest is None or newest.metadata is None:
+            yield text + "none verified"
+        else:
+            age = format_age((now - newest.metadata.moment).total_seconds())
+            yield text + f"newest verified {age} old: {printable(newest.dump.name)}"
+
+
+def footer_lines(
+    backups: Sequence[Backup], orphans: Sequence[Path], now: datetime
+) -> Iterator[str]:
+    """Below the totals: each series, what needs a person's eye, and what the status means."""
+    tomorrow = iso_timestamp(now + timedelta(days=1))
+    present = [backup for backup in backups if backup.timestamp <= tomorrow]
+    future = [backup.dump.name for backup in backups if backup.timestamp > tomorrow]
+    yield from series_lines(present, now)
+    if future:
+        yield (
+            f"{len(future)} dated in the future, left alone by BACKUP_KEEP: {list_names(future)}"
         )
-        if newest is not None:
-            age = format_age((now - newest.moment).total_seconds())
-            yield f"Newest verified {printable(environment)} backup: {age} old"
-        elif environment != "-":
-            yield f"Newest verified {printable(environment)} backup: none"
+    if orphans:
+        command = shell_words("rm", "--", *map(display_path, orphans[:MOST_NAMES]))
+        yield f"{len(orphans)} metadata without a dump; remove what is not coming back: {command}"
+    newest = next((backup for backup in present if backup.is_verified), None)
+    if newest is not None:
+        command = shell_words("python3", "backup_db.py", "--verify", display_path(newest.dump))
+        yield f"Verified means verified when it was made. To check a file now: {command}"
+
+
+def shrinkage_lines(report: CreationReport) -> list[str]:
+    """A sentence about the tables with fewer rows than ever before, where there are any."""
+    found = shrunk_tables(report.metadata, report.earlier) if report.earlier else []
+    if not found:
+        return []
+    tables = [f"{printable(key)} {now} (at least {least} before)" for key, now, least in found]
+    more = [f"and {len(tables) - 6} more"] if len(tables) > 6 else []
+    return [f"fewer rows than ever before: {', '.join([*tables[:6], *more])}"]
 
 
 def failure_lines(headline: str, failure: Failure) -> list[str]:
@@ -3733,16 +3894,19 @@ def run_creation(arguments: Arguments, progress: Progress) -> None:
 
     def announce(report: CreationReport) -> None:
         progress.clear()
-        if report.warnings:
-            write_lines(sys.stderr, [f"Warning: {report.warnings}"])
         write_lines(sys.stdout, creation_lines(report))
+        warnings = [report.warnings] if report.warnings else []
+        warn([*warnings, *shrinkage_lines(report)])
 
-    removed, complaints = create_backup(
-        arguments.environment, arguments.output_dir, progress, announce
-    )
-    if removed:
-        write_lines(sys.stdout, [f"Removed:     {', '.join(map(display_path, removed))}"])
-    write_lines(sys.stderr, [f"Warning: {complaint}" for complaint in complaints])
+    retired = create_backup(arguments.environment, arguments.output_dir, progress, announce)
+    if retired.removed:
+        write_lines(sys.stdout, [f"Removed:     {', '.join(map(display_path, retired.removed))}"])
+    warn(retired.warnings)
+
+
+def warn(sentences: Iterable[str]) -> None:
+    """What a person should know of a run that succeeded."""
+    write_lines(sys.stderr, [f"Warning: {sentence}" for sentence in sentences])
 
 
 def run_verification(arguments: Arguments, progress: Progress) -> None:
@@ -3768,15 +3932,17 @@ def run_listing(arguments: Arguments, _progress: Progress) -> None:
     """`--list`: show the backups."""
     directory = arguments.output_dir
     try:
-        backups = find_backups(directory)
+        backups, orphans = find_backups(directory), find_orphans(directory)
     except FileNotFoundError:
-        raise Failure(
-            ExitCode.GENERAL,
-            f"there is no directory {display_path(directory)}",
-            "Name the one that has the backups: --output-dir DIR",
-            "Or make the first backup: python3 backup_db.py",
-        ) from None
-    write_lines(sys.stdout, list_lines(backups, directory, datetime.now(timezone.utc)))
+        backups, orphans = [], []
+        if directory != DEFAULT_OUTPUT_DIR:  # there, it is before the first backup
+            raise Failure(
+                ExitCode.GENERAL,
+                f"there is no directory {display_path(directory)}",
+                "Name the one that has the backups: --output-dir DIR",
+                "Or make the first backup: python3 backup_db.py",
+            ) from None
+    write_lines(sys.stdout, list_lines(backups, orphans, directory, datetime.now(timezone.utc)))
 
 
 MODES = {
