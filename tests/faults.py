@@ -169,14 +169,20 @@ class Proxy:
     def __init__(self, listener: socket.socket, cluster: Cluster) -> None:
         self._listener = listener
         self._server = (cluster.host, cluster.port)
-        self._is_silent = False
-        self._ends: list[socket.socket] = []
+        self._is_silent = self._hides_ends = False
+        self._clients: list[socket.socket] = []
+        self._servers: list[socket.socket] = []
         listener.listen()
         self._start(self._accept)
 
     def fall_silent(self) -> None:
         """Lose whatever comes, but the end of a connection."""
         self._is_silent = True
+
+    def forget(self) -> None:
+        """Lose that too: the server's sessions end, and their clients never hear of it."""
+        self._is_silent = self._hides_ends = True
+        shut_down(*self._servers)
 
     @staticmethod
     def _start(work: Callable[..., None], *arguments: object) -> None:
@@ -187,7 +193,8 @@ class Proxy:
             while True:
                 client = self._listener.accept()[0]
                 server = socket.create_connection(self._server)
-                self._ends += client, server
+                self._clients.append(client)
+                self._servers.append(server)
                 self._start(self._pass_on, client, server)
                 self._start(self._pass_on, server, client)
 
@@ -196,13 +203,14 @@ class Proxy:
             while data := source.recv(65536):
                 if not self._is_silent:
                     target.sendall(data)
-        shut_down(source, target)
+        if not self._hides_ends:
+            shut_down(source, target)
 
     def __enter__(self) -> Proxy:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        shut_down(self._listener, *self._ends)
+        shut_down(self._listener, *self._clients, *self._servers)
 
 
 def shut_down(*sockets: socket.socket) -> None:

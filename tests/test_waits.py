@@ -1,0 +1,390 @@
+"""What a run waits for: other sessions, prepared transactions, a pg_dump or a count that stands
+still. Each wait has an end, which names what was waited for; and what moves is given its time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from cluster import Cluster
+from conftest import MakeProject
+from faults import (
+    DUMP,
+    HOLD,
+    STRACE,
+    WIDE,
+    Phase,
+    Proxy,
+    assert_nothing_runs,
+    backend_of,
+    counting,
+    dumping,
+    fake_call,
+    let_go,
+    paused,
+    sessions_on,
+    transaction,
+)
+from support import (
+    Database,
+    Project,
+    Result,
+    assert_restores,
+    connect,
+    finish,
+    new_database,
+    program,
+    read_metadata,
+    wait_until,
+)
+
+# A run that has a second for each wait is over by then.
+ENDED_SECONDS = 15
+
+OURS, PG_DUMPS = "backup\\_db", "backup\\_db %"  # the application names, as LIKE has them
+PG_DUMP_WAITS = f"application_name LIKE '{PG_DUMPS}' AND wait_event_type = 'Lock'"
+WE_WAIT = f"application_name LIKE '{OURS}' AND wait_event_type = 'Lock'"
+
+# A second for each wait, and no long ones in between.
+IMPATIENT = {
+    "STALL_SECONDS": 1,
+    "ANSWER_SECONDS": 0,
+    "STILL_SECONDS": 0.3,
+    "LOCK_RETRY_SECONDS": 0.1,
+}
+
+# In the order in which pg_dump writes them: enough for the file to grow, then a table that nobody
+# reads without its TOAST, then a large object.
+SCHEMA = f"""
+CREATE TABLE messages AS SELECT n AS id, sha512(n::text::bytea)::text AS content
+  FROM generate_series(1, 10000) AS n;
+CREATE MATERIALIZED VIEW statistics AS SELECT count(*) FROM messages;
+{WIDE}
+SELECT lo_from_bytea(0, 'large');
+"""
+
+
+@pytest.fixture(scope="module")
+def waits(each_cluster: Cluster) -> Iterator[Database]:
+    """A database that no test changes."""
+    with new_database(each_cluster) as database:
+        database.psql(SCHEMA)
+        yield database
+
+
+@pytest.fixture
+def patient(waits: Database, make_project: MakeProject) -> Project:
+    """A private copy of the script that gives up after one second without movement."""
+    return make_project(waits, constants=IMPATIENT)
+
+
+def gave_up(process: subprocess.Popen[bytes], seconds: str = "1 second") -> Result:
+    """The end of a run that has waited as long as it may."""
+    result = finish(process, ENDED_SECONDS).failed_with(7, "Backup creation error")
+    assert seconds in result.stderr, result
+    return result
+
+
+def hold_pg_dump(project: Project) -> subprocess.Popen[bytes]:
+    """A run that holds its locks, and whose pg_dump waits to be let go."""
+    fake_call(project, *DUMP, HOLD)
+    run = project.start()
+    wait_until(lambda: paused(project) or run.poll() is not None)
+    return run
+
+
+# -- other sessions, met in mid-file --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("waiting", [PG_DUMP_WAITS, WE_WAIT], ids=["pg_dump", "the count"])
+def test_rebuilt_index_of_wide_values_is_named(
+    waiting: str, waits: Database, patient: Project
+) -> None:
+    with counting(patient, waits) as process:
+        wait_until(lambda: sessions_on(waits, waiting))
+        result = gave_up(process)
+        named = re.search(
+            r"session (\d+) \(postgres, migration: REINDEX TABLE.*pg_terminate_backend\(\1\)",
+            result.stderr,
+            re.DOTALL,
+        )
+        assert named, result
+        assert_nothing_runs(patient, waits)
+    assert not patient.dumps()
+
+
+def test_rebuilt_index_of_wide_values_is_waited_for(
+    waits: Database, make_project: MakeProject
+) -> None:
+    project = make_project(waits)
+    with counting(project, waits) as process:
+        wait_until(lambda: sessions_on(waits, PG_DUMP_WAITS))
+    finish(process).succeeded()
+    assert_restores(project.dumps()[0], waits)
+
+
+def test_locked_large_objects_are_named(waits: Database, patient: Project) -> None:
+    """pg_dump comes to them last; we are through with our counts then."""
+    run = hold_pg_dump(patient)
+    with transaction(waits, "LOCK TABLE pg_largeobject"):
+        let_go(patient)
+        result = gave_up(run)
+        assert "(postgres, migration: LOCK TABLE" in result.stderr, result
+        assert_nothing_runs(patient, waits)
+    assert not patient.dumps()
+
+
+def test_locked_large_objects_are_waited_for(waits: Database, make_project: MakeProject) -> None:
+    project = make_project(waits)
+    run = hold_pg_dump(project)
+    with transaction(waits, "LOCK TABLE pg_largeobject"):
+        let_go(project)
+        wait_until(lambda: sessions_on(waits, PG_DUMP_WAITS))
+    finish(run).succeeded()
+    assert_restores(project.dumps()[0], waits)
+
+
+# -- tables that are taken all the time -----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def repeating(database: Database, statement: str, sessions: int = 1) -> Iterator[None]:
+    """Sessions that run the statement over and over, and none of which waits for long."""
+    stop = False
+
+    def repeat() -> None:
+        with contextlib.closing(connect(database)) as session, session.cursor() as cursor:
+            cursor.execute("SET lock_timeout = '2s'")
+            while not stop:
+                cursor.execute(statement)
+
+    with ThreadPoolExecutor() as pool:
+        running = [pool.submit(repeat) for _ in range(sessions)]
+        try:
+            yield
+        finally:
+            stop = True
+    for each in running:
+        each.result()
+
+
+@pytest.fixture
+def staging(each_cluster: Cluster) -> Iterator[Database]:
+    """A database whose table `staging` is filled anew all the time."""
+    with new_database(each_cluster) as database:
+        database.psql("CREATE TABLE messages (id int); CREATE TABLE staging (id int)")
+        yield database
+
+
+def test_table_that_is_never_free_is_named_with_what_takes_it(
+    staging: Database, make_project: MakeProject
+) -> None:
+    """Somebody else is before us whenever it is let go."""
+    constants = {"STALL_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.1, "LOCK_TIMEOUT_MS": 50}
+    project = make_project(staging, constants=constants)
+    with repeating(staging, "TRUNCATE staging; SELECT pg_sleep(0.2)", sessions=2):
+        wait_until(lambda: staging.psql("SELECT 1 FROM pg_locks WHERE NOT granted LIMIT 1"))
+        result = gave_up(project.start())
+    assert "holds the table staging\n" in result.stderr, result
+    assert "TRUNCATE" in result.stderr, result
+
+
+def test_table_that_is_taken_before_pg_dump_locks_it_is_named_with_what_takes_it(
+    staging: Database, make_project: MakeProject
+) -> None:
+    """We get it each time, and each time a TRUNCATE is queued when pg_dump comes: we let go."""
+    constants = {"STALL_SECONDS": 3, "LOCK_RETRY_SECONDS": 0.1}
+    project = make_project(staging, constants=constants)
+    queued = (
+        "SELECT 1 FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
+    psql = f"'{project.bin_dir / 'psql'}' --no-psqlrc --tuples-only --command=\"{queued}\""
+    is_queued = f'until PGAPPNAME=test {psql} | grep -q 1; do sleep 0.05; done; exec "$real" "$@"'
+    fake_call(project, *DUMP, is_queued)
+    with repeating(staging, "TRUNCATE staging; SELECT pg_sleep(0.05)"):
+        result = finish(project.start(), ENDED_SECONDS).failed_with(7, "Backup creation error")
+    assert "TRUNCATE" in result.stderr, result
+    assert "staging" in result.stderr, result
+    assert not project.dumps()
+
+
+# -- prepared transactions, and a server with little room -----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_cluster(each_cluster: Cluster) -> Iterator[Cluster]:
+    """With two-phase commit, few places in its lock table, and a log of every statement."""
+    settings = {
+        "max_connections": "10",
+        "max_prepared_transactions": "2",
+        "max_locks_per_transaction": "40",
+        "max_worker_processes": "1",
+        "autovacuum_max_workers": "1",
+        "max_wal_senders": "0",
+        "log_statement": "all",
+        "log_line_prefix": "%a: ",
+    }
+    with Cluster(each_cluster.bin_dir, settings=settings) as own:
+        yield own
+
+
+def prepare(database: Database, gid: str, sql: str) -> None:
+    """Have a transaction end its session, but not itself."""
+    database.psql(f"BEGIN; {sql}; PREPARE TRANSACTION '{gid}'")
+
+
+@pytest.mark.parametrize(
+    ("held", "restarted"),
+    [
+        ("LOCK TABLE messages", False),
+        ("LOCK TABLE messages", True),  # the server tells of it in other terms then
+        ("REFRESH MATERIALIZED VIEW statistics", False),
+        ("REINDEX TABLE wide", False),
+    ],
+)
+def test_prepared_transaction_is_named_with_its_ways_out(
+    held: str, restarted: bool, small_cluster: Cluster, make_project: MakeProject
+) -> None:
+    with new_database(small_cluster) as database:
+        database.psql(SCHEMA)
+        project = make_project(database, constants=IMPATIENT)
+        prepare(database, "innocent", "CREATE TABLE later ()")
+        prepare(database, "order 4711", held)
+        if restarted:
+            small_cluster.restart()
+        result = finish(project.start(), ENDED_SECONDS)
+        database.psql("ROLLBACK PREPARED 'order 4711'")
+        database.psql("ROLLBACK PREPARED 'innocent'")
+        result.failed_with(7, "Backup creation error")
+        assert "gave up after 1 second" in result.stderr, result
+        assert "prepared transaction" in result.stderr, result
+        assert "ROLLBACK PREPARED 'order 4711'" in result.stderr, result
+        assert "COMMIT PREPARED 'order 4711'" in result.stderr, result
+        for wrong in ("innocent", "pg_terminate_backend", "None"):
+            assert wrong not in result.stderr, result
+        assert not project.dumps()
+        project.back_up()
+
+
+def lock_table_room(cluster: Cluster) -> int:
+    """For how many tables it has a place (PostgreSQL documentation, max_locks_per_transaction)."""
+    return int(
+        cluster.psql(
+            "SELECT current_setting('max_locks_per_transaction')::int * (1 + sum(setting::int))"
+            "  FROM pg_settings"
+            " WHERE name IN ('max_connections', 'max_worker_processes', 'max_wal_senders',"
+            "                'max_prepared_transactions')"
+            # The slots are there whether workers run or not; before 18 there are as many.
+            "    OR name = CASE WHEN current_setting('server_version_num')::int < 180000"
+            "                   THEN 'autovacuum_max_workers' ELSE 'autovacuum_worker_slots' END"
+        )
+    )
+
+
+def make_tables(database: Database, count: int) -> None:
+    """Each in a transaction of its own, which needs few locks."""
+    name = "format('CREATE TABLE t%s (id int)', n)"
+    database.psql(f"SELECT {name} FROM generate_series(1, {count}) AS n \\gexec")
+
+
+def test_lock_table_with_room_enough_is_not_refused(
+    small_cluster: Cluster, make_project: MakeProject
+) -> None:
+    """Not the last place: some are for the catalogs that pg_dump reads."""
+    with new_database(small_cluster) as database:
+        tables = lock_table_room(small_cluster) * 3 // 5
+        make_tables(database, tables)
+        dump = make_project(database).back_up()
+        assert len(read_metadata(dump)["table_counts"]) == tables
+
+
+def test_lock_table_with_too_little_room_is_refused_before_the_first_lock(
+    small_cluster: Cluster, make_project: MakeProject
+) -> None:
+    with new_database(small_cluster) as database:
+        make_tables(database, lock_table_room(small_cluster) + 10)
+        logged = small_cluster.log.stat().st_size
+        project = make_project(database)
+        result = project.run().failed_with(7, "Backup creation error")
+        assert "max_locks_per_transaction" in result.stderr, result
+        with small_cluster.log.open(errors="replace") as log:
+            log.seek(logged)
+            assert "LOCK TABLE" not in log.read()
+        assert not project.dumps()
+
+
+# -- a pg_dump, or a count, that stands still -----------------------------------------------------
+
+
+@contextlib.contextmanager
+def stopped(process: int) -> Iterator[None]:
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("phase", [dumping, counting])
+def test_pg_dump_whose_backend_stands_still_is_ended(
+    phase: Phase, waits: Database, patient: Project
+) -> None:
+    with contextlib.ExitStack() as stack:
+        with phase(patient, waits) as process:
+            wait_until(lambda: sessions_on(waits, PG_DUMP_WAITS))
+            stack.enter_context(stopped(backend_of(waits, PG_DUMPS)))
+        result = gave_up(process)
+    assert "pg_dump" in result.stderr, result
+    assert_nothing_runs(patient, waits)
+    assert not patient.dumps()
+
+
+@pytest.mark.parametrize(
+    ("phase", "lose"), [(dumping, Proxy.fall_silent), (counting, Proxy.forget)]
+)
+def test_pg_dump_whose_connection_is_lost_unseen_is_ended(
+    phase: Phase, lose: Callable[[Proxy], None], waits: Database, patient: Project
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, Proxy(listener, waits.cluster) as way:
+        port = listener.getsockname()[1]
+        fake_call(patient, *DUMP, f'PGPORT={port} exec "$real" "$@"')
+        with phase(patient, waits) as process:
+            wait_until(lambda: sessions_on(waits, PG_DUMP_WAITS))
+            lose(way)
+        result = gave_up(process)
+    assert "pg_dump" in result.stderr, result
+    assert_nothing_runs(patient, waits)
+    assert not patient.dumps()
+
+
+def test_count_that_stands_still_when_pg_dump_has_ended_is_ended(
+    waits: Database, patient: Project
+) -> None:
+    with contextlib.ExitStack() as stack:
+        with counting(patient, waits) as process:
+            stack.enter_context(stopped(backend_of(waits, OURS)))
+        wait_until(lambda: not sessions_on(waits, f"application_name LIKE '{PG_DUMPS}'"))
+        gave_up(process)
+    assert_nothing_runs(patient, waits)
+    assert not patient.dumps()
+
+
+def test_pg_dump_that_works_on_a_huge_catalog_is_left_in_peace(
+    waits: Database, make_project: MakeProject
+) -> None:
+    """It writes nothing for longer than may pass without movement, but asks one query after the
+    other: each takes long to reach the server."""
+    project = make_project(waits, constants={"STALL_SECONDS": 1})
+    slow = (*STRACE, "-e", "trace=sendto", "-e", "inject=sendto:delay_enter=40000")
+    fake_call(project, *DUMP, f'exec {program("strace", "strace")} {" ".join(slow)} "$real" "$@"')
+    dump = project.back_up()
+    assert read_metadata(dump)["duration_seconds"] > 2
+    assert_restores(dump, waits)
