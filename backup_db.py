@@ -574,6 +574,15 @@ def stalled_failure(what: str, blocker: Blocker | None) -> Failure:
     )
 
 
+def changing_failure(what: str) -> Failure:
+    """Something that locks do not protect has changed under each attempt."""
+    return Failure(
+        ExitCode.CREATION,
+        f"gave up after {DUMP_ATTEMPTS} attempts: {what}",
+        "Run the backup again, at an hour without migrations",
+    )
+
+
 def lock_table_failure(tables: int, room: int) -> Failure:
     """The server has fewer places for locks than there are tables."""
     return Failure(
@@ -2475,14 +2484,23 @@ SELECT current_setting('max_locks_per_transaction')::int * (1 + sum(setting::int
        - (SELECT count(DISTINCT (database, relation)) FROM pg_catalog.pg_locks
            WHERE locktype = 'relation' AND NOT fastpath)
   FROM pg_catalog.pg_settings
- WHERE name IN ('max_connections', 'autovacuum_max_workers', 'max_worker_processes',
-                'max_wal_senders', 'max_prepared_transactions')
+ WHERE name IN ('max_connections', 'max_worker_processes', 'max_wal_senders',
+                'max_prepared_transactions', %s)
 """
 
-LOCK_HOLDER = """
+# The prepared transaction that has the lock l: no session has it, and by its virtual transaction it
+# holds its own transaction id too.
+PREPARED_TRANSACTION = """
+  LEFT JOIN pg_catalog.pg_locks t
+    ON l.pid IS NULL AND t.pid IS NULL AND t.virtualtransaction = l.virtualtransaction
+   AND t.locktype = 'transactionid' AND t.mode = 'ExclusiveLock'
+  LEFT JOIN pg_catalog.pg_prepared_xacts x ON x.transaction = t.transactionid
+"""
+
+LOCK_HOLDER = f"""
 SELECT l.relation::bigint, l.pid, a.usename, a.application_name, a.query, false, x.gid
   FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
-  LEFT JOIN pg_catalog.pg_prepared_xacts x ON l.virtualtransaction = '-1/' || x.transaction::text
+{PREPARED_TRANSACTION}
  WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.relation = ANY (%s::oid[])
    AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
  ORDER BY l.granted DESC, a.xact_start LIMIT 1
@@ -2505,7 +2523,9 @@ def take_snapshot(run: Run) -> Snapshot:
         begin_read_only(session)
         tables = list_tables(session)
         (deadlock_timeout_ms,) = session.query(DEADLOCK_TIMEOUT_MS)[0]
-        (room,) = session.query(LOCK_TABLE_ROOM)[0]
+        is_18 = session.server_version >= 180000
+        workers = "autovacuum_worker_slots" if is_18 else "autovacuum_max_workers"
+        (room,) = session.query(LOCK_TABLE_ROOM, workers)[0]
         session.query("COMMIT")
         if len(tables) > room:
             raise lock_table_failure(len(tables), int(room))
@@ -2620,7 +2640,7 @@ def dump_database(run: Run) -> Dumped:
             waits_for = f"{ahead.blocker} holds what pg_dump needs"
         except (DumpFailed, SnapshotLost) as error:
             attempts += 1
-            failure = diagnose_dump(run, error, attempts)
+            failure = diagnose_dump(run, snapshot, error, attempts)
             if failure is not None:
                 raise failure from None
             waits_for = "something changed meanwhile"
@@ -2678,12 +2698,16 @@ def dump_snapshot(run: Run, snapshot: Snapshot) -> Dumped:
         warnings = pg_dump.stderr_text
     if not run.partial.dump.size_bytes:
         raise wrapper_failure(tool, warnings)
-    check_schemas(run.session, snapshot)
+    run.session.query("COMMIT")
+    begin_read_only(run.session)
+    if renamed := find_renamed_schema(run.session, snapshot):
+        raise SnapshotLost(f"the {renamed} while it was dumped")
     return Dumped(snapshot, counts, warnings)
 
 
-# undefined_table, invalid_schema_name, wrong_object_type, undefined_column
-SLIPPED_IN_SQLSTATES = {"42P01", "3F000", "42809", "42703"}
+# undefined_table, invalid_schema_name, wrong_object_type, undefined_column, and for a view or a
+# foreign table in a table's place object_not_in_prerequisite_state
+SLIPPED_IN_SQLSTATES = {"42P01", "3F000", "42809", "42703", "55000"}
 
 
 def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[int, int]:
@@ -2705,29 +2729,24 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[i
     return counts
 
 
-def check_schemas(session: Session, snapshot: Snapshot) -> None:
-    """Raise SnapshotLost where a schema has another name than in the snapshot: COPY goes by name,
-    so that two schemas that were swapped are dumped with each other's rows. (By oid and name: every
-    GRANT changes xmin.)"""
-    session.query("COMMIT")
-    begin_read_only(session)
+def find_renamed_schema(session: Session, snapshot: Snapshot) -> str | None:
+    """A sentence about a schema that has another name than in the snapshot, by a fresh one: COPY
+    goes by name, so that two schemas that were swapped are dumped with each other's rows. (By oid
+    and name: every GRANT changes xmin.)"""
     for oid, name in session.query(
         "SELECT oid::bigint, nspname FROM pg_catalog.pg_namespace WHERE oid = ANY (%s::oid[])",
         list(snapshot.schemas),
     ):
         if (before := snapshot.schemas[oid]) != name:
-            raise SnapshotLost(
-                f"the schema {sql_identifier(before)} was renamed to {sql_identifier(name)} "
-                "while it was dumped"
-            )
-    session.query("COMMIT")
+            return f"schema {sql_identifier(before)} was renamed to {sql_identifier(name)}"
+    return None
 
 
 # pg_dump's backend, or ours, and who blocks it: a row for each blocker. A prepared transaction has
 # no session: pg_blocking_pids says 0, and pg_locks tells which it is. pg_stat_activity is frozen
 # within a transaction until it is told to look again.
 CLEAR_ACTIVITY_SNAPSHOT = "SELECT pg_catalog.pg_stat_clear_snapshot()"
-ACTIVITY = """
+ACTIVITY = f"""
 SELECT a.pid <> %s, starts_with(a.query, 'COPY '), a.query_start, a.state_change, p.bytes_processed,
        CASE WHEN b.pid IS NOT NULL OR x.gid IS NOT NULL THEN blocking.pid END,
        b.usename, b.application_name, b.query, cardinality(pg_blocking_pids(b.pid)) > 0, x.gid
@@ -2737,12 +2756,12 @@ SELECT a.pid <> %s, starts_with(a.query, 'COPY '), a.query_start, a.state_change
   LEFT JOIN pg_catalog.pg_stat_activity b ON b.pid = blocking.pid
   LEFT JOIN LATERAL (
        SELECT x.gid FROM pg_catalog.pg_locks w
-         JOIN pg_catalog.pg_locks h
-           ON h.granted AND h.pid IS NULL AND h.locktype = w.locktype
-          AND (h.database, h.relation, h.classid, h.objid, h.transactionid)
+         JOIN pg_catalog.pg_locks l
+           ON l.granted AND l.pid IS NULL AND l.locktype = w.locktype
+          AND (l.database, l.relation, l.classid, l.objid, l.transactionid)
               IS NOT DISTINCT FROM (w.database, w.relation, w.classid, w.objid, w.transactionid)
-         JOIN pg_catalog.pg_prepared_xacts x ON h.virtualtransaction = '-1/' || x.transaction::text
-        WHERE w.pid = a.pid AND NOT w.granted LIMIT 1) x ON blocking.pid = 0
+         {PREPARED_TRANSACTION}
+        WHERE w.pid = a.pid AND NOT w.granted AND x.gid IS NOT NULL LIMIT 1) x ON blocking.pid = 0
  WHERE a.application_name = %s OR a.pid = %s
  ORDER BY 1 DESC, b.xact_start
 """
@@ -2855,7 +2874,9 @@ OUTPUT_FILE_ERROR = re.compile(
 )
 
 
-def diagnose_dump(run: Run, error: DumpFailed | SnapshotLost, attempts: int) -> Failure | None:
+def diagnose_dump(
+    run: Run, snapshot: Snapshot, error: DumpFailed | SnapshotLost, attempts: int
+) -> Failure | None:
     """Why there is no dump; None where it is worth another try.
 
     Settled by looking again at the file, the server and the privileges. The only words of pg_dump's
@@ -2863,13 +2884,7 @@ def diagnose_dump(run: Run, error: DumpFailed | SnapshotLost, attempts: int) -> 
     LC_ALL=C).
     """
     if isinstance(error, SnapshotLost):
-        if attempts < DUMP_ATTEMPTS:
-            return None
-        return Failure(
-            ExitCode.CREATION,
-            f"gave up after {DUMP_ATTEMPTS} attempts: {error}",
-            "Run the backup again, at an hour without migrations",
-        )
+        return changing_failure(str(error)) if attempts == DUMP_ATTEMPTS else None
     directory, text = run.partial.directory, error.stderr_text
     if match := OUTPUT_FILE_ERROR.search(text):
         for number in errno.errorcode:
@@ -2888,12 +2903,14 @@ def diagnose_dump(run: Run, error: DumpFailed | SnapshotLost, attempts: int) -> 
         with Session(run.config) as again:
             begin_read_only(again)
             check_privileges(again)
+            renamed = find_renamed_schema(again, snapshot)
     except Failure as failure:
         return Failure(failure.code, f"{text}\n{failure.detail}", *failure.steps)
     except ServerError as refused:
         return diagnose_lost_connection(run, error, refused)
-    is_early = run.partial.dump.size_bytes == 0
-    return None if is_early and attempts < DUMP_ATTEMPTS else dump_failure(error)
+    if attempts < DUMP_ATTEMPTS and (renamed or run.partial.dump.size_bytes == 0):
+        return None
+    return changing_failure(f"the {renamed}\n{text}") if renamed else dump_failure(error)
 
 
 def diagnose_lost_connection(run: Run, failed: DumpFailed, error: ServerError) -> Failure:

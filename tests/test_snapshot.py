@@ -360,6 +360,69 @@ def test_backup_that_is_the_victim_of_a_deadlock_begins_again(
     assert_restores(project.dumps()[0], chat)
 
 
+@pytest.mark.parametrize(("deadlock_timeout", "seconds"), [("1s", 1.1), ("100ms", 0.2)])
+def test_migration_that_wants_more_later_is_not_the_victim_either(
+    deadlock_timeout: str,
+    seconds: float,
+    chat: Database,
+    observer: Connection,
+    make_project: MakeProject,
+) -> None:
+    """The server looks for a deadlock once in each wait: in ours there was none yet."""
+    project = make_project(chat)
+    chat.psql(f"ALTER DATABASE {chat.name} SET deadlock_timeout = '{deadlock_timeout}'")
+    with closing(connect(chat)) as migration:
+        execute(migration, "BEGIN; LOCK TABLE ONLY chat.part")
+        run = project.start()
+        wait_for(observer, OUR_LOCK)
+        execute(migration, f"SELECT pg_sleep({seconds})")
+        execute(migration, "LOCK TABLE chat.messages")  # no "deadlock detected"
+        execute(migration, "COMMIT")
+    finish(run).succeeded()
+    assert_restores(project.dumps()[0], chat)
+
+
+def test_migration_is_not_the_victim_where_our_lock_waits_for_one_table_after_the_other(
+    chat: Database, observer: Connection, make_project: MakeProject
+) -> None:
+    """Each is free before a limit on the wait for one table would end ours, and all in all we wait
+    longer than the server does before it looks for deadlocks."""
+    project = make_project(chat)
+    chat.psql(";".join(f"CREATE TABLE chat.{name} ()" for name in ("busy", "busier", "last")))
+    with ExitStack() as stack:
+        migration, *busy = (stack.enter_context(closing(connect(chat))) for _ in range(3))
+        execute(migration, "BEGIN; LOCK TABLE chat.last")
+        for session, table in zip(busy, ("busy", "busier"), strict=True):
+            execute(session, f"BEGIN; LOCK TABLE chat.{table}")
+        run = project.start()
+        wait_for(observer, OUR_LOCK)
+        wanting = stack.enter_context(ThreadPoolExecutor()).submit(
+            execute, migration, "SELECT pg_sleep(0.2); LOCK TABLE chat.messages"
+        )
+        for session in busy:
+            execute(session, "SELECT pg_sleep(0.45)")
+            execute(session, "COMMIT")
+        wanting.result()  # no "deadlock detected"
+        execute(migration, "COMMIT")
+    finish(run).succeeded()
+    assert_restores(project.dumps()[0], chat)
+
+
+def test_application_does_not_wait_while_we_wait_for_large_objects(
+    chat: Database, observer: Connection, make_project: MakeProject
+) -> None:
+    """Somebody has locked their table, as VACUUM FULL does; no lock of ours outlasts that wait."""
+    project = make_project(chat)
+    with closing(connect(chat)) as vacuum:
+        execute(vacuum, "BEGIN; LOCK TABLE pg_largeobject")
+        run = project.start()
+        wait_for(observer, "application_name = 'backup_db'")
+        chat.psql("SET lock_timeout = '3s'; ALTER TABLE chat.messages ADD more int")
+        execute(vacuum, "COMMIT")
+    finish(run).succeeded()
+    assert_restores(project.dumps()[0], chat)
+
+
 @pytest.mark.parametrize(
     "held",
     [
