@@ -1,18 +1,22 @@
-"""Functions of a table's owner: they never run as the backup's role, and never stop a backup."""
+"""Functions of an owner, of a table, a schema or the database: they never run as the backup's role,
+and never stop a backup."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import uuid
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from cluster import Cluster, ClusterError
 from conftest import MakeProject
-from faults import DUMP, HOLD, fake_call, let_go, paused
+from faults import DUMP, HOLD, WIDE, fake_call, let_go, paused, sessions_on, transaction
 from support import (
     Database,
     Project,
+    Terminal,
     assert_restores,
     finish,
     new_database,
@@ -120,6 +124,199 @@ def test_function_that_comes_while_the_tables_are_locked_never_runs(
     assert_no_trap_sprang(shop)
     (dump,) = project.dumps()
     assert read_metadata(dump)["table_counts"] == {f"shop.{key}": n for key, n in ROWS.items()}
+
+
+# -- a view in a table's place --------------------------------------------------------------------
+
+# pg_dump and our count come first to a table that nobody reads without its TOAST. The owner has a
+# second schema, with a view where the first has a table.
+DECOY = f"""
+CREATE SCHEMA first;
+SET search_path = first;
+{WIDE}
+CREATE SCHEMA live;
+CREATE TABLE live.orders AS SELECT 1 AS id;
+CREATE SCHEMA decoy;
+CREATE VIEW decoy.orders AS SELECT 1 AS id WHERE shop.evil('orders', 1);
+"""
+SWAP = """
+BEGIN;
+ALTER SCHEMA live RENAME TO old;
+ALTER SCHEMA decoy RENAME TO live;
+ALTER SCHEMA old RENAME TO decoy;
+COMMIT;
+"""
+
+
+WAITS = "wait_event_type = 'Lock'"
+
+
+@pytest.mark.parametrize("belongs_to_extension", [False, True], ids=["plain", "of an extension"])
+def test_function_of_a_view_that_takes_a_tables_place_never_runs(
+    belongs_to_extension: bool, shop: Database, owner: str, make_project: MakeProject
+) -> None:
+    """An extension's rows are chosen by a condition, and so read by a query that is planned."""
+    shop.psql(f"ALTER DATABASE {shop.name} OWNER TO {owner}")
+    shop.psql(DECOY, owner)
+    if belongs_to_extension:
+        shop.psql(IN_EXTENSION.format(table="live.orders"))
+    project = make_project(shop, constants={"LOCK_RETRY_SECONDS": 0.1})
+    with transaction(shop, "REINDEX TABLE first.wide"):
+        run = project.start()
+        for session in ("backup\\_db", "backup\\_db %"):
+            wait_until(partial(sessions_on, shop, f"application_name LIKE '{session}' AND {WAITS}"))
+        shop.psql(SWAP, owner)
+    result = finish(run)
+    assert marks(shop) == set()
+    result.succeeded()
+    shop.psql("BEGIN READ ONLY; SELECT * FROM live.orders")
+    assert marks(shop) == {"orders"}  # it was set
+
+
+# Whatever extension this server can have, as if its script had called pg_extension_config_dump.
+IN_EXTENSION = """
+SELECT name AS extension FROM pg_available_extensions WHERE name IN ('hstore', 'vector') \\gset
+CREATE EXTENSION :extension SCHEMA public;
+ALTER EXTENSION :extension ADD TABLE {table};
+UPDATE pg_extension
+   SET extconfig = ARRAY['{table}'::regclass::oid], extcondition = ARRAY['WHERE id > 0']
+ WHERE extname = :'extension';
+"""
+
+# -- a search_path that leads to the owner's operators --------------------------------------------
+
+# Found before pg_catalog's own, by whoever does not say which he means. What they do is harmless
+# to the query, so that it goes on and shows nothing.
+EVIL = """
+CREATE SCHEMA evil;
+CREATE FUNCTION evil.rise() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM shop.leave_mark('search_path');
+    ALTER ROLE {owner} SUPERUSER;
+EXCEPTION WHEN insufficient_privilege OR read_only_sql_transaction THEN
+    RETURN;
+END $$;
+SELECT format('
+    CREATE FUNCTION evil.%1$s_equal(a pg_catalog.%1$s, b pg_catalog.%1$s) RETURNS bool
+    LANGUAGE plpgsql AS $f$ BEGIN PERFORM evil.rise(); RETURN a OPERATOR(pg_catalog.=) b; END $f$;
+    CREATE OPERATOR evil.= (FUNCTION = evil.%1$s_equal,
+                            LEFTARG = pg_catalog.%1$s, RIGHTARG = pg_catalog.%1$s);
+    CREATE DOMAIN evil.%1$s AS pg_catalog.%1$s CHECK (evil.rise() IS NOT NULL);', name)
+  FROM unnest('{{oid,name,text,bool,int4,int8}}'::text[]) AS name \\gexec
+ALTER DATABASE {database} SET search_path = evil, pg_catalog;
+"""
+
+
+@pytest.fixture
+def evil_shop(shop: Database, owner: str) -> Database:
+    shop.psql("CREATE TABLE messages (id int); CREATE MATERIALIZED VIEW total AS SELECT 1")
+    shop.psql(f"ALTER DATABASE {shop.name} OWNER TO {owner}")
+    shop.psql(EVIL.format(owner=owner, database=shop.name), owner)
+    return shop
+
+
+def assert_owner_did_not_rise(shop: Database, owner: str) -> None:
+    assert marks(shop) == set()
+    is_superuser = f"SELECT rolsuper FROM pg_roles WHERE rolname = '{owner}'"
+    assert shop.cluster.psql(is_superuser) == "f"
+    # It was set: any query that compares springs it.
+    shop.psql("BEGIN READ ONLY; SELECT FROM pg_class WHERE relname = relname LIMIT 1")
+    assert marks(shop) == {"search_path"}
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        ("LOCK TABLE public.messages", "holds the table"),
+        ("REFRESH MATERIALIZED VIEW public.total", "blocks"),
+    ],
+)
+def test_operator_of_the_owner_never_runs_when_a_wait_ends(
+    held: str, words: str, evil_shop: Database, owner: str, make_project: MakeProject
+) -> None:
+    constants = {"STALL_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.1}
+    project = make_project(evil_shop, constants=constants)
+    with transaction(evil_shop, f"SET search_path = pg_catalog; {held}"):
+        result = project.run().failed_with(7, "Backup creation error")
+    assert words in result.stderr, result
+    assert_owner_did_not_rise(evil_shop, owner)
+
+
+def test_operator_of_the_owner_never_runs_while_a_terminal_shows_a_wait(
+    evil_shop: Database, owner: str, make_project: MakeProject
+) -> None:
+    project = make_project(evil_shop, constants={"LOCK_RETRY_SECONDS": 0.1})
+    with Terminal(project, columns=200) as terminal:
+        with transaction(evil_shop, "SET search_path = pg_catalog; LOCK TABLE public.messages"):
+            wait_until(lambda: "Waiting: session " in terminal.shown)
+        status, left = terminal.finish()
+    assert status == 0, left
+    assert_owner_did_not_rise(evil_shop, owner)
+
+
+# -- every statement of ours ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def logging_cluster(each_cluster: Cluster) -> Iterator[Cluster]:
+    """A server that logs every statement."""
+    settings = {"log_statement": "all", "log_line_prefix": "%a|%p|"}
+    with Cluster(each_cluster.bin_dir, settings=settings) as own:
+        yield own
+
+
+def statements_of_ours(cluster: Cluster) -> dict[str, list[str]]:
+    """What each of our sessions has sent, in this order; pg_dump's have longer names."""
+    log = cluster.log.read_text(encoding="utf-8", errors="replace")
+    found: dict[str, list[str]] = {}
+    for entry in re.finditer(
+        r"^backup_db\|(\d+)\|LOG:  statement: (.*(?:\n\t.*)*)", log, re.MULTILINE
+    ):
+        found.setdefault(entry[1], []).append(entry[2].strip())
+    return found
+
+
+BEGIN_READ_ONLY = re.compile(r"BEGIN\b[^;]*\bREAD ONLY;.*\bSET LOCAL search_path = ''", re.DOTALL)
+
+
+def test_every_statement_of_ours_only_reads_and_finds_nothing_by_search_path(
+    logging_cluster: Cluster, make_project: MakeProject
+) -> None:
+    """Of whatever session: the one of a run, those that look for the cause of a failure."""
+    constants = {"STALL_SECONDS": 1, "ANSWER_SECONDS": 0, "LOCK_RETRY_SECONDS": 0.1}
+    with new_database(logging_cluster) as database:
+        database.psql(
+            "CREATE TABLE messages AS SELECT n FROM generate_series(1, 50000) AS n;"
+            f"CREATE MATERIALIZED VIEW total AS SELECT 1; {WIDE}"
+        )
+        project = make_project(database, constants=constants)
+        project.back_up()
+        for held in (
+            "LOCK TABLE messages",
+            "REFRESH MATERIALIZED VIEW total",
+            "REINDEX TABLE wide",
+        ):
+            with transaction(database, held):
+                project.run().failed_with(7)
+        project.run(env={"DEV_DB_NAME": "missing"}).failed_with(3)
+        fake_call(project, *DUMP, "exit 1")
+        project.run().failed_with(7)
+
+    sessions = statements_of_ours(logging_cluster)
+    assert len(sessions) > 6, sessions
+    sent = "\n".join(statement for statements in sessions.values() for statement in statements)
+    for expected in ("LOCK TABLE", "COPY ", "pg_blocking_pids", "pg_database", "pg_locks"):
+        assert expected in sent, expected
+    for statements in sessions.values():
+        in_transaction = False
+        for statement in statements:
+            if statement.startswith("BEGIN"):
+                assert BEGIN_READ_ONLY.match(statement), statement
+                in_transaction = True
+            elif statement in {"COMMIT", "ROLLBACK"}:
+                in_transaction = False
+            elif statement != "SELECT pg_catalog.pg_backend_pid()":
+                assert in_transaction, statement
 
 
 # -- functions that fail --------------------------------------------------------------------------
