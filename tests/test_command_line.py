@@ -615,7 +615,7 @@ def test_times_are_utc_wherever_the_machine_is(sample: Project) -> None:
     assert dump.name == f"project_chat_dev_{made.replace(':', '-')}.dump"
     listed = sample.run("--list", env=KATHMANDU).succeeded()
     assert f"\n{made}     dev  " in listed.stdout
-    assert re.search(r"\nNewest verified dev backup: \d+ seconds? old\n$", listed.stdout)
+    assert re.search(r"; newest verified \d+ seconds? old: ", listed.stdout)
 
 
 # -- no configuration, no packages ----------------------------------------------------------------
