@@ -1056,6 +1056,22 @@ def are_oids(value: object) -> bool:
     )
 
 
+def are_texts(value: object) -> bool:
+    """Whether it is a list of strings."""
+    return isinstance(value, list) and all(map(is_text, value))
+
+
+def are_role_attributes(value: object) -> bool:
+    """Whether it has for each role what `restore_commands` reads."""
+    return isinstance(value, dict) and all(
+        isinstance(attributes, dict)
+        and type(attributes.get("connection_limit", -1)) is int
+        and isinstance(groups := attributes.get("member_of", {}), dict)
+        and all(isinstance(options, dict) for options in groups.values())
+        for attributes in value.values()
+    )
+
+
 # What a reader relies on: whether the value fits, and what it should be.
 REQUIRED_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "backup_timestamp": (is_utc_time, "a UTC time"),
@@ -1080,6 +1096,11 @@ OPTIONAL_KEYS: Mapping[str, Callable[[Any], bool]] = {
     "large_object_count": is_count,
     "verification": lambda value: isinstance(value, dict),
     "partition_of": lambda value: isinstance(value, dict) and all(map(is_text, value.values())),
+    "extensions": lambda value: isinstance(value, dict) and all(map(is_text, value.values())),
+    "roles": are_texts,
+    "role_attributes": are_role_attributes,
+    "tablespaces": are_texts,
+    "database_tablespace": is_text,
 }
 
 
@@ -1114,6 +1135,10 @@ class Metadata(NamedTuple):
     locale: Mapping[str, str | None] | None = None
     extensions: Mapping[str, str] | None = None
     roles: Sequence[str] | None = None
+    role_attributes: Mapping[str, Mapping[str, Any]] | None = None
+    tablespaces: Sequence[str] | None = None
+    database_tablespace: str | None = None
+    restore: Sequence[str] | None = None
 
     def to_json(self) -> str:
         """The text of the file. A byte of a name that is no UTF-8 is a lone surrogate in Python,
@@ -2328,17 +2353,40 @@ SELECT pg_catalog.current_database(), pg_catalog.pg_database_size(d.oid),
 
 EXTENSIONS = "SELECT extname, extversion FROM pg_catalog.pg_extension ORDER BY extname"
 
-# Owners and grantees of all that is in the database, and of the database. The bootstrap
-# superuser (oid 10) is in no dependency but in most archives.
+# The roles that a restore names: owners and grantees of all that is in the database, and of the
+# database, those with settings in it, owners of its subscriptions. The bootstrap superuser (oid 10)
+# is in no dependency but in most archives. A row for each membership; what more than one grantor
+# gave adds up.
 ROLES = """
-SELECT rolname FROM pg_catalog.pg_roles r
- WHERE r.oid = 10 OR r.oid IN (
-       SELECT s.refobjid FROM pg_catalog.pg_shdepend s, pg_catalog.pg_database d
-        WHERE d.datname = pg_catalog.current_database()
-          AND s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass
-          AND (s.dbid = d.oid OR (s.classid = 'pg_catalog.pg_database'::pg_catalog.regclass
-                                  AND s.objid = d.oid)))
- ORDER BY rolname
+WITH d AS (
+  SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()),
+named (oid) AS (
+  SELECT 10::oid
+  UNION SELECT refobjid FROM pg_catalog.pg_shdepend
+   WHERE refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass
+     AND (dbid = (SELECT oid FROM d)
+          OR (classid = 'pg_catalog.pg_database'::pg_catalog.regclass
+              AND objid = (SELECT oid FROM d)))
+  UNION SELECT setrole FROM pg_catalog.pg_db_role_setting WHERE setdatabase = (SELECT oid FROM d)
+  UNION SELECT subowner FROM pg_catalog.pg_subscription WHERE subdbid = (SELECT oid FROM d))
+SELECT r.rolname, r.rolsuper, r.rolinherit, r.rolcreaterole, r.rolcreatedb, r.rolcanlogin,
+       r.rolreplication, r.rolbypassrls, r.rolconnlimit,
+       g.rolname, pg_catalog.bool_or(m.admin_option),
+       pg_catalog.bool_or((pg_catalog.to_jsonb(m) ->> 'inherit_option')::boolean),
+       pg_catalog.bool_or((pg_catalog.to_jsonb(m) ->> 'set_option')::boolean)
+  FROM named JOIN pg_catalog.pg_roles r ON r.oid = named.oid
+  LEFT JOIN pg_catalog.pg_auth_members m ON m.member = r.oid
+  LEFT JOIN pg_catalog.pg_roles g ON g.oid = m.roleid
+ GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 ORDER BY r.rolname, g.rolname
+"""
+
+TABLESPACES = """
+SELECT t.spcname, t.oid = d.dattablespace
+  FROM pg_catalog.pg_tablespace t, pg_catalog.pg_database d
+ WHERE d.datname = pg_catalog.current_database() AND t.spcname !~ '^pg_'
+   AND (t.oid = d.dattablespace
+        OR t.oid IN (SELECT reltablespace FROM pg_catalog.pg_class WHERE relpersistence <> 't'))
+ ORDER BY t.spcname
 """
 
 # What pg_dump leaves out and exits 0: (sentence, name), a row each.
@@ -2382,6 +2430,92 @@ ORDER BY 3
 """
 
 
+ROLE_FLAGS = ("superuser", "inherit", "createrole", "createdb", "login", "replication", "bypassrls")
+
+
+def describe_roles(session: Session) -> dict[str, dict[str, Any]]:
+    """Each role with its attributes and memberships; of both, `restore_commands` knows the SQL."""
+    roles: dict[str, dict[str, Any]] = {}
+    for name, *flags, connection_limit, group, admin, inherit, set_role in session.query(ROLES):
+        attributes = {**dict(zip(ROLE_FLAGS, flags, strict=True)), "member_of": {}}
+        role = roles.setdefault(name, {**attributes, "connection_limit": connection_limit})
+        if group is not None:
+            options = {"admin": admin, "inherit": inherit, "set": set_role}
+            role["member_of"][group] = {k: v for k, v in options.items() if v is not None}
+    return roles
+
+
+def one_line_identifier(name: str) -> str:
+    """A name quoted for SQL; what would not show, such as a newline, in SQL's own escapes."""
+    quoted = '"' + name.replace('"', '""') + '"'
+    if quoted.isprintable():
+        return quoted
+    return "U&" + "".join(
+        character if character.isprintable() and character != "\\" else f"\\+{ord(character):06X}"
+        for character in quoted
+    )
+
+
+def restore_commands(metadata: Metadata) -> list[str]:
+    """The shell commands, one a line, that bring this backup back on a fresh server, made of the
+    metadata's other facts alone. They are typed in the folder of the dump, with libpq's variables
+    leading to the server, and drop nothing.
+
+    Names are quoted in comments too: an interactive zsh takes a pasted comment for a command.
+    """
+    versions = (metadata.postgresql_version, metadata.pg_dump_version)
+    major = max(int((re.match(r"\d+", version) or ["0"])[0]) for version in versions)
+    lines = [
+        f"# For a server of PostgreSQL {major} or newer, by its psql and pg_restore",
+        "# In the folder of the dump, with PGHOST, PGPORT and PGUSER set, the user a superuser",
+        *role_commands(metadata.roles or [], metadata.role_attributes or {}),
+    ]
+    if extensions := {**(metadata.extensions or {}), "plpgsql": ""}.keys() - {"plpgsql"}:
+        names = shell_words(*sorted(extensions))
+        lines.append(f"# The server needs the packages of the extensions {names}")
+    if metadata.tablespaces:
+        without = "" if metadata.database_tablespace else ", or without them: --no-tablespaces"
+        names = shell_words(*metadata.tablespaces)
+        lines.append(f"# First make its tablespaces by CREATE TABLESPACE, {names}{without}")
+    target = ["--create", "--dbname=postgres"]
+    if metadata.database_name in {"postgres", "template1"}:  # on every server
+        target = [f"--dbname={metadata.database_name}"]
+        lines.append("# Settings, grants and comment of this database itself do not come back")
+    command = ["pg_restore", *target, "--exit-on-error", "--jobs=4", metadata.backup_file]
+    # The database may be read-only by its own settings, which come back before its tables.
+    writable = "PGOPTIONS='-c default_transaction_read_only=off'"
+    return [*lines, f"{writable} {shell_words(*command)}"]
+
+
+def role_commands(
+    roles: Sequence[str], attributes: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    """The lines of `restore_commands` that make the roles, then their memberships."""
+
+    def psql(sql: str) -> str:
+        return shell_words("psql", "--no-psqlrc", "--dbname=postgres", "--command", sql)
+
+    yield "# A role that is there already says so and stays as it is, the others get no password"
+    for role in roles:
+        facts = attributes.get(role, {})
+        words = [word.upper() for word in ROLE_FLAGS if facts.get(word) and word != "inherit"]
+        words += [] if facts.get("inherit", True) else ["NOINHERIT"]
+        limit = facts.get("connection_limit", -1)
+        words += [] if limit == -1 else [f"CONNECTION LIMIT {limit}"]
+        yield psql(" ".join(["CREATE ROLE", one_line_identifier(role), *words])) + " || true"
+    for role in roles:
+        for group, options in attributes.get(role, {}).get("member_of", {}).items():
+            if group not in roles and not group.startswith("pg_"):  # PostgreSQL's own are there
+                yield f"# Left out is the membership of {shell_words(role)} in {shell_words(group)}"
+                continue
+            words = ["ADMIN OPTION"] if options.get("admin") else []
+            if "set" in options:  # from 16 on
+                kinds = ("admin", "inherit", "set")
+                words = [f"{kind} {bool(options.get(kind))}".upper() for kind in kinds]
+            grant = f"GRANT {one_line_identifier(group)} TO {one_line_identifier(role)}"
+            yield psql(grant + (f" WITH {', '.join(words)}" if words else ""))
+
+
 def describe_database(session: Session) -> dict[str, Any]:
     """What the metadata says of the database, by its keys, but for the tables."""
     name, size_bytes, collate, ctype, provider, locale, large_objects = session.query(
@@ -2389,6 +2523,8 @@ def describe_database(session: Session) -> dict[str, Any]:
     )[0]
     providers = {None: "libc", "c": "libc", "i": "icu", "b": "builtin", "d": "default"}
     major, minor = divmod(session.server_version, 10000)
+    roles = describe_roles(session)
+    tablespaces: dict[str, bool] = dict(session.query(TABLESPACES))
     left_out: dict[str, list[str]] = {}
     for what, left_name, _oid in session.query(NOT_INCLUDED):
         left_out.setdefault(what, []).append(left_name)
@@ -2404,7 +2540,10 @@ def describe_database(session: Session) -> dict[str, Any]:
             **({"locale": locale} if locale else {}),
         },
         "extensions": dict(session.query(EXTENSIONS)),
-        "roles": [role for (role,) in session.query(ROLES)],
+        "roles": list(roles),
+        "role_attributes": roles,
+        "tablespaces": list(tablespaces),
+        "database_tablespace": next((name for name, is_own in tablespaces.items() if is_own), None),
         "large_object_count": large_objects,
         "not_included": [f"{what} ({list_names(names)})" for what, names in left_out.items()],
     }
@@ -3571,7 +3710,7 @@ def draft_metadata(run: Run, dumped: Dumped, server: str | None) -> Metadata:
     """What the metadata says of a dump before it is read back: no checksum, no verification."""
     tables = {table.oid: table for table in dumped.snapshot.tables}
     counted = [tables[oid] for oid in dumped.counts]
-    return Metadata(
+    draft = Metadata(
         backup_timestamp=iso_timestamp(run.partial.moment),
         environment=run.config.environment.value,
         backup_file=decode_os_text(run.partial.published_dump.name),
@@ -3585,6 +3724,7 @@ def draft_metadata(run: Run, dumped: Dumped, server: str | None) -> Metadata:
         compression=run.tools.compression,
         **dumped.snapshot.facts,
     )
+    return draft._replace(restore=restore_commands(draft))
 
 
 class VerificationReport(NamedTuple):
