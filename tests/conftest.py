@@ -47,6 +47,13 @@ def each_cluster(request: pytest.FixtureRequest, clusters: Callable[[int], Clust
 
 
 @pytest.fixture(scope="session")
+def elsewhere(cluster: Cluster) -> Iterator[Cluster]:
+    """Another machine: a server that knows nothing of this database and its roles."""
+    with Cluster(cluster.bin_dir) as other:
+        yield other
+
+
+@pytest.fixture(scope="session")
 def authority() -> trustme.CA:
     return trustme.CA()
 

@@ -75,13 +75,6 @@ def test_readme_is_read() -> None:
 # -- restoring ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def elsewhere(cluster: Cluster) -> Iterator[Cluster]:
-    """Another machine: a server that knows nothing of this database and its roles."""
-    with Cluster(cluster.bin_dir) as other:
-        yield other
-
-
 def type_in(command: str, project: Project, cluster: Cluster) -> str:
     """What the command prints, typed into a shell of somebody who may do everything there."""
     way = {"PGHOST": str(cluster.directory), "PGPORT": str(cluster.port), "PGUSER": "postgres"}
