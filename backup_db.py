@@ -2456,6 +2456,12 @@ def one_line_identifier(name: str) -> str:
     )
 
 
+def least_major(metadata: Metadata) -> int:
+    """The oldest major version whose server, psql and pg_restore take this backup."""
+    versions = (metadata.postgresql_version, metadata.pg_dump_version)
+    return max(int((re.match(r"\d{1,3}", version) or "0")[0]) for version in versions)
+
+
 def restore_commands(metadata: Metadata) -> list[str]:
     """The shell commands, one a line, that bring this backup back on a fresh server, made of the
     metadata's other facts alone. They are typed in the folder of the dump, with libpq's variables
@@ -2463,14 +2469,12 @@ def restore_commands(metadata: Metadata) -> list[str]:
 
     Names are quoted in comments too: an interactive zsh takes a pasted comment for a command.
     """
-    versions = (metadata.postgresql_version, metadata.pg_dump_version)
-    major = max(int((re.match(r"\d+", version) or ["0"])[0]) for version in versions)
     lines = [
-        f"# For a server of PostgreSQL {major} or newer, by its psql and pg_restore",
+        f"# For PostgreSQL {least_major(metadata)} or newer: server, psql and pg_restore",
         "# In the folder of the dump, with PGHOST, PGPORT and PGUSER set, the user a superuser",
         *role_commands(metadata.roles or [], metadata.role_attributes or {}),
     ]
-    if extensions := {**(metadata.extensions or {}), "plpgsql": ""}.keys() - {"plpgsql"}:
+    if extensions := set(metadata.extensions or {}) - {"plpgsql"}:
         names = shell_words(*sorted(extensions))
         lines.append(f"# The server needs the packages of the extensions {names}")
     if metadata.tablespaces:
