@@ -3760,6 +3760,19 @@ def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
         file.close()
 
 
+def newest_older(dump: Path, metadata: Metadata) -> Path | None:
+    """The newest verified backup of the same series beside the dump that is older."""
+    series = Series(metadata.database_name, metadata.environment, metadata.system_identifier)
+    with contextlib.suppress(OSError):  # a directory that may be entered, but not listed
+        for backup in find_backups(dump.parent):
+            other = backup.metadata
+            if other is None or not backup.is_verified or not series.has(other):
+                continue
+            if other.backup_timestamp < metadata.backup_timestamp:
+                return backup.dump
+    return None
+
+
 def load_metadata(dump: Path) -> Metadata:
     """The metadata of the dump to verify. Raises Failure where one of the two is missing."""
     again = [f"See which backups there are: {list_command(dump.parent)}"]
@@ -4085,7 +4098,13 @@ def run_verification(arguments: Arguments, progress: Progress) -> None:
             "Do not rely on this dump: its bytes have changed since it was made",
             "Compare it with a copy elsewhere, and check the disk: sudo dmesg | tail -50",
         ]
-    steps.append(f"Choose another backup: {list_command(report.dump.parent)}")
+    if older := newest_older(report.dump, report.metadata):
+        verify = shell_words("python3", "backup_db.py", "--verify", str(older))
+        steps.append(f"Take the newest older backup, if it passes: {verify}")
+    else:
+        steps.append(f"Choose another backup: {list_command(report.dump.parent)}")
+    salvage = shell_words("pg_restore", "--file=salvaged.sql", str(report.dump))
+    steps.append(f"Save what can be read of this one, up to where it breaks: {salvage}")
     raise Failure(ExitCode.VERIFICATION, report.examination.problem, *steps, report=lines)
 
 
