@@ -55,7 +55,7 @@ MANY_BACKUPS = 10_000
 
 # In the temporary directory, for each GB of data: its tables, the backup that is kept and, in the
 # comparison, a dump without compression; and for the server itself.
-COMPARISON_DISK_SHARE, GROWTH_DISK_SHARE = 3.5, 2.0
+COMPARISON_DISK_SHARE, GROWTH_DISK_SHARE, RESTORE_DISK_SHARE = 3.5, 2.0, 4.0
 SERVER_DISK_GB = 1.0
 
 README = environment.PROJECT / "README.md"
@@ -438,6 +438,7 @@ def describe_machine() -> str:
 
 PLAIN, USUAL, FLOOR = "pg_dump -Fc", "pg_dump -Fc, sha256sum, pg_restore --list", "pg_dump -Fc -Z 0"
 OURS, VERIFY = "backup_db.py", "backup_db.py --verify"
+REHEARSE = "tests/rehearse.py"
 SHA256SUM, RESTORE = "sha256sum", "pg_restore -f /dev/null"
 
 
@@ -601,6 +602,31 @@ def compare_growth(place: ServerWorkplace, runs: int) -> Report:
     )
 
 
+def compare_restore(place: ServerWorkplace, size_gb: float, runs: int) -> Report:
+    """The way back beside the way there: for information, it has no target."""
+    data_bytes = build_data(place.cluster, "benchmark", size_gb)
+    place.use("benchmark")
+    first = make_first_backup(place)
+
+    def restore(jobs: int) -> Contender:
+        options = ["--dbname=restored", f"--jobs={jobs}", "--exit-on-error", str(first.dump)]
+        make, drop = ["createdb", "--template=template0", "restored"], ["dropdb", "restored"]
+        return Contender(f"pg_restore --jobs={jobs}", [make, ["pg_restore", *options], drop])
+
+    rehearse = [str(environment.PYTHON), str(environment.TESTS / "rehearse.py"), str(first.dump)]
+    contenders = [place.backup(OURS), restore(1), restore(2), Contender(REHEARSE, [rehearse])]
+    results = place.time_in_turn(contenders, runs)
+    place.cluster.drop_database("benchmark")
+    shutil.rmtree(first.dump.parent)
+    return Report(
+        f"Restore, PostgreSQL {place.server_version}, {data_bytes / GB:.2f} GB of tables,"
+        f" compression {first.compression}, {describe_runs(runs)}",
+        ("", "time", "from–to", f"of {OURS}"),
+        [timing_cells(name, result, results[OURS]) for name, result in results.items()],
+        [],
+    )
+
+
 def compare_tables(place: ServerWorkplace, runs: int) -> Report:
     """Whether many tables cost more than they cost pg_dump."""
     build_many_tables(place.cluster, "many_tables")
@@ -747,7 +773,7 @@ class Options:
     readme: bool
 
 
-SERVER_PARTS = ("compare", "growth", "tables")
+SERVER_PARTS = ("compare", "growth", "tables", "restore")
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
@@ -784,13 +810,16 @@ def parse_options(arguments: Sequence[str]) -> Options:
     )
     group.add_argument("--tables", action="store_true", help=f"{MANY_TABLES} small tables")
     group.add_argument(
+        "--restore", action="store_true", help="restores and a rehearsal, beside the backup"
+    )
+    group.add_argument(
         "--start-up", action="store_true", help=f"--help, and --list of {MANY_BACKUPS} backups"
     )
     group.add_argument("--all", action="store_true", help="all of these, and the comparison")
     values = parser.parse_args(arguments)
     if values.size <= 0 or values.runs <= 0:
         parser.error("--size and --runs must be more than 0")
-    chosen = {name for name in ("growth", "tables", "start_up") if getattr(values, name)}
+    chosen = {name for name in ("growth", "tables", "restore", "start_up") if getattr(values, name)}
     if values.all:
         chosen = {*SERVER_PARTS, "start_up"}
     return Options(
@@ -802,6 +831,7 @@ def check_disk(directory: Path, options: Options) -> None:
     shares = {
         "compare": COMPARISON_DISK_SHARE * options.size_gb,
         "growth": GROWTH_DISK_SHARE * sum(GROWTH_GB),
+        "restore": RESTORE_DISK_SHARE * options.size_gb,
     }
     need_gb = SERVER_DISK_GB + max(shares.get(part, 0.0) for part in options.parts)
     free_gb = shutil.disk_usage(directory).free / GB
@@ -828,6 +858,8 @@ def measure(options: Options) -> list[Report]:
                     reports.append(compare_growth(place, options.runs))
                 if "tables" in options.parts:
                     reports.append(compare_tables(place, options.runs))
+                if "restore" in options.parts:
+                    reports.append(compare_restore(place, options.size_gb, options.runs))
     if "start_up" in options.parts:
         with tempfile.TemporaryDirectory() as directory:
             reports.append(compare_start_up(Workplace(Path(directory), ""), options.runs))

@@ -131,6 +131,7 @@ def equal(copy: Database, original: Database) -> bool:
     return (copy.schema(), copy.contents()) == (original.schema(), original.contents())
 
 
+@pytest.mark.servers(15)
 def test_server_is_lost(sample_database: Database, make_project: MakeProject) -> None:
     program("jq", "jq")
     project = make_project(sample_database)
@@ -254,8 +255,10 @@ def test_faster(backed_up: tuple[Project, Database], elsewhere: Cluster) -> None
     assert equal(Database(elsewhere, "restored"), original)
 
 
+@pytest.mark.servers(15)
 def test_tool_is_gone(backed_up: tuple[Project, Database], elsewhere: Cluster) -> None:
     project, _ = backed_up
+    program("jq", "jq")
     (commands,) = SITUATIONS["This tool is gone"]
     assert type_in(commands, project, elsewhere) == "FILE.dump: OK\n"
     dump = (project.backups / "FILE.dump").resolve()
