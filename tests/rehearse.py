@@ -56,11 +56,14 @@ MOST_TABLES_SHOWN = 20
 
 NO_SPACE = "No space left on device"
 
-# Against settings of the database that would bend or end what is asked here.
+# Against settings of the database that would bend or end what is asked here; and names of no known
+# encoding as they are.
 UNBENT = r"""
 SET statement_timeout = 0; SET lock_timeout = 0; SET search_path = ''; SET row_security = off;
 SET SESSION AUTHORIZATION DEFAULT; SET ROLE NONE;
 SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout' \g /dev/null
+SELECT set_config('client_encoding', setting, false) FROM pg_settings
+ WHERE name = 'server_encoding' AND setting = 'SQL_ASCII' \g /dev/null
 """
 
 # For each table that pg_dump dumps a query: its name, the topmost table that it is a partition of,

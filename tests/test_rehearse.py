@@ -110,9 +110,8 @@ def test_backup_of_the_sample(sample_dump: Path, place: Path) -> None:
     assert "\r" not in result.stderr + result.stdout
 
 
-@pytest.mark.parametrize("compress", ["", "1"], ids=["default", "gzip"])
 def test_backup_of_everything(
-    compress: str, each_cluster: Cluster, make_project: MakeProject, place: Path
+    each_cluster: Cluster, make_project: MakeProject, place: Path
 ) -> None:
     """With what the server's build brings, be it pgvector."""
     with new_database(each_cluster) as database:
@@ -121,11 +120,28 @@ def test_backup_of_everything(
         for extension in EXTENSIONS.keys() & set(available):
             database.psql(f"CREATE EXTENSION {extension}; {EXTENSIONS[extension]}")
         database.psql(BENT.format(database.name))
-        dump = make_project(database, settings={"BACKUP_COMPRESS": compress}).back_up()
+        dump = make_project(database).back_up()
     result = rehearse(dump, place).succeeded()
     assert "✓ Restored and equal: " in result.stdout
     assert re.search(r"\npublic.painted, all partitions +4095 +4095\n", result.stdout), result
     assert re.search(r"\nlarge objects +2 +2\n", result.stdout), result
+
+
+def test_names_of_no_encoding(cluster: Cluster, make_project: MakeProject, place: Path) -> None:
+    """And in the name of the database all that a shell, a path or libpq could take for its own."""
+    name = "dbname=x host='y'\n$HOME \"z\" %s/;"
+    cluster.create_database(name, "--template=template0", "--encoding=SQL_ASCII")
+    try:
+        database = Database(cluster, name)
+        for rows, table in enumerate(("caf\udce9", "dépôt", "a\nb;", 'c"d.e'), 1):
+            quoted = '"' + table.replace('"', '""') + '"'
+            create = f"CREATE TABLE {quoted} AS SELECT generate_series(1, {rows})"
+            database.psql(f"SET client_encoding = 'SQL_ASCII'; {create}")
+        dump = make_project(database, settings={"BACKUP_COMPRESS": "gzip:1"}).back_up()
+    finally:
+        cluster.drop_database(name)
+    result = rehearse(dump, place).succeeded()
+    assert "✓ Restored and equal: 10 rows in 4 tables\n" in result.stdout
 
 
 # -- not equal ------------------------------------------------------------------------------------
