@@ -36,6 +36,7 @@ CREATE ROLE app LOGIN CREATEDB CREATEROLE REPLICATION BYPASSRLS CONNECTION LIMIT
 CREATE ROLE heir NOINHERIT IN ROLE reader;
 CREATE ROLE stranger;
 CREATE ROLE setter;
+CREATE ROLE subscriber SUPERUSER;
 CREATE ROLE :"hostile" SUPERUSER;
 GRANT reader TO app WITH ADMIN OPTION;
 GRANT pg_monitor TO app;
@@ -67,6 +68,9 @@ DATABASES = {
         ALTER DATABASE :"name" CONNECTION LIMIT 3;
         ALTER DATABASE :"name" SET search_path = 'a b', public;
         ALTER DATABASE :"name" SET statement_timeout = '1s';
+        CREATE SUBSCRIPTION hears CONNECTION 'host=nowhere' PUBLICATION p
+            WITH (connect = false, streaming);
+        ALTER SUBSCRIPTION hears OWNER TO subscriber;
         ALTER ROLE setter IN DATABASE :"name" SET work_mem = '1MB';
         ALTER ROLE heir IN DATABASE :"name" SET lock_timeout = '2s';
         REVOKE CONNECT ON DATABASE :"name" FROM PUBLIC;
@@ -176,7 +180,7 @@ def test_runbook_typed_on_a_fresh_server(
             type_comments(metadata["restore"], project)
             assert not (project.backups / "harm").exists()
 
-        assert roles == {"postgres", "app", "heir", "setter", "reader", HOSTILE}
+        assert roles == {"postgres", "app", "heir", "setter", "subscriber", "reader", HOSTILE}
         options = "bool_or(inherit_option), bool_or(set_option)" if server >= 16 else "NULL"
         for role in roles:
             assert about_role(fresh, role, options) == about_role(source, role, options)
