@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +12,7 @@ import trustme
 from cluster import Cluster
 from conftest import MakeProject
 from sample import PASSWORD, USER
-from support import Database, assert_restores, new_database, program, read_metadata, wait_until
+from support import Database, assert_restores, new_database, read_metadata
 
 
 @pytest.fixture
@@ -181,64 +178,6 @@ def test_server_that_cannot_be_verified(
         assert words in result.failed_with(3, "Database connection error").stderr
 
 
-# -- pgbouncer ------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def pgbouncer(database: Database, pool_mode: str) -> Iterator[dict[str, str]]:
-    """A pgbouncer before the database, and the settings that lead to it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # Not in tmp_path: that is closed to the user that pgbouncer runs as in the place of root.
-    users = database.cluster.directory / "users"
-    users.write_text(f'"{USER}" "{PASSWORD}"\n')
-    settings = database.cluster.directory / f"{pool_mode}.ini"
-    settings.write_text(
-        "[databases]\n"
-        f"* = host=127.0.0.1 port={database.cluster.port}\n"
-        "[pgbouncer]\n"
-        f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
-        f"auth_type = scram-sha-256\nauth_file = {users}\npool_mode = {pool_mode}\n"
-    )
-    as_nobody = ["--user", "nobody"] if os.geteuid() == 0 else []
-    command = [program("pgbouncer", "pgbouncer"), *as_nobody, "--quiet", str(settings)]
-    with subprocess.Popen(command) as process:
-        try:
-            wait_until(lambda: answers(port) or process.poll() is not None)
-            yield {**database.settings(USER, PASSWORD), "DEV_DB_PORT": str(port)}
-        finally:
-            process.terminate()
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-@pytest.mark.servers(15)
-@pytest.mark.parametrize("pool_mode", ["session", "transaction"])
-def test_pooled_connections(
-    pool_mode: str, sample_database: Database, make_project: MakeProject
-) -> None:
-    with pgbouncer(sample_database, pool_mode) as settings:
-        project = make_project(settings=settings)
-        # Twice: what the first run changed in a pooled session would be found by the second.
-        for _ in range(2):
-            dump = project.back_up()
-    assert_restores(dump, sample_database)
-
-
-@pytest.mark.servers(15)
-def test_pooled_statements_are_refused(
-    sample_database: Database, make_project: MakeProject
-) -> None:
-    with pgbouncer(sample_database, "statement") as settings:
-        result = make_project(settings=settings).run()
-    result.failed_with(7, "Backup creation error")
-    assert "transaction blocks not allowed in statement pooling mode" in result.stderr
-
-
 # -- names and passwords of every kind ------------------------------------------------------------
 
 # A database and the password of its role: what a shell, a conninfo string, a .env file or a file
@@ -252,8 +191,7 @@ NAMES = {
     "dot": (".hidden", "."),
     "dots": ("..", ".."),
     "assignment": ("dbname=postgres", "k=v"),
-    "address": ("postgres://x", "postgres://u:p@h/d"),
-    "long address": ("postgresql://x?sslmode=disable", "a@b:c"),
+    "addresses": ("postgres:x@h/d", "postgres://u:p@h/d"),
     "percent": ("100%41 %s", "%2F%"),
     "expansions": ("$HOME ${PATH} `id` \\", "${HOME}\\n$x"),
     "comment": ("# a #b", "pass #word"),
