@@ -6,10 +6,12 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import MakeProject
 from faults import CONTENTS, DUMP, HOLD, fake_call, let_go, paused, published, untouched
 from support import UNPRIVILEGED, Database, Project, finish, small_disk, wait_until
 
@@ -96,6 +98,95 @@ def test_limit_on_file_sizes(limit: int, standing: Project) -> None:
         result.failed_with(7, "Backup creation error")
     assert "ulimit -f" in result.stderr, result
     standing.back_up()
+
+
+# -- a disk that others live on -------------------------------------------------------------------
+
+MB = 1024 * 1024
+SHARED_MB = 512
+RESERVE = SHARED_MB * MB // 50  # 2 % of the disk, which is less than 256 MB
+
+
+def free_bytes(disk: Path) -> int:
+    space = os.statvfs(disk)
+    return space.f_bavail * space.f_frsize
+
+
+def allocate(path: Path, size: int) -> None:
+    """Make the file larger, all at once."""
+    with path.open("ab") as file:
+        os.posix_fallocate(file.fileno(), 0, file.tell() + size)
+
+
+# A pg_dump whose file grows by 8 MB at once, and not again before somebody has looked.
+STEP_MB = 8
+GROWING = f"""
+for word; do case "$word" in --file=*) file="${{word#--file=}}" ;; esac; done
+for step in $(seq 0 {STEP_MB} {SHARED_MB}); do
+    fallocate --offset "${{step}}MiB" --length {STEP_MB}MiB "$file" || exit 1
+    sleep 0.5
+done
+"""
+
+
+def test_reserve_is_left_to_whom_the_disk_is_shared_with(standing: Project) -> None:
+    fake_call(standing, *DUMP, GROWING)
+    with small_disk(f"size={SHARED_MB}m") as disk:
+        directory = with_backups(disk / "backups", standing)
+        allocate(disk / "theirs", free_bytes(disk) - 66 * MB)
+        before = published(directory)
+        process = standing.start("--output-dir", directory)
+        least, written = free_bytes(disk), 0
+        while process.poll() is None:
+            growth = sum(path.stat().st_size for path in partial_dumps(directory)) - written
+            if growth > 0:
+                written += growth
+                allocate(disk / "theirs", growth // 2)
+            if (least := min(least, free_bytes(disk))) < RESERVE:
+                process.kill()
+            time.sleep(0.01)
+        result = finish(process).failed_with(5, "Disk space error")
+        assert published(directory) == before
+    assert least < RESERVE + 30 * MB, result
+    assert f"{written // MB}.0 MB" in result.stderr, result  # how far it came
+    assert f"{earlier_size(standing) / 1024:.1f} KB" in result.stderr, result  # the last backup
+    assert f"{directory}: " in result.stderr, result
+
+
+def partial_dumps(directory: Path) -> list[Path]:
+    return [path for path in directory.glob(".*.dump.partial") if path.stat().st_blocks]
+
+
+def test_reserve_is_left_by_pg_dump_itself(make_project: MakeProject, database: Database) -> None:
+    """Of incompressible rows, by the slowest compression: it comes to some MB a second."""
+    database.psql(
+        "CREATE TABLE t AS SELECT sha512(i::text::bytea) FROM generate_series(1, 200000) i"
+    )
+    project = make_project(database, settings={"BACKUP_COMPRESS": "gzip:9"})
+    with small_disk(f"size={SHARED_MB}m") as disk:
+        allocate(disk / "theirs", free_bytes(disk) - RESERVE - 6 * MB)
+        process = project.start("--output-dir", disk / "backups")
+        least = free_bytes(disk)
+        while process.poll() is None:
+            least = min(least, free_bytes(disk))
+            time.sleep(0.01)
+        result = finish(process).failed_with(5, "Disk space error")
+        assert "No space left on device" not in result.stderr, result
+        assert [path.name for path in (disk / "backups").iterdir()] == [
+            f".{database.name}_dev.lock"
+        ]
+    assert least >= RESERVE * 3 // 4, result  # a look may come late on a busy machine
+
+
+def test_reserve_is_part_of_the_need(standing: Project) -> None:
+    fake_call(standing, *DUMP, "touch $HOME/called")
+    with small_disk(f"size={SHARED_MB}m") as disk:
+        directory = with_backups(disk / "backups", standing)
+        allocate(disk / "theirs", free_bytes(disk) - RESERVE)
+        before = published(directory)
+        standing.run("--output-dir", directory).failed_with(5, "Disk space error")
+        assert published(directory) == before
+    assert not (standing.directory / "home" / "called").exists()
 
 
 # -- directories ----------------------------------------------------------------------------------
