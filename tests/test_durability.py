@@ -1,14 +1,21 @@
-"""What a power cut, and another user of the machine, would find: by the system calls of a run."""
+"""What a power cut, and another user of the machine, would find: by the system calls of a run.
+
+And what a run makes of a file system that answers some of these calls as few do.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
+import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import STRACE, published, untouched
-from support import Project, Result, metadata_path, program
+from faults import DUMP, HOLD, STRACE, fake_call, let_go, paused, published, untouched
+from support import Database, Project, Result, finish, metadata_path, program, wait_until
 
 # strace is one of Debian's packages.
 pytestmark = pytest.mark.servers(15)
@@ -88,6 +95,14 @@ def test_files_are_private_from_their_first_byte(calls: list[str]) -> None:
     assert not [call for call in ours if "chmod" in call]
 
 
+def test_dump_is_synced_by_a_descriptor_that_may_write(calls: list[str]) -> None:
+    """CIFS refuses it to any other."""
+    synced = position(calls, r"fsync\(\d+<.*\.dump\.partial>")
+    opened = [call for call in calls[:synced] if re.search(r'open.*\.dump\.partial"', call)]
+    assert opened
+    assert not [call for call in opened if "O_RDONLY" in call]
+
+
 # -- what fails while the names are given ---------------------------------------------------------
 
 
@@ -121,16 +136,81 @@ def test_rename_that_fails_publishes_nothing(standing: Project) -> None:
     assert new == {dump.name, metadata_path(dump).name}
 
 
-def test_directory_that_is_not_synced_shows_no_metadata_alone(standing: Project) -> None:
-    """Once for the metadata's name, once for the dump's: then the backup is there, and whole."""
-    calls = ("-P", str(standing.backups), "-e")
-    with untouched(standing):
-        result = run_with_fault(standing, *calls, "inject=fsync:error=EIO:when=1")
-        assert "Input/output error" in result.failed_with(7, "Backup creation error").stderr
+# -- file systems without a convenience: NFS, CIFS, FUSE, FAT -------------------------------------
+
+
+def injecting(call: str, what: str, *options: str) -> tuple[str, ...]:
+    """A prefix for a command one of whose system calls is answered otherwise."""
+    strace = (program("strace", "strace"), "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null")
+    return (*strace, *options, "-e", f"trace={call}", "-e", f"inject={call}:{what}")
+
+
+@contextlib.contextmanager
+def failing(process: subprocess.Popen[bytes], call: str, path: Path, error: str) -> Iterator[None]:
+    """The same for a process that runs, and its calls about one file."""
+    strace = program("strace", "strace")
+    options = ("-f", "-p", str(process.pid), "-P", str(path), "-o", "/dev/null")
+    inject = ("-e", f"trace={call}", "-e", f"inject={call}:error={error}")
+    with subprocess.Popen([strace, *options, *inject], stderr=subprocess.PIPE) as tracer:
+        assert tracer.stderr
+        assert b"attached" in tracer.stderr.readline()
+        yield
+        process.wait(60)
+        tracer.send_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("error", ["EACCES", "EPERM", "EBADF", "ENOSYS", "EINVAL", "EIO"])
+def test_directory_that_cannot_be_synced(error: str, standing: Project) -> None:
+    """The files can, and are whole: that it is worse than not to be able to is worth a word."""
     before = published(standing.backups)
-    result = run_with_fault(standing, *calls, "inject=fsync:error=EIO:when=2")
-    assert "Error: db/backups: Input/output error\n" in result.failed_with(7).stderr
-    (dump,) = (path for path in standing.dumps() if path.name not in before)
-    new = published(standing.backups).keys() - before.keys()
-    assert new == {dump.name, metadata_path(dump).name}
-    standing.run("--verify", dump).succeeded()
+    prefix = injecting("fsync", f"error={error}", "-P", str(standing.backups))
+    result = standing.run(prefix=prefix).succeeded()
+    assert published(standing.backups).items() > before.items()
+    if error == "EIO":
+        assert re.search(r"^Warning: .*Input/output error", result.stderr, re.MULTILINE), result
+        assert "db/backups" in result.stderr, result
+    else:
+        assert result.stderr == ""
+
+
+@pytest.mark.parametrize("kind", ["dump", "metadata.json"])
+def test_file_that_cannot_be_synced(
+    kind: str, standing: Project, standing_database: Database
+) -> None:
+    fake_call(standing, *DUMP, HOLD)
+    with untouched(standing):
+        process = standing.start()
+        wait_until(lambda: paused(standing))
+        (path,) = standing.backups.glob(f".{standing_database.name}_dev_2*Z.{kind}.partial")
+        with failing(process, "fsync", path, "EIO"):
+            let_go(standing)
+        result = finish(process).failed_with(7, "Backup creation error")
+    assert f"{path.name}: Input/output error" in result.stderr, result
+
+
+@pytest.mark.parametrize("error", ["ENOLCK", "EOPNOTSUPP"])
+def test_mount_without_locks(error: str, standing: Project, standing_database: Database) -> None:
+    with untouched(standing):
+        result = standing.run(prefix=injecting("flock", f"error={error}"))
+        result.failed_with(4, "Permission error")
+    assert f".{standing_database.name}_dev.lock" in result.stderr, result
+    assert "no locks" in result.stderr, result
+    assert "--output-dir" in result.stderr, result
+
+
+@pytest.mark.parametrize(
+    "answer", ["error=ENOSYS", f"poke_exit=@arg2={'00' * 64}"], ids=["refused", "0 blocks"]
+)
+def test_free_space_that_is_not_known_is_not_checked(answer: str, standing: Project) -> None:
+    standing.run(prefix=injecting("/^f?statfs$", answer)).succeeded()
+
+
+def test_file_system_that_ends_a_file_at_4_gb(standing: Project) -> None:
+    """FAT32 does, by an error that few know."""
+    words = "pg_dump: error: could not write to output file: File too large"
+    fake_call(standing, *DUMP, f"echo '{words}' >&2; exit 1")
+    with untouched(standing):
+        result = standing.run().failed_with(7, "Backup creation error")
+    assert words in result.stderr, result
+    assert "FAT" in result.stderr, result
+    assert "4 GB" in result.stderr, result
