@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
+from pathlib import Path
 
 import pytest
 from faults import (
@@ -23,7 +25,9 @@ from faults import (
     paused,
     processes_of,
     published,
+    sessions_on,
     strike,
+    transaction,
     untouched,
 )
 from support import Database, Project, Terminal, finish, wait_until
@@ -36,6 +40,39 @@ def test_signal_ends_the_run(phase: str, standing: Project, standing_database: D
             strike(process, number)
             assert_nothing_runs(standing, standing_database)
     standing.back_up()
+
+
+@pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGXCPU])
+def test_signal_that_dumps_core_ends_the_run_like_any_other(
+    number: signal.Signals, standing: Project, standing_database: Database
+) -> None:
+    """Ctrl-\\ and `ulimit -t`. A core would hold the password, so there is none."""
+    with untouched(standing), dumping(standing, standing_database) as process:
+        resource.prlimit(process.pid, resource.RLIMIT_CORE, (resource.RLIM_INFINITY,) * 2)
+        strike(process, number)
+        assert_nothing_runs(standing, standing_database)
+    assert not list(standing.directory.glob("core*"))
+
+
+def test_signal_ends_the_first_process_of_a_container(
+    standing: Project, standing_database: Database
+) -> None:
+    """The kernel keeps from it every signal that it has no handler for: it cannot die of one."""
+    prefix = ("unshare", "--pid", "--fork", *(() if os.geteuid() == 0 else ("--map-root-user",)))
+    with (
+        untouched(standing),
+        transaction(standing_database, "REFRESH MATERIALIZED VIEW statistics"),
+    ):
+        for number in TERMINATING:
+            process = standing.start(prefix=prefix)
+            in_dump = "application_name <> 'backup_db' AND wait_event_type = 'Lock'"
+            wait_until(lambda in_dump=in_dump: sessions_on(standing_database, in_dump))
+            tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            os.kill(int(tasks.read_text()), number)
+            result = finish(process, GONE_SECONDS)
+            assert result.returncode == 128 + number, result
+            assert (result.stdout, result.stderr) == ("", STOPPED.format(number.name))
+            assert_nothing_runs(standing, standing_database)
 
 
 @pytest.mark.servers(15)

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from faults import CONTENTS, DUMP, TABLE_OF_CONTENTS, fake_call, untouched
-from support import Project
+from faults import (
+    CONTENTS,
+    DUMP,
+    HOLD,
+    TABLE_OF_CONTENTS,
+    fake_call,
+    let_go,
+    paused,
+    untouched,
+)
+from support import Project, finish, wait_until
 
 TOOLS = ("pg_dump", "pg_restore")
 VERSION = "--version"
@@ -125,3 +136,95 @@ def test_program_that_talks_without_end_does_not_fill_the_memory(standing: Proje
         result = standing.run(prefix=["prlimit", "--as=400000000"]).failed_with(7)
     assert result.stderr.count("x") < 70_000
     assert "end\n" in result.stderr
+
+
+# -- what pg_dump says of the file that it writes -------------------------------------------------
+
+# All that it can say (15 to 18), then what the system said, and the exit code that it comes to.
+OWN_FILE = [
+    ("could not open output file {}", "Disk quota exceeded", 5),
+    ("could not open output file {}", "Permission denied", 4),
+    ("could not write to output file", "Input/output error", 7),
+    ("could not write to file", "No space left on device", 5),
+    ("could not close archive file", "Disk quota exceeded", 5),
+    ("could not close output file", "Input/output error", 7),
+    ("could not close file", "No space left on device", 5),
+    ("could not set seek position in archive file", "Illegal seek", 7),
+    ("could not determine seek position in archive file", "Stale file handle", 7),
+]
+FILE = 'for word; do case "$word" in --file=*) file="${word#--file=}" ;; esac; done'
+
+NO_SUCH_FILE = (
+    'echo "pg_dump: error: could not open output file \\"$file\\": No such file or directory" >&2;'
+    " exit 1"
+)
+
+
+@pytest.mark.parametrize(("words", "reason", "code"), OWN_FILE)
+def test_failure_at_its_own_file_is_one_of_this_directory(
+    words: str, reason: str, code: int, standing: Project
+) -> None:
+    said = f"pg_dump: error: {words}: {reason}".format('\\"$file\\"')
+    fake_call(standing, *DUMP, f'{FILE}; echo x >"$file"; echo "{said}" >&2; exit 1')
+    with untouched(standing):
+        result = standing.run().failed_with(code)
+    assert words.partition(" {}")[0] in result.stderr, result
+    assert reason in result.stderr, result
+    steps = result.stderr.partition("Troubleshooting:")[2]
+    assert str(standing.backups) in steps or "db/backups" in steps, result
+    assert "server's log" not in result.stderr, result
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        'echo elsewhere >"$HOME/elsewhere"; exit 0',
+        f"{FILE}; {NO_SUCH_FILE}",
+    ],
+    ids=["elsewhere", "no such descriptor"],
+)
+def test_wrapper_that_writes_elsewhere(script: str, standing: Project) -> None:
+    """`docker exec … pg_dump "$@"`, or one by ssh: there our file is not."""
+    fake_call(standing, *DUMP, script)
+    with untouched(standing):
+        result = standing.run().failed_with(6, "Tool error")
+    assert str(standing.fakes / "pg_dump") in result.stderr, result
+    assert "wrapper" in result.stderr, result
+
+
+# -- what a program leaves behind -----------------------------------------------------------------
+
+
+def test_late_words_of_a_programs_child_go_nowhere(standing: Project) -> None:
+    """A wrapper's child that outlives it has its stderr, and writes there when nobody listens."""
+    late = '(until [ -e "$HOME/late" ]; do sleep 0.05; done; echo late >&2; touch "$HOME/said")'
+    fake_call(standing, *DUMP, f'{late} & exec "$real" "$@"')
+    fake_call(standing, *CONTENTS, HOLD)
+    process = standing.start()
+    wait_until(lambda: paused(standing))
+    (standing.directory / "home" / "late").touch()
+    wait_until((standing.directory / "home" / "said").exists)
+    let_go(standing)
+    result = finish(process).succeeded()
+    assert result.stderr == ""
+
+
+def test_descriptors_are_given_back(standing: Project) -> None:
+    """Those of a pg_dump that is started again, and of programs that are asked for a version."""
+    standing.rewrite({"LOCK_RETRY_SECONDS": 0.1})
+    fake_call(
+        standing,
+        *DUMP,
+        'echo x >>"$HOME/tries"; [ $(wc -l <"$HOME/tries") -lt 3 ] && exit 1; exec "$real" "$@"',
+    )
+    fake_call(standing, *CONTENTS, HOLD)
+    process = standing.start()
+    wait_until(lambda: paused(standing))
+    open_pipes = [
+        link
+        for link in Path(f"/proc/{process.pid}/fd").iterdir()
+        if int(link.name) > 2 and str(link.readlink()).startswith("pipe:")
+    ]
+    let_go(standing)
+    finish(process).succeeded()
+    assert len(open_pipes) <= 2, open_pipes  # pg_restore's output and its words
