@@ -1,16 +1,19 @@
-"""The password is shown to nobody but the server."""
+"""Passwords, ours and other people's, are shown to nobody but the server."""
 
 from __future__ import annotations
 
+import re
 import string
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from cluster import Cluster
 from conftest import MakeProject
-from support import Database, Project, finish
+from faults import transaction, untouched
+from support import Database, Project, Terminal, finish, metadata_path, wait_until
 
 # Every printable character of ASCII, controls, other scripts; and in front what shells, .env
 # files, URLs and libpq's connection strings take for their own.
@@ -106,3 +109,208 @@ def test_programs_get_no_setting_that_is_not_theirs(
     names = {line.partition("=")[0] for line in told.splitlines()}
     assert {name for name in names if "DB_" in name} == set()
     assert {name for name in names if name.startswith("PG")} == {"PGHOST", "PGPORT"}
+
+
+# -- a password in the wrong place ----------------------------------------------------------------
+
+# What people paste there: libpq would take it for an address, and show all of it in an error.
+PASTED = (
+    "postgres://keeper:s3cret@localhost:5432/chat",
+    "host=localhost password=s3cret dbname=chat",
+    "password='s3cret'",
+)
+
+
+@pytest.mark.parametrize(
+    "variable",
+    ["DEV_DB_NAME", "DEV_DB_HOST", "DEV_DB_USER", "DEV_DB_PORT", "DB_NAME", "DB_HOST", "DB_PORT"],
+)
+def test_address_with_a_password_in_it_is_not_shown(
+    variable: str, standing_database: Database, make_project: MakeProject
+) -> None:
+    for pasted in PASTED:
+        settings = standing_database.settings(prefix=variable.partition("DB_")[0])
+        settings[variable] = pasted
+        project = make_project(settings=settings)
+        result = project.run().failed_with(2, "Configuration error")
+        assert re.search(rf"\b{variable}\b", result.stderr), result
+        (project.directory / ".env.local").unlink()
+        files = [path for path in project.directory.rglob("*") if "fakes" not in str(path)]
+        texts = [path.read_text(errors="replace") for path in files if path.is_file()]
+        for text in (result.stdout, result.stderr, *map(str, files), *texts):
+            assert "s3cret" not in text, text
+        assert not project.backups.exists()
+
+
+# -- what another session does --------------------------------------------------------------------
+
+# What it may be seen to do, and all that it says.
+OTHERS = {
+    "": "/* s3cret */ SELECT 1",
+    "ALTER ROLE": "ALTER ROLE chat PASSWORD 's3cret'",
+    "SELECT": "SELECT'1' AS s3cret",
+    "COMMENT ON": "COMMENT ON TABLE messages IS E's3cret'",
+    "DO": "DO 'BEGIN PERFORM $$s3cret$$; END'",
+    "SET": "SET search_path='s3cret'",
+}
+
+
+def test_session_in_the_way_is_shown_by_its_first_words(
+    standing: Project, standing_database: Database
+) -> None:
+    """In the progress line: a terminal, too, is seen by others."""
+    standing.rewrite({"LOCK_RETRY_SECONDS": 0.1, "LOCK_TIMEOUT_MS": 50, "REDRAW_SECONDS": 0})
+    with (
+        transaction(standing_database, "LOCK TABLE messages IN ACCESS EXCLUSIVE MODE") as run,
+        Terminal(standing, columns=300) as terminal,
+    ):
+
+        def shows(words: str) -> bool:
+            return any("Waiting: " in line and words in line for line in terminal.progress[-2:])
+
+        for words, statement in OTHERS.items():
+            run(f"{statement} \\g /dev/null")
+            about = f"(postgres, migration: {words}" if words else ""
+            wait_until(partial(shows, about))
+        assert "s3cret" not in terminal.shown
+
+
+@pytest.mark.parametrize(
+    "lock", ["LOCK TABLE messages IN ACCESS EXCLUSIVE MODE", "REFRESH MATERIALIZED VIEW statistics"]
+)
+def test_session_that_was_waited_for_too_long_is_shown_so_too(
+    lock: str, standing: Project, standing_database: Database
+) -> None:
+    standing.rewrite({"STALL_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.1})
+    with untouched(standing), transaction(standing_database, lock) as run:
+        run("ALTER ROLE chat PASSWORD 's3cret'")
+        result = standing.run().failed_with(7, "Backup creation error")
+    assert "(postgres, migration: ALTER ROLE" in result.stderr, result
+    assert "s3cret" not in result.stderr, result
+    assert "PASSWORD" not in result.stderr, result
+
+
+# -- what a terminal would obey -------------------------------------------------------------------
+
+# It sets the title of a window, erases the line, and colours what follows, in 7 bits and in 8.
+ESCAPES = "x\x1b]0;owned\x07\x1b[2K\x08\x9b31m"
+
+
+def is_harmless(shown: str) -> bool:
+    """Nothing but text and lines, and what the progress line is made of."""
+    return re.sub(r"\r|\x1b\[K|\n", "", shown).isprintable()
+
+
+@pytest.fixture
+def escaping(
+    cluster: Cluster, make_project: MakeProject
+) -> Iterator[tuple[Project, Database, dict[str, str]]]:
+    """A database all of whose names are escape sequences, a project that leads to it as a role of
+    such a name, and the settings."""
+    name = identifier(ESCAPES)
+    cluster.create_database(ESCAPES)
+    database = Database(cluster, ESCAPES)
+    try:
+        database.psql(
+            f"""CREATE ROLE {name} LOGIN SUPERUSER PASSWORD 'x'; CREATE SCHEMA {name};
+            CREATE TABLE {name}.{name} ({name} text); INSERT INTO {name}.{name} VALUES ('x');
+            CREATE TABLE {name} (x int); ALTER TABLE {name} OWNER TO {name};
+            CREATE MATERIALIZED VIEW statistics AS SELECT 1;
+            CREATE EXTENSION IF NOT EXISTS plpgsql;
+            COMMENT ON EXTENSION plpgsql IS {literal(ESCAPES)};
+            COMMENT ON DATABASE {name} IS {literal(ESCAPES)};
+            CREATE FOREIGN DATA WRAPPER {name}; CREATE SERVER {name} FOREIGN DATA WRAPPER {name};
+            CREATE FOREIGN TABLE {name}."{"f" + ESCAPES}" (x int) SERVER {name};
+            SELECT lo_create(0)"""
+        )
+        settings = database.settings(ESCAPES, "x")
+        yield make_project(settings=settings), database, settings
+    finally:
+        cluster.drop_database(ESCAPES)
+        cluster.psql(f"DROP ROLE IF EXISTS {name}")
+
+
+def identifier(name: str) -> str:
+    return f'"{name}"'
+
+
+def literal(text: str) -> str:
+    return f"'{text}'"
+
+
+Escaping = tuple[Project, Database, dict[str, str]]
+
+
+def test_names_never_reach_a_terminal_as_they_are(escaping: Escaping) -> None:
+    """In what succeeds: creation with progress, verification, the list, whole and broken pairs."""
+    project, _, _ = escaping
+    project.rewrite({"REDRAW_SECONDS": 0, "TICK_SECONDS": 0.01})
+    directory = project.directory / ESCAPES
+    for _ in range(2):
+        with Terminal(project, "--output-dir", directory, columns=300) as terminal:
+            assert terminal.finish()[0] == 0, terminal.shown
+            assert terminal.progress
+            assert is_harmless(terminal.shown), ascii(terminal.shown)
+    broken, whole = sorted(directory.glob("*.dump"))
+    metadata_path(broken).write_text("{}")
+    (directory / f"{ESCAPES}.dump").touch()
+    for arguments in (("--verify", whole), ("--verify", broken), ("--list",)):
+        with Terminal(project, *arguments, "--output-dir", directory, columns=300) as terminal:
+            terminal.finish()
+            assert terminal.shown.count("owned") > 1, terminal.shown
+            assert is_harmless(terminal.shown), ascii(terminal.shown)
+
+
+# What a setting, an argument or a role does to a run that fails; as a superuser, where not said.
+FAILURES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "database": ({"DEV_DB_NAME": f"no{ESCAPES}"}, ()),
+    "host": ({"DEV_DB_HOST": ESCAPES}, ()),
+    "port": ({"DEV_DB_PORT": ESCAPES}, ()),
+    "user": ({"DEV_DB_USER": f"no{ESCAPES}"}, ()),
+    "password": ({"DEV_DB_PASSWORD": ESCAPES}, ()),
+    "mode": ({"ENV_MODE": ESCAPES}, ()),
+    "compression": ({"BACKUP_COMPRESS": ESCAPES}, ()),
+    "keep": ({"BACKUP_KEEP": ESCAPES}, ()),
+    "timeout": ({"PGCONNECT_TIMEOUT": ESCAPES}, ()),
+    "TLS": ({"PGSSLMODE": ESCAPES}, ()),
+    "certificate": ({"PGSSLMODE": "verify-full", "PGSSLROOTCERT": f"/{ESCAPES}"}, ()),
+    "no file": ({}, ("--verify", f"/{ESCAPES}.dump")),
+    "no directory": ({}, ("--list", "--output-dir", f"/{ESCAPES}")),
+    "no place": ({}, ("--output-dir", f"/dev/null/{ESCAPES}")),
+    "no home": ({}, ("--output-dir", f"~{ESCAPES}")),
+    "environment": ({}, ("--env", ESCAPES)),
+    "argument": ({}, (ESCAPES,)),
+    "option": ({}, (f"--{ESCAPES}",)),
+}
+
+
+def test_names_in_failures_never_reach_a_terminal_as_they_are(escaping: Escaping) -> None:
+    project, _, settings = escaping
+    raw = []
+    for what, (changed, arguments) in FAILURES.items():
+        project.configure({**settings, **changed})
+        result = project.run(*arguments)
+        assert result.returncode, f"{what}: {result}"
+        assert "Traceback" not in result.stderr, f"{what}: {result}"
+        if not is_harmless(result.stdout + result.stderr):
+            raw.append(what)
+    assert not raw
+
+
+def test_names_in_failures_of_the_database_are_harmless_too(escaping: Escaping) -> None:
+    """What may not be read, and what is in the way."""
+    project, database, _ = escaping
+    name = identifier(ESCAPES)
+    project.rewrite({"STALL_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.1, "REDRAW_SECONDS": 0})
+    for lock in (f"LOCK TABLE {name}.{name}", "REFRESH MATERIALIZED VIEW statistics"):
+        with transaction(database, f"SET ROLE {name}; {lock}") as run:
+            run(f"SET application_name = {literal(ESCAPES)}; COMMENT ON TABLE {name} IS 'x'")
+            with Terminal(project, columns=300) as terminal:
+                assert terminal.finish()[0] == 7, terminal.shown
+                assert "Waiting: " in terminal.shown
+                assert is_harmless(terminal.shown), ascii(terminal.shown)
+    database.psql(f"ALTER ROLE {name} NOSUPERUSER; ALTER TABLE {name} OWNER TO postgres")
+    database.psql(f"ALTER TABLE {name} ENABLE ROW LEVEL SECURITY; GRANT SELECT ON {name} TO PUBLIC")
+    result = project.run().failed_with(4, "Permission error")
+    assert result.stderr.count("owned") > 1, result
+    assert is_harmless(result.stderr), ascii(result.stderr)
