@@ -92,7 +92,9 @@ def backend_of(database: Database, application_name: str) -> int:
 
 
 @contextlib.contextmanager
-def transaction(database: Database, sql: str) -> Iterator[Callable[[str], None]]:
+def transaction(
+    database: Database, sql: str, user: str = "postgres"
+) -> Iterator[Callable[[str], None]]:
     """A session that has run `sql` and not committed it, nor ever does.
 
     It yields a function that runs more in it, and fails where the server refuses.
@@ -103,7 +105,7 @@ def transaction(database: Database, sql: str) -> Iterator[Callable[[str], None]]
         env={
             "PGHOST": str(cluster.directory),
             "PGPORT": str(cluster.port),
-            "PGUSER": "postgres",
+            "PGUSER": user,
             "PGDATABASE": database.name,
             "PGAPPNAME": "migration",
         },

@@ -19,7 +19,7 @@ from cluster import Cluster
 from conftest import MakeProject
 from environment import PROJECT
 from sample import DATABASE
-from support import Database, Project, Result, contents_of, finish, read_metadata
+from support import MOUNTING, Database, Project, Result, contents_of, finish, read_metadata
 
 import backup_db
 
@@ -801,3 +801,34 @@ def test_nothing_newer_than_python_3_10_is_used() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+# -- how the interpreter is started, and where ----------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["-I", "-P", "PYTHONSAFEPATH"])
+def test_interpreter_that_leaves_out_the_scripts_folder(option: str, project: Project) -> None:
+    """It does not put the folder into sys.path, where brain_core is."""
+    if option == "PYTHONSAFEPATH":
+        project.run(env={option: "1"}).succeeded()
+        return
+    if option == "-P" and sys.version_info < (3, 11):
+        return  # it came with 3.11
+    isolate = f'exec "$0" {option} "$@"'
+    project.run(prefix=("sh", "-c", isolate)).succeeded()
+    project.run("--list", prefix=("sh", "-c", isolate)).succeeded()
+
+
+def test_only_the_output_directory_can_be_written(project: Project) -> None:
+    """As in a container with a read-only root: there is no place for temporary files."""
+    project.backups.mkdir(parents=True)
+    freeze = """
+    mount --bind "$0" "$0" && mount -o remount,bind,ro / &&
+    for place in /tmp /var /var/tmp /dev/shm; do
+        if mountpoint -q $place; then mount -o remount,bind,ro $place || exit 1; fi
+    done
+    touch "$HOME/frozen" 2>/dev/null && exit 99
+    exec "$@"
+    """
+    project.run(prefix=(*MOUNTING, "sh", "-c", freeze, str(project.backups))).succeeded()
+    assert len(project.dumps()) == 1

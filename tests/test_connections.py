@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +11,9 @@ import pytest
 import trustme
 from cluster import Cluster
 from conftest import MakeProject
+from faults import DUMP, fake_call, paused
 from sample import PASSWORD, USER
-from support import Database, assert_restores, new_database, read_metadata
+from support import Database, assert_restores, finish, new_database, read_metadata, wait_until
 
 
 @pytest.fixture
@@ -109,36 +110,58 @@ def test_variable_that_would_override_the_settings_is_ignored(
     assert_restores(dump, sample_database)
 
 
+@pytest.fixture(scope="module")
+def standby(cluster: Cluster) -> Iterator[Cluster]:
+    """A hot standby of the server that the tests have, with no patience for its readers."""
+    follower = Cluster(cluster.bin_dir)
+    follower.follow(cluster)
+    follower.configure({"max_standby_streaming_delay": "0"})
+    with follower:
+        yield follower
+
+
+def arrived(standby: Cluster, cluster: Cluster) -> None:
+    """Wait until the standby has all that the server has."""
+    there = cluster.psql("SELECT pg_current_wal_lsn()")
+    wait_until(lambda: standby.psql(f"SELECT pg_last_wal_replay_lsn() >= '{there}'") == "t")
+
+
 def test_hot_standby(
-    cluster: Cluster, sample_database: Database, make_project: MakeProject
+    standby: Cluster, cluster: Cluster, sample_database: Database, make_project: MakeProject
 ) -> None:
     sample_database.psql("CREATE UNLOGGED TABLE scratch (x int); INSERT INTO scratch VALUES (1)")
-    standby = Cluster(cluster.bin_dir)
-    standby.password = cluster.password
-    owner = standby.data_dir.stat()
-    shutil.rmtree(standby.data_dir)
-    cluster.run(
-        "pg_basebackup",
-        f"--pgdata={standby.data_dir}",
-        "--write-recovery-conf",
-        "--checkpoint=fast",
-    )
-    for path in (standby.data_dir, *standby.data_dir.rglob("*")):
-        os.chown(path, owner.st_uid, owner.st_gid)
-    standby.configure(
-        {"port": str(standby.port), "unix_socket_directories": str(standby.directory)}
-    )
-    with standby:
-        on_standby = Database(standby, sample_database.name)
-        assert on_standby.psql("SELECT pg_is_in_recovery()") == "t"
-        project = make_project(on_standby)
-        dump = project.back_up()
-        metadata = read_metadata(dump)
-        assert metadata["not_included"] == [
-            "data of unlogged tables, which a standby does not have (scratch)"
-        ]
-        sample_database.psql("TRUNCATE scratch")
-        assert_restores(dump, sample_database)
+    arrived(standby, cluster)
+    on_standby = Database(standby, sample_database.name)
+    assert on_standby.psql("SELECT pg_is_in_recovery()") == "t"
+    dump = make_project(on_standby).back_up()
+    metadata = read_metadata(dump)
+    assert metadata["not_included"] == [
+        "data of unlogged tables, which a standby does not have (scratch)"
+    ]
+    sample_database.psql("TRUNCATE scratch")
+    assert_restores(dump, sample_database)
+
+
+def test_standby_that_ends_its_readers(
+    standby: Cluster,
+    cluster: Cluster,
+    sample_database: Database,
+    make_project: MakeProject,
+) -> None:
+    """The server has removed rows that the backup's snapshot still sees."""
+    arrived(standby, cluster)
+    project = make_project(Database(standby, sample_database.name))
+    # What a retry cannot mend: the dump is written, and pg_dump not yet gone.
+    fake_call(project, *DUMP, '"$real" "$@"; touch "$HOME/paused"; exec sleep 100')
+    process = project.start()
+    wait_until(lambda: paused(project))
+    sample_database.psql("DELETE FROM messages")
+    sample_database.psql("VACUUM messages")
+    result = finish(process).failed_with(7, "Backup creation error")
+    assert "conflict with recovery" in result.stderr, result
+    for setting in ("max_standby_streaming_delay", "hot_standby_feedback"):
+        assert setting in result.stderr, result
+    assert not project.dumps()
 
 
 # -- TLS ------------------------------------------------------------------------------------------
@@ -176,6 +199,18 @@ def test_server_that_cannot_be_verified(
     ):
         result = make_project(settings={**way, **settings}).run()
         assert words in result.failed_with(3, "Database connection error").stderr
+
+
+def test_certificates_of_the_system_are_not_those_of_psycopg2(
+    tls_cluster: Cluster, make_project: MakeProject
+) -> None:
+    """The OpenSSL inside its wheel has its own idea of where they are; pg_dump finds them."""
+    way = {**Database(tls_cluster, "postgres").settings(), "PGSSLMODE": "verify-full"}
+    result = make_project(settings={**way, "PGSSLROOTCERT": "system"}).run()
+    result.failed_with(3, "Database connection error")
+    steps = result.stderr.partition("Troubleshooting:")[2]
+    assert "SSL_CERT_FILE" in steps, result
+    assert re.search(r"PGSSLROOTCERT=/\S+", steps), result
 
 
 # -- names and passwords of every kind ------------------------------------------------------------

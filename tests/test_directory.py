@@ -358,6 +358,9 @@ def test_files_that_may_not_be_read(standing: Project, damaged: Path) -> None:
         listed = standing.run("--list", prefix=UNPRIVILEGED).succeeded()
         assert ("✗ Not readable" in listed.stdout) == (path != damaged), listed
         path.chmod(0o600)
+    standing.backups.chmod(0o400)  # its names may be read, and nothing behind them
+    listed = standing.run("--list", prefix=UNPRIVILEGED).succeeded()
+    assert "✗ Not readable" in listed.stdout, listed
 
 
 def test_thousands_of_strangers_are_no_matter(standing: Project) -> None:

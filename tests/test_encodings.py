@@ -15,6 +15,7 @@ import psycopg2
 import pytest
 from cluster import Cluster, installation
 from conftest import MakeProject
+from faults import transaction
 from support import (
     Database,
     assert_restores,
@@ -68,6 +69,121 @@ def test_names_are_text_in_the_metadata(cluster: Cluster, make_project: MakeProj
         dump = make_project(database).back_up()
         metadata = read_metadata(dump)
         assert metadata["table_counts"] == {'"日本語"': 0}
+
+
+# -- names in an encoding that is not the database's ----------------------------------------------
+
+# As the operating system passes the bytes of Latin-1. Roles and databases are shared by all
+# databases of a server, whatever encoding these have.
+MUELLER, BAER = (os.fsdecode(name.encode("latin-1")) for name in ("müller", "bär"))
+IN_LATIN = ("--template=template0", "--encoding=LATIN1")
+
+
+@pytest.fixture
+def latin(cluster: Cluster) -> Iterator[Database]:
+    """A database of Latin-1, and a superuser who was named there."""
+    with new_database(cluster, *IN_LATIN) as database:
+        database.psql(f'SET client_encoding = LATIN1; CREATE ROLE "{MUELLER}" LOGIN SUPERUSER')
+        yield database
+        database.psql(f'SET client_encoding = LATIN1; DROP ROLE "{MUELLER}"')
+
+
+@pytest.mark.usefixtures("latin")
+def test_role_whose_name_is_no_utf_8(cluster: Cluster, make_project: MakeProject) -> None:
+    """It owns a table; and it is named where a session of it is in the way."""
+    with new_database(cluster) as database:
+        database.psql("CREATE TABLE own AS SELECT 1 AS x", user=MUELLER)
+        project = make_project(database, constants={"STALL_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.1})
+        dump = project.back_up()
+        roles = read_metadata(dump)["roles"]
+        assert any(re.fullmatch(r"m.{1,6}ller", role) for role in roles), roles
+        assert "✓ Match (1 row in 1 table)" in project.run("--verify", dump).succeeded().stdout
+        with transaction(database, "LOCK TABLE own", user=MUELLER):
+            result = project.run().failed_with(7, "Backup creation error")
+        assert re.search(r"session \d+ \(m.{1,6}ller, migration", result.stderr), result
+
+
+def test_extension_whose_name_is_no_utf_8(
+    latin: Database, cluster: Cluster, make_project: MakeProject
+) -> None:
+    with new_database(cluster) as database:
+        # No CREATE EXTENSION gives it one; a pg_upgrade or a dump restored by bytes can.
+        database.psql(
+            """SET allow_system_table_mods = on;
+            UPDATE pg_extension SET extname = r.rolname FROM pg_roles AS r
+             WHERE extname = 'plpgsql' AND r.rolname::text LIKE 'm%ller'"""
+        )
+        project = make_project(database)
+        extensions = read_metadata(project.back_up())["extensions"]
+        assert any(re.fullmatch(r"m.{1,6}ller", name) for name in extensions), extensions
+    assert latin.psql("SELECT 1") == "1"
+
+
+def test_database_whose_name_is_no_utf_8(
+    latin: Database, cluster: Cluster, make_project: MakeProject
+) -> None:
+    options = "ENCODING 'UTF8' TEMPLATE template0"
+    latin.psql(f'SET client_encoding = LATIN1; CREATE DATABASE "{BAER}" {options}')
+    try:
+        database = Database(cluster, BAER)
+        database.psql("CREATE TABLE t AS SELECT 1 AS x")
+        project = make_project(settings={**database.settings(), "DEV_DB_NAME": "ours"})
+        result = project.run(env={"DEV_DB_NAME": BAER}).succeeded()
+        assert re.search(r"^Database:    b.{1,6}r$", result.stdout, re.MULTILINE), result
+        (dump,) = project.dumps()
+        assert re.fullmatch(r"b.{1,6}r", read_metadata(dump)["database_name"])
+        assert read_metadata(dump)["table_counts"] == {"t": 1}
+        assert "✓ Verified" in project.run("--list").succeeded().stdout
+        project.run(env={"DEV_DB_NAME": BAER, "BACKUP_KEEP": "1"}).succeeded()
+        assert len(project.dumps()) == 1
+        assert not dump.exists()
+    finally:
+        latin.psql(f'SET client_encoding = LATIN1; DROP DATABASE "{BAER}"')
+
+
+def test_names_of_sql_ascii_are_read_as_utf_8_where_they_are(
+    cluster: Cluster, make_project: MakeProject
+) -> None:
+    """The server knows of no encoding there, but nearly every application has UTF-8."""
+    options = ("--template=template0", "--encoding=SQL_ASCII")
+    with new_database(cluster, *options) as database:
+        database.psql(
+            f"""SET client_encoding = SQL_ASCII; CREATE SCHEMA "größe";
+            CREATE TABLE "größe"."dépôt" AS SELECT 1 AS x;
+            CREATE TABLE "会話" (x int); CREATE TABLE "{BAER}" (x int)"""
+        )
+        project = make_project(database)
+        result = project.run().succeeded()
+        (dump,) = project.dumps()
+        counts = read_metadata(dump)["table_counts"]
+        assert list(counts)[:2] == ['"größe"."dépôt"', '"会話"']
+        assert re.fullmatch(r'"b.{1,6}r"', list(counts)[2]), counts
+        assert '1 "größe"."dépôt", 0 "会話"' in result.stdout, result
+        assert_restores(dump, database)
+
+
+# -- names that no file may have ------------------------------------------------------------------
+
+
+def test_database_whose_name_a_windows_born_mount_refuses(
+    cluster: Cluster, make_project: MakeProject
+) -> None:
+    """CIFS, NTFS and exFAT take none of these characters, or others in their place."""
+    name = r'a"b*c:d<e>f?g\h|i'
+    cluster.create_database(name)
+    try:
+        project = make_project(Database(cluster, name))
+        dump = project.back_up()
+        files = [path.name for path in project.backups.iterdir()]
+        assert not [file for file in files if set(file) & set('"*:<>?\\|')], files
+        assert re.fullmatch(r"a%22b%2Ac%3Ad%3Ce%3Ef%3Fg%5Ch%7Ci_dev_.*Z\.dump", dump.name)
+        assert read_metadata(dump)["database_name"] == name
+        assert f"  {name}  " in project.run("--list").succeeded().stdout
+        project.run("--verify", dump).succeeded()
+        project.run(env={"BACKUP_KEEP": "1"}).succeeded()
+        assert len(project.dumps()) == 1
+    finally:
+        cluster.drop_database(name)
 
 
 # -- settings of the role or the database that would break or bend a dump ------------------------
