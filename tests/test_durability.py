@@ -188,6 +188,26 @@ def test_file_that_cannot_be_synced(
     assert f"{path.name}: Input/output error" in result.stderr, result
 
 
+@pytest.mark.parametrize("call", ["/^ftruncate", "write"])
+def test_lock_that_cannot_be_written(
+    call: str, standing: Project, standing_database: Database
+) -> None:
+    lock = standing.backups / f".{standing_database.name}_dev.lock"
+    with untouched(standing):
+        result = standing.run(prefix=injecting(call, "error=EIO", "-P", str(lock)))
+        result.failed_with(7, "Backup creation error")
+    assert re.search(rf"^Error: .*{lock.name}: Input/output error$", result.stderr, re.MULTILINE)
+
+
+def test_file_that_cannot_be_renamed(standing: Project, standing_database: Database) -> None:
+    quiet = {"PYTHONDONTWRITEBYTECODE": "1"}  # Python renames these
+    with untouched(standing):
+        result = standing.run(prefix=injecting("/^rename", "error=EIO"), env=quiet)
+        result.failed_with(7, "Backup creation error")
+    error = rf"^Error: .*{standing_database.name}_dev_2.*: Input/output error"
+    assert re.search(error, result.stderr, re.MULTILINE), result
+
+
 @pytest.mark.parametrize("error", ["ENOLCK", "EOPNOTSUPP"])
 def test_mount_without_locks(error: str, standing: Project, standing_database: Database) -> None:
     with untouched(standing):
