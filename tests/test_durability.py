@@ -87,12 +87,16 @@ def test_files_are_private_from_their_first_byte(calls: list[str]) -> None:
     created = [call for call in ours if "O_CREAT" in call and "O_TRUNC" not in call]
     assert len(created) == 3, created  # the lock, the dump, the metadata
     assert all(call.partition(" = ")[0].endswith(", 0600)") for call in created), created
-    # Whatever writes to a file, pg_dump too, finds it there: it has got its name before.
-    claimed = {match.group(1) for call in ours if (match := re.search(r'rename.*, "(.*)"', call))}
-    written = [call.split('"')[1] for call in ours if "O_TRUNC" in call]
-    assert len(written) == 2, written
-    assert set(written) < claimed
     assert not [call for call in ours if "chmod" in call]
+
+
+def test_names_in_the_directory_are_not_trusted(calls: list[str]) -> None:
+    """What is made is new, what is there is no link, and no name is opened again to be written."""
+    created = [call for call in calls if "/new/er" in call and ", 0600)" in call]
+    assert all("O_NOFOLLOW" in call for call in created), created
+    assert all("O_EXCL" in call for call in created if ".partial" in call), created
+    written = [call for call in calls if "/new/er" in call and "O_TRUNC" in call]
+    assert all(call.split('"')[1].startswith("/dev/fd/") for call in written), written
 
 
 def test_dump_is_synced_by_a_descriptor_that_may_write(calls: list[str]) -> None:
