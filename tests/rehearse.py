@@ -431,7 +431,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     try:
-        _, metadata = backup_db.load_backup(dump)
+        metadata = backup_db.load_metadata(dump)
         try:
             bin_dir, tools = choose_server(metadata, dump)
         except RehearsalFailure:
