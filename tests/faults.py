@@ -313,8 +313,8 @@ def pausing(program: str, option: str) -> Phase:
 def between_the_renames(project: Project, _database: Database) -> Iterator[subprocess.Popen[bytes]]:
     """The metadata bears its name, the dump not yet: the kernel is slow to do it."""
     before = set(project.backups.glob("*.metadata.json"))
-    # Two renames for the name that is claimed, one for the metadata: the fourth is the dump's.
-    slow = "inject=/^rename:delay_enter=700000:when=4"
+    # One rename is the metadata's, the second the dump's.
+    slow = "inject=/^rename:delay_enter=700000:when=2"
     process = project.start(
         prefix=(program("strace", "strace"), *STRACE, "-e", "trace=/^rename", "-e", slow),
         env={"PYTHONDONTWRITEBYTECODE": "1"},  # Python renames these
