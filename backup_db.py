@@ -47,7 +47,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from brain_core.config import DatabaseConfig, Retention
@@ -3651,6 +3651,8 @@ def create_backup(
 
 def load_configuration(environment_option: str) -> DatabaseConfig:
     """The settings for `--env`, which from here on are this process's libpq settings too."""
+    if str(SCRIPT_DIR) not in sys.path:  # python3 -I, -P, PYTHONSAFEPATH
+        sys.path.append(str(SCRIPT_DIR))
     from brain_core.config import ConfigurationError, load_config, read_settings
 
     try:
@@ -3971,9 +3973,7 @@ def shrinkage_lines(report: CreationReport) -> list[str]:
 def failure_lines(headline: str, failure: Failure) -> list[str]:
     """`✗ Backup failed: …`, the tool's own words, and what to do."""
     lines = [f"✗ {headline}: {failure.code.category}", ""]
-    if (
-        failure.report
-    ):  # it is the verification that failed, and nothing else: as the contract has it
+    if failure.report:  # the verification itself has failed: as the contract has it
         lines = [f"✗ {headline}", "", *failure.report, ""]
     lines.append(f"Error: {failure.detail}")
     if failure.steps:
@@ -4004,9 +4004,17 @@ class Mode(NamedTuple):
     run: Callable[[Arguments, Progress], None]
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors repeat what was typed, but only as a terminal can show it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit 2."""
+        super().error(printable(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The contract's options, and nothing else."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="backup_db.py",
         usage="%(prog)s [--env ENV] [--output-dir DIR] [--verify FILE] [--list] [--help]",
         description=__doc__,

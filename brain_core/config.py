@@ -207,6 +207,8 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
         name = f"DB_{field_name.upper()}"
         found = settings.first(*dict.fromkeys([prefix + name, name]), *libpq_names)
         places[field_name] = settings.place(found[0] if found else prefix + name)
+        if found and field_name != "password":
+            _refuse_address(settings, *found)
         return found[1] if found else ""
 
     name_variable = f"{prefix}DB_NAME"
@@ -220,6 +222,7 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
             f"--env {'prod' if environment is Environment.DEV else 'dev'}",
         )
     name = settings.values[name_variable]
+    _refuse_address(settings, name_variable, name)
     places["compress"] = settings.place("BACKUP_COMPRESS")
     host = lookup("host", "PGHOST") or DEFAULT_HOST
     port = _parse_port(lookup("port", "PGPORT"), places["port"])
@@ -252,6 +255,17 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
         places=MappingProxyType(places),
         libpq=MappingProxyType(inherited | own),
     )
+
+
+def _refuse_address(settings: Settings, variable: str, value: str) -> None:
+    """A URL or a connection string where a name belongs is never shown: it has a password in it,
+    which libpq's words, a file name and the metadata would repeat."""
+    if "://" in value or "password=" in value:
+        raise ConfigurationError(
+            f"{variable} holds a URL or a connection string; it must be one name alone",
+            f"Put host, port, name, user and password each into a variable of its own, "
+            f"{settings.place(variable)}",
+        )
 
 
 def _parse_port(text: str, place: str) -> int:

@@ -122,7 +122,7 @@ def standby(cluster: Cluster) -> Iterator[Cluster]:
 
 def arrived(standby: Cluster, cluster: Cluster) -> None:
     """Wait until the standby has all that the server has."""
-    there = cluster.psql("SELECT pg_current_wal_lsn()")
+    there = cluster.psql("SELECT pg_current_wal_insert_lsn()")
     wait_until(lambda: standby.psql(f"SELECT pg_last_wal_replay_lsn() >= '{there}'") == "t")
 
 
