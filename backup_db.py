@@ -2450,10 +2450,7 @@ def one_line_identifier(name: str) -> str:
     quoted = '"' + name.replace('"', '""') + '"'
     if quoted.isprintable():
         return quoted
-    return "U&" + "".join(
-        character if character.isprintable() and character != "\\" else f"\\+{ord(character):06X}"
-        for character in quoted
-    )
+    return "U&" + re.sub(r"[^ -~]|\\", lambda found: f"\\+{ord(found.group()):06X}", quoted)
 
 
 def least_major(metadata: Metadata) -> int:
