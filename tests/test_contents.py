@@ -6,7 +6,6 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -263,7 +262,7 @@ def test_partitions_by_an_enum_are_backed_up(
 # -- what is hashed -------------------------------------------------------------------------------
 
 # Of the reads of the given files by the script itself, threads included: not those of its programs.
-STRACE = ("-D", "-qq", "-f", "-b", "execve", "-o", "/dev/null", "-e", "trace=read")
+STRACE = ("-D", "-qq", "-f", "-b", "execve", "-o", "/dev/null", "-e", "trace=/^preadv")
 
 
 @pytest.mark.servers(15)  # strace is one of Debian's packages
@@ -287,7 +286,7 @@ def test_bytes_that_are_not_hashed_are_missed(
     for second in range(60):  # the partial dump's name has a time that is not known before
         time = f"{now + timedelta(seconds=second):%Y-%m-%dT%H-%M-%SZ}"
         paths += ["-P", str(project.backups / f".{database.name}_dev_{time}.dump.partial")]
-    strace = (program("strace", "strace"), *STRACE, *paths, "-e", f"inject=read:{fault}")
+    strace = (program("strace", "strace"), *STRACE, *paths, "-e", f"inject=/^preadv:{fault}")
     result = project.run(prefix=strace).failed_with(8, "Verification error")
     assert words in result.stderr, result
     assert not [name for name in published(project.backups) if not name.endswith(".lock")]
@@ -310,24 +309,20 @@ def test_hash_and_contents_are_read_at_once(backup: Backup, make_project: MakePr
     """Each has begun before the other has ended."""
     project = make_project()
     fake_call(project, *CONTENTS, HOLD)
-    late = ("-P", str(backup.dump), "-e", "inject=read:delay_enter=30000000:when=1")
+    late = ("-P", str(backup.dump), "-e", "inject=/^preadv:delay_enter=30000000:when=1")
     strace = program("strace", "strace")
     process = project.start("--verify", backup.dump, prefix=(strace, *STRACE, *late))
 
-    def is_open() -> bool:
-        for file in Path(f"/proc/{process.pid}/fd").iterdir():
-            with suppress(FileNotFoundError):  # closed while we look
-                if file.readlink() == backup.dump:
-                    return True
-        return False
+    def threads() -> int:
+        return len(list(Path(f"/proc/{process.pid}/task").iterdir()))
 
     try:
         wait_until(lambda: paused(project), 20)
-        wait_until(is_open, 20)
+        wait_until(lambda: threads() == 3, 20)  # one reads pg_restore's stderr, one hashes
         status = Path(f"/proc/{process.pid}/status").read_text()
         tracer = int(status.partition("TracerPid:")[2].split()[0])
         os.kill(tracer, signal.SIGKILL)  # the read goes on
-        wait_until(lambda: not is_open(), 20)
+        wait_until(lambda: threads() == 2, 20)
     finally:
         let_go(project)
         result = finish(process)

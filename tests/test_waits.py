@@ -300,7 +300,7 @@ def test_lock_table_with_room_enough_is_not_refused(
 ) -> None:
     """Not the last place: some are for the catalogs that pg_dump reads."""
     with new_database(small_cluster) as database:
-        tables = lock_table_room(small_cluster) * 3 // 5
+        tables = lock_table_room(small_cluster) // 2
         make_tables(database, tables)
         dump = make_project(database).back_up()
         assert len(read_metadata(dump)["table_counts"]) == tables
