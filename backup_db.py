@@ -112,10 +112,8 @@ class ExitCode(enum.IntEnum):
     category: str
 
     def __new__(cls, code: int, category: str) -> ExitCode:
-        """A member is its code."""
         member = int.__new__(cls, code)
-        member._value_ = code
-        member.category = category
+        member._value_, member.category = code, category
         return member
 
     GENERAL = 1, "General error"
@@ -139,7 +137,6 @@ class Failure(Exception):
     def __init__(
         self, code: ExitCode, detail: str, *steps: str, report: Sequence[str] = ()
     ) -> None:
-        super().__init__(detail)
         self.code = code
         self.detail = detail
         self.steps = steps
@@ -157,7 +154,6 @@ class ServerError(Exception):
     """
 
     def __init__(self, text: str, sqlstate: str | None = None, lost: bool = False) -> None:
-        super().__init__(text)
         self.text = printable_lines(SEVERITY.sub(r"\1\2: ", text))
         self.sqlstate = sqlstate
         self.lost = lost
@@ -171,7 +167,6 @@ class DeadlockAhead(Exception):
     """Whoever blocks pg_dump waits too, and so may be waiting for us."""
 
     def __init__(self, blocker: Blocker) -> None:
-        super().__init__(str(blocker))
         self.blocker = blocker
 
 
@@ -183,12 +178,15 @@ class DumpFailed(Exception):
     """pg_dump ended without a dump: its exit status, and its own words."""
 
     def __init__(self, status: int, stderr_text: str) -> None:
-        super().__init__(stderr_text)
         self.status = status
         self.stderr_text = stderr_text
 
 
+# Every failure with steps of its own, in the order of their exit codes.
+
 AGAIN = "Run the backup again; earlier backups are untouched"
+CALM_HOUR = "Run the backup again, at an hour without migrations"
+SERVER_LOG = "See the server's log for the cause"
 
 
 def fill_steps(text: str, **values: str) -> list[str]:
@@ -197,17 +195,14 @@ def fill_steps(text: str, **values: str) -> list[str]:
     return [line.format_map(values) for line in text.strip().splitlines()]
 
 
-# 1: general
-
-
 def missing_package_failure(error: ImportError) -> Failure:
     """A run-time package is not installed, or does not load."""
     requirements = display_path(SCRIPT_DIR / "requirements.txt")
+    install = shell_words(sys.executable, "-m", "pip", "install", "-r", requirements)
     return Failure(
         ExitCode.GENERAL,
         f"a package is missing: {error} (python is {printable(sys.executable)})",
-        "Install what the script needs: "
-        + shell_words(sys.executable, "-m", "pip", "install", "-r", requirements),
+        f"Install what the script needs: {install}",
         "In cron, name the python that has it: /path/to/venv/bin/python3 backup_db.py",
     )
 
@@ -223,7 +218,7 @@ def held_failure(pid: str, started: str) -> Failure:
     )
 
 
-# 3: the connection. The first row whose words are in the error: libpq's own, which are never
+# The first row with one of its words (between |) in the error: libpq's own, which are never
 # translated, and the server's in the C locale. The first three are what its catalog tells.
 CONNECTION_REMEDIES = {
     "(missing)": """
@@ -232,55 +227,48 @@ Check database name {name_place}
 Create database if needed: createdb {database} {options}""",
     "(closed)": """
 The database does not allow connections; check its name {name_place}
-Or allow them, as its owner, in the database postgres: ALTER DATABASE {sql_database} \
-ALLOW_CONNECTIONS true;""",
+Or allow them, as its owner: ALTER DATABASE {sql_database} ALLOW_CONNECTIONS true;""",
     "User does not have CONNECT privilege.": """
 Grant it, as the owner of the database: GRANT CONNECT ON DATABASE {sql_database} TO {sql_user};
 Or back up as another role, set {user_place}""",
-    "no password supplied": """
-Set the password {password_place}
-Or add this line to ~/.pgpass, a file of mode 0600: {pgpass}""",
-    "password authentication failed": """
+    "no password supplied|password authentication failed": """
 Check the user {user_place}, and the password {password_place}
+Or keep the password in ~/.pgpass, a file of mode 0600: HOST:PORT:DATABASE:USER:PASSWORD
 Try both by hand: psql {options} -d {database}""",
     "eer authentication failed": """
 This socket lets a user in only as the role of the same name; set {user_place}
 Or connect by TCP with a password: set {host_place} to 127.0.0.1""",
-    "is not permitted to log in": """
-Let the role log in, as a superuser: ALTER ROLE {sql_user} LOGIN;
-Or back up as another role, set {user_place}""",
     "pg_hba.conf": """
 The server's pg_hba.conf does not let in this host, user and database: add a line there and reload
 Where it has a hostssl line for them: PGSSLMODE=require {libpq_place}""",
     "FATAL: role": """
 Check the user {user_place}
-Or create the role, as a superuser: CREATE ROLE {sql_user} LOGIN;""",
+Or, as a superuser, create the role or let it log in: CREATE or ALTER ROLE {sql_user} LOGIN;""",
     "SSL was required": """
 The server offers no TLS: see PGSSLMODE {libpq_place}
-Check the host {host_place}, and the port {port_place}""",
+Or it is another server: check the host {host_place}, and the port {port_place}""",
     "certificate verify failed": """
 Name the file of the certificate authority: PGSSLROOTCERT=/path/to/ca.crt {libpq_place}
 PGSSLROOTCERT=system needs SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt beside it""",
     "could not translate host name": """
 Check the host {host_place}
 See whether this machine knows it: getent hosts {host}""",
-    "Connection refused": """
-See whether the server answers: pg_isready {place_options}
+    "Connection refused|No such file or directory": """
+See whether the server answers: pg_isready {options}
 Check the host {host_place}, and the port {port_place}
 Start it, where it is on this machine: sudo systemctl start postgresql""",
-    "No such file or directory": """
-There is no such socket: check the host {host_place}, and the port {port_place}
-Start the server, where it is on this machine: sudo systemctl start postgresql""",
     "the database system is": """
-Wait until the server accepts connections: pg_isready {place_options}
+Wait until the server accepts connections: pg_isready {options}
 Run the backup again; earlier backups are untouched""",
-    "too many": """
+    "too many connections for": """
+A backup needs two connections at once, one of them for pg_dump
+Allow the role more: ALTER ROLE {sql_user} CONNECTION LIMIT 3;
+Or the database, where it has the limit: ALTER DATABASE {sql_database} CONNECTION LIMIT 10;""",
+    "too many|remaining connection slots": """
 See who is connected: psql {options} -d postgres -c 'SELECT usename, query FROM pg_stat_activity'
-Run the backup when there is room, or raise the limit that the error names""",
-    "remaining connection slots": """
-All connections are taken: run the backup when there is room, or raise max_connections""",
+Run the backup when there is room, or raise max_connections""",
     "": """
-See whether the server answers: pg_isready {place_options}
+See whether the server answers: pg_isready {options}
 Check the host {host_place}, and the port {port_place}
 Check the user {user_place}, and the password {password_place}
 Verify database exists: psql -l {options}
@@ -292,114 +280,67 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     """Why there is no connection. The cause is looked up in the catalog, where another database
     lets us in; the server's words are shown as they are, in whatever language."""
     # Where there was no answer in time, there is no other database to ask either.
-    known = "" if error.lost else look_up_database(config)
-    cause = next(words for words in CONNECTION_REMEDIES if words in (known or error.text))
-    user = config.user or current_user()
-    pgpass = (config.host, str(config.port), config.name, user, "PASSWORD")
+    text = ("" if error.lost else look_up_database(config)) or error.text
+    causes = CONNECTION_REMEDIES
+    cause = next(cause for cause in causes if any(words in text for words in cause.split("|")))
     steps = fill_steps(
-        CONNECTION_REMEDIES[cause],
+        causes[cause],
         **{f"{name}_place": place for name, place in config.places.items()},
         host=shell_words(config.host),
         database=shell_words(config.name),
         sql_database=sql_identifier(config.name),
-        sql_user=sql_identifier(user),
+        sql_user=sql_identifier(config.user or current_user()),
         options=client_options(config),
-        place_options=client_options(config, user=False),
-        pgpass=printable(":".join(re.sub(r"([:\\])", r"\\\1", part) for part in pgpass)),
     )
     code = ExitCode.PERMISSION if "CONNECT privilege" in cause else ExitCode.CONNECTION
     return Failure(code, error.text, *steps)
 
 
-def connection_limit_failure(config: DatabaseConfig, error: ServerError) -> Failure:
-    """The one connection that a limit allows is ours, and pg_dump needs another."""
-    role = sql_identifier(config.user or current_user())
-    return Failure(
-        ExitCode.CONNECTION,
-        error.text,
-        "A backup needs two connections at once, one of them for pg_dump",
-        f"Allow the role more: ALTER ROLE {role} CONNECTION LIMIT 3; or the database: "
-        f"ALTER DATABASE {sql_identifier(config.name)} CONNECTION LIMIT 10;",
-    )
-
-
-# 4 and 5: files
-
-# errno -> exit code, None for that of the mode; steps
-FILE_REMEDIES: Mapping[tuple[int, ...], tuple[ExitCode | None, str]] = {
-    (errno.ENOSPC, errno.EDQUOT): (
-        ExitCode.DISK_SPACE,
-        """
-See what is full, blocks or inodes: df -h {folder}; df -i {folder}
+# The exit code, where it is always the same one, and the errnos; the last row is for all others.
+FILE_REMEDIES: Mapping[tuple[ExitCode | None, tuple[int, ...]], str] = {
+    (ExitCode.DISK_SPACE, (errno.ENOSPC, errno.EDQUOT)): """
+See what is full, blocks or inodes: df -h {path}; df -i {path}
 Free space there, or write elsewhere: --output-dir DIR""",
-    ),
-    (errno.EROFS,): (
-        ExitCode.PERMISSION,
-        """
-It is mounted read-only, see how: findmnt -T {folder}
+    (ExitCode.PERMISSION, (errno.EROFS,)): """
+It is mounted read-only, see how: findmnt -T {path}
 Remount it, or {instead}""",
-    ),
-    (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP): (
-        ExitCode.PERMISSION,
-        """
-See what it is: {look}
+    (ExitCode.PERMISSION, (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)): """
+See what it is: ls -ld {path}
 Move it out of the way, or name another path""",
-    ),
-    (errno.EACCES, errno.EPERM): (
-        ExitCode.PERMISSION,
-        """
-See who may use it (this run is as user {user}): {look}
+    (ExitCode.PERMISSION, (errno.EACCES, errno.EPERM)): """
+See who may use it (this run is as user {user}): ls -ld {path}
 Give that user access, or {instead}""",
-    ),
-    (errno.ENOLCK, errno.EOPNOTSUPP): (
-        ExitCode.PERMISSION,
-        """
-This file system has no locks, see which it is: findmnt -T {folder}
+    (ExitCode.PERMISSION, (errno.ENOLCK, errno.EOPNOTSUPP)): """
+This file system has no locks, see which it is: findmnt -T {path}
 Write to another one: --output-dir DIR""",
-    ),
-    (errno.EFBIG,): (
-        None,
-        """
-See the limit of this session: ulimit -f
-See the file system, FAT32 ends a file at 4 GB: df -T {folder}""",
-    ),
-    (): (
-        None,
-        """
-Check the file system and its limits: df -h {folder}; ulimit -f; sudo dmesg | tail""",
-    ),
+    (None, ()): """
+Check the file system: df -h {path}; sudo dmesg | tail
+Check the limits on a file's size, this session's: ulimit -f, and that of FAT32: 4 GB""",
 }
 
 
 def file_failure(error: OSError, default_code: ExitCode = ExitCode.CREATION) -> Failure:
     """The one place where an errno becomes an exit code; `default_code` is that of all others."""
     text = "" if error.filename is None else os.fsdecode(error.filename)
-    where = f"{display_path(Path(text))}: " if text else ""
-    return errno_failure(
-        error.errno or 0, Path(text), f"{where}{error.strerror or error}", default_code
-    )
+    detail = f"{display_path(Path(text))}: " if text else ""
+    detail += error.strerror or str(error)
+    return errno_failure(error.errno or 0, Path(text), detail, default_code)
 
 
 def errno_failure(
     number: int, path: Path, detail: str, default_code: ExitCode = ExitCode.CREATION
 ) -> Failure:
     """The same for an errno that another program met, or none yet; `detail` says what happened."""
-    text = str(path)
-    folder = shell_words(text if os.path.isdir(text) else os.path.dirname(text) or ".")
+    rows = FILE_REMEDIES.items()
+    code, text = next((code, text) for (code, these), text in rows if number in these or not these)
+    existing = (str(place) for place in (path, *path.parents) if os.path.lexists(place))
+    look_at, user = shell_words(next(existing, ".")), current_user()
     instead = {
-        ExitCode.CONFIGURATION: f"make it the owner: {shell_words('chown', current_user(), text)}",
+        ExitCode.CONFIGURATION: f"make it the owner: {shell_words('chown', user)} {look_at}",
         ExitCode.GENERAL: "list another directory: --output-dir DIR",
         ExitCode.VERIFICATION: "run this as the user who owns the backup",
     }.get(default_code, "write elsewhere: --output-dir DIR")
-    errnos = next(numbers for numbers in FILE_REMEDIES if number in numbers or not numbers)
-    code, text_of_steps = FILE_REMEDIES[errnos]
-    steps = fill_steps(
-        text_of_steps,
-        folder=folder,
-        look=shell_words("ls", "-ld", text) if os.path.lexists(text) else f"ls -ld {folder}",
-        user=current_user(),
-        instead=instead,
-    )
+    steps = fill_steps(text, path=look_at, user=user, instead=instead)
     return Failure(code or default_code, detail, *steps)
 
 
@@ -423,9 +364,6 @@ def current_user() -> str:
         return str(os.geteuid())
 
 
-# 6: the tools
-
-# Where packages put the PostgreSQL tools, for the hint when PATH does not lead there (cron).
 # Where packages put the PostgreSQL tools, for the hint when PATH does not lead there (cron).
 TOOL_FOLDERS = (
     "/usr/bin",
@@ -434,78 +372,56 @@ TOOL_FOLDERS = (
     "/usr/pgsql-*/bin",
     "/usr/local/pgsql/bin",
     "/opt/homebrew/bin",
-    "/opt/homebrew/opt/postgresql@*/bin",
-    "/opt/homebrew/opt/libpq/bin",
-    "/usr/local/opt/postgresql@*/bin",
-    "/usr/local/opt/libpq/bin",
+    "/opt/homebrew/opt/*/bin",
+    "/usr/local/opt/*/bin",
     "/opt/local/lib/postgresql*/bin",
     "/Applications/Postgres.app/Contents/Versions/*/bin",
 )
 
 
-def tool_folders(name: str) -> list[str]:
-    """The usual folders that hold the tool: the newest version first, then in their order."""
+def path_hint(name: str, *at_least: int) -> list[str]:
+    """The step by which cron, or a shell, finds the newest tool in the usual folders; none where
+    there is none, or where the number in its folder's name is too low."""
     import glob
 
-    def version(folder: str) -> list[int]:
-        return [int(number) for number in re.findall(r"\d+", folder)]
+    def version(folder: str) -> tuple[int, ...]:
+        return tuple(int(number) for number in re.findall(r"\d+", folder))
 
-    found = [
-        folder
-        for pattern in TOOL_FOLDERS
-        for folder in glob.glob(pattern)
-        if os.access(os.path.join(folder, name), os.X_OK)
-    ]
-    return sorted(found, key=version, reverse=True)
-
-
-def path_hint(folder: str) -> str:
-    """The line that makes cron, or a shell, find the tools in `folder`."""
-    return (
-        f"It is in {folder}. For cron, put this line above yours in the crontab: "
-        f"PATH={folder}:/usr/local/bin:/usr/bin:/bin"
-    )
+    folders = [folder for pattern in TOOL_FOLDERS for folder in glob.glob(pattern)]
+    found = [folder for folder in folders if os.access(os.path.join(folder, name), os.X_OK)]
+    newest = max(found, key=version, default="")
+    if not newest or version(newest) < at_least:
+        return []
+    line = f"PATH={newest}:/usr/local/bin:/usr/bin:/bin"
+    return [f"It is in {newest}. For cron, put this line above yours in the crontab: {line}"]
 
 
-def install_hint(major: int | None) -> str:
+def install_hint(major: int = 17) -> str:
     """What to install, on the systems that people have."""
-    number = str(major) if major else "17"
     return (
-        f"Install PostgreSQL's client tools, version {number} or newer: "
-        f"apt-get install postgresql-client-{number} (Debian, Ubuntu, from apt.postgresql.org), "
-        f"dnf install postgresql{number} (Red Hat), brew install postgresql@{number} (macOS)"
+        f"Install PostgreSQL's client tools, version {major} or newer: "
+        f"apt-get install postgresql-client-{major} (Debian, Ubuntu, from apt.postgresql.org), "
+        f"dnf install postgresql{major} (Red Hat), brew install postgresql@{major} (macOS)"
     )
 
 
 def missing_tool_failure(name: str) -> Failure:
-    """A tool that is not on PATH, with the places where it is."""
-    steps = [path_hint(folder) for folder in tool_folders(name)[:1]]
-    blocked = [
-        folder for folder in os.get_exec_path() if os.path.isfile(os.path.join(folder, name))
-    ]
+    """A tool that is not on PATH, or may not be run."""
+    import shutil
+
     detail = f"{name} not found on PATH ({printable(os.environ.get('PATH', ''))})"
-    if blocked:
-        found = os.path.join(blocked[0], name)
-        detail = f"{printable(found)} is on PATH but may not be run by {current_user()}"
-        steps.append(f"Make it executable: {shell_words('chmod', '+x', found)}")
-    return Failure(ExitCode.TOOL, detail, *(steps or [install_hint(None)]))
+    steps = path_hint(name)
+    if blocked := shutil.which(name, mode=os.F_OK):
+        detail = f"{printable(blocked)} is on PATH but may not be run by {current_user()}"
+        steps.append(f"Make it executable: {shell_words('chmod', '+x', blocked)}")
+    return Failure(ExitCode.TOOL, detail, *(steps or [install_hint()]))
 
 
 def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
     """A tool that is too old, with a newer one where this machine has it."""
-    name = Path(tool.path).name
-    steps = []
-    for folder in tool_folders(name):
-        with contextlib.suppress(Failure):
-            if ask_version(os.path.join(folder, name), tool.environment).major >= major:
-                steps.append(path_hint(folder))
-                break
-    return Failure(
-        ExitCode.TOOL,
-        f"{printable(tool.path)} is version {tool.version}, {because}",
-        *steps,
-        install_hint(major),
-    )
+    detail = f"{printable(tool.path)} is version {tool.version}, {because}"
+    steps = [*path_hint(os.path.basename(tool.path), major), install_hint(major)]
+    return Failure(ExitCode.TOOL, detail, *steps)
 
 
 def unreadable_compression_failure(pg_restore: Tool, compression: str, problem: str) -> Failure:
@@ -514,9 +430,8 @@ def unreadable_compression_failure(pg_restore: Tool, compression: str, problem: 
         ExitCode.TOOL,
         f"{printable(pg_restore.path)} ({pg_restore.version}) is built without "
         f"{printable(compression.partition(':')[0])}, by which the backup is compressed\n{problem}",
-        *[path_hint(folder) for folder in tool_folders("pg_restore")[:1]],
-        "Install PostgreSQL's client tools from your distribution or apt.postgresql.org, "
-        "which are built with it",
+        *path_hint("pg_restore"),
+        install_hint(),
         "For new backups another compression will do: BACKUP_COMPRESS=gzip:4",
     )
 
@@ -529,82 +444,59 @@ def wrapper_failure(pg_dump: Tool, stderr_text: str) -> Failure:
         f"another machine or in a container?\n{stderr_text}".rstrip(),
         f"See what it is: file -L {shell_words(pg_dump.path)}",
         "Put PostgreSQL's own tools first on PATH",
-        install_hint(None),
+        install_hint(),
     )
 
 
-# 7: the server, while a backup is made
-
-# SQLSTATE -> steps
+# By SQLSTATE
 SERVER_REMEDIES = {
     "42501": "Grant the role what it lacks, or back up as another role",  # insufficient_privilege
     # out_of_memory: the lock table is full
     "53200": "Raise max_locks_per_transaction in postgresql.conf, and restart the server",
     # serialization_failure: in a transaction that only reads, a standby's recovery conflict
     "40001": "On the standby raise max_standby_streaming_delay, or set hot_standby_feedback = on",
-    "": "See the server's log for the cause",
 }
 
 
 def server_failure(error: ServerError, doing: str) -> Failure:
     """The failure for a server error during `doing`, in the server's own words."""
+    detail = f"while {doing}: {error.text}"
     if error.lost:
-        return Failure(
-            ExitCode.CREATION,
-            f"the connection to the server was lost while {doing}:\n{error.text}",
-            "See why in the server's log: a restart, a crash, or an administrator's command",
-            AGAIN,
-        )
-    if error.sqlstate == LOCK_NOT_AVAILABLE:
-        return stalled_failure(f"while {doing}: {error.text}", None)
+        detail = f"the connection to the server was lost while {doing}:\n{error.text}"
+    elif error.sqlstate == LOCK_NOT_AVAILABLE:
+        return stalled_failure(detail, None)
     code = ExitCode.PERMISSION if error.sqlstate == "42501" else ExitCode.CREATION
-    step = SERVER_REMEDIES.get(error.sqlstate or "", SERVER_REMEDIES[""])
-    return Failure(code, f"while {doing}: {error.text}", step, AGAIN)
+    return Failure(code, detail, SERVER_REMEDIES.get(error.sqlstate or "", SERVER_LOG), AGAIN)
 
 
 def stalled_failure(what: str, blocker: Blocker | None) -> Failure:
     """Nothing has moved for STALL_SECONDS."""
-    look = "SELECT pid, state, wait_event, query FROM pg_stat_activity"
-    steps = [blocker.remedy if blocker else f"See what waits: {shell_words('psql', '-c', look)}"]
-    return Failure(
-        ExitCode.CREATION,
-        f"gave up after {format_age(STALL_SECONDS)}: {what}",
-        *steps,
-        "Run the backup again, at an hour without migrations",
-    )
+    look = "psql -c 'SELECT pid, state, wait_event, query FROM pg_stat_activity'"
+    step = blocker.remedy if blocker else f"See what waits: {look}"
+    detail = f"gave up after {format_age(STALL_SECONDS)}: {what}"
+    return Failure(ExitCode.CREATION, detail, step, CALM_HOUR)
 
 
 def changing_failure(what: str) -> Failure:
     """Something that locks do not protect has changed under each attempt."""
-    return Failure(
-        ExitCode.CREATION,
-        f"gave up after {DUMP_ATTEMPTS} attempts: {what}",
-        "Run the backup again, at an hour without migrations",
-    )
+    return Failure(ExitCode.CREATION, f"gave up after {DUMP_ATTEMPTS} attempts: {what}", CALM_HOUR)
 
 
 def lock_table_failure(tables: int, room: int) -> Failure:
     """The server has fewer places for locks than there are tables."""
+    detail = f"{plural(tables, 'table')} to lock, and room for {room} in the server's lock table"
     return Failure(
         ExitCode.CREATION,
-        f"{plural(tables, 'table')} to lock, and room for {room} in the server's lock table; "
-        "a backup would leave none to anybody else",
-        "Raise max_locks_per_transaction in postgresql.conf (64 by default), restart the server",
+        f"{detail}; a backup would leave none to anybody else",
+        SERVER_REMEDIES["53200"],
     )
 
 
 def dump_failure(failed: DumpFailed) -> Failure:
     """pg_dump failed, and nothing here explains it: its own words are all there is."""
-    steps = ["See the server's log for the time of this run"]
-    if failed.status == -signal.SIGKILL:
-        steps = [
-            "See whether the system ran out of memory: sudo dmesg | grep -i 'killed process'",
-            *steps,
-        ]
-    return Failure(ExitCode.CREATION, failed.stderr_text, *steps, AGAIN)
-
-
-# 8: verification
+    look = "See whether the system ran out of memory: sudo dmesg | grep -i 'killed process'"
+    steps = [look] if failed.status == -signal.SIGKILL else []
+    return Failure(ExitCode.CREATION, failed.stderr_text, *steps, SERVER_LOG, AGAIN)
 
 
 def unsound_dump_failure(partial: PartialBackup, problem: str) -> Failure:
@@ -3058,7 +2950,7 @@ def diagnose_lost_connection(run: Run, failed: DumpFailed, error: ServerError) -
     try:
         if run.session.is_idle:
             run.session.query("SELECT")
-            return connection_limit_failure(run.config, error)
+            return connection_failure(run.config, error)
     except ServerError:
         pass
     lost = ServerError(f"{failed.stderr_text}\n{error.text}", lost=True)
