@@ -143,18 +143,12 @@ class Failure(Exception):
         self.report = report
 
 
-# "FATAL:  ", with two spaces after a word in any language, as libpq begins a server's message.
-SEVERITY = re.compile(r"(^|: )(\w+):  (?=\S)", re.MULTILINE)
-
-
 class ServerError(Exception):
-    """What the server, or the connection, answered instead of a result.
-
-    `sqlstate` is None where there is none to be had: libpq gives none for a failed connection.
-    """
+    """What the server, or libpq, answered instead of a result; libpq has no SQLSTATE of its own."""
 
     def __init__(self, text: str, sqlstate: str | None = None, lost: bool = False) -> None:
-        self.text = printable_lines(SEVERITY.sub(r"\1\2: ", text))
+        # "FATAL:  ", in any language: libpq puts two spaces there.
+        self.text = printable_lines(re.sub(r"(?m)(^|: )(\w+):  (?=\S)", r"\1\2: ", text))
         self.sqlstate = sqlstate
         self.lost = lost
 
@@ -244,29 +238,21 @@ Where it has a hostssl line for them: PGSSLMODE=require {libpq_place}""",
     "FATAL: role": """
 Check the user {user_place}
 Or, as a superuser, create the role or let it log in: CREATE or ALTER ROLE {sql_user} LOGIN;""",
-    "SSL was required": """
-The server offers no TLS: see PGSSLMODE {libpq_place}
-Or it is another server: check the host {host_place}, and the port {port_place}""",
     "certificate verify failed": """
 Name the file of the certificate authority: PGSSLROOTCERT=/path/to/ca.crt {libpq_place}
 PGSSLROOTCERT=system needs SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt beside it""",
     "could not translate host name": """
-Check the host {host_place}
-See whether this machine knows it: getent hosts {host}""",
+Check the host {host_place}, and whether this machine knows it: getent hosts {host}""",
     "Connection refused|No such file or directory": """
 See whether the server answers: pg_isready {options}
 Check the host {host_place}, and the port {port_place}
 Start it, where it is on this machine: sudo systemctl start postgresql""",
     "the database system is": """
-Wait until the server accepts connections: pg_isready {options}
-Run the backup again; earlier backups are untouched""",
-    "too many connections for": """
-A backup needs two connections at once, one of them for pg_dump
-Allow the role more: ALTER ROLE {sql_user} CONNECTION LIMIT 3;
-Or the database, where it has the limit: ALTER DATABASE {sql_database} CONNECTION LIMIT 10;""",
+Run the backup again when the server accepts connections: pg_isready {options}""",
     "too many|remaining connection slots": """
-See who is connected: psql {options} -d postgres -c 'SELECT usename, query FROM pg_stat_activity'
-Run the backup when there is room, or raise max_connections""",
+A backup needs two connections at once, one of them for pg_dump: run it when there is room
+Where the error names the server's limit, raise max_connections
+Where it names the role's, or likewise the database's: ALTER ROLE {sql_user} CONNECTION LIMIT 3;""",
     "": """
 See whether the server answers: pg_isready {options}
 Check the host {host_place}, and the port {port_place}
@@ -301,18 +287,15 @@ FILE_REMEDIES: Mapping[tuple[ExitCode | None, tuple[int, ...]], str] = {
     (ExitCode.DISK_SPACE, (errno.ENOSPC, errno.EDQUOT)): """
 See what is full, blocks or inodes: df -h {path}; df -i {path}
 Free space there, or write elsewhere: --output-dir DIR""",
-    (ExitCode.PERMISSION, (errno.EROFS,)): """
-It is mounted read-only, see how: findmnt -T {path}
-Remount it, or {instead}""",
+    (ExitCode.PERMISSION, (errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP)): """
+See which file system it is, and how it is mounted: findmnt -T {path}
+Mount it for writing and with locks, or {instead}""",
     (ExitCode.PERMISSION, (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)): """
 See what it is: ls -ld {path}
 Move it out of the way, or name another path""",
     (ExitCode.PERMISSION, (errno.EACCES, errno.EPERM)): """
 See who may use it (this run is as user {user}): ls -ld {path}
 Give that user access, or {instead}""",
-    (ExitCode.PERMISSION, (errno.ENOLCK, errno.EOPNOTSUPP)): """
-This file system has no locks, see which it is: findmnt -T {path}
-Write to another one: --output-dir DIR""",
     (None, ()): """
 Check the file system: df -h {path}; sudo dmesg | tail
 Check the limits on a file's size, this session's: ulimit -f, and that of FAT32: 4 GB""",
@@ -471,10 +454,9 @@ def server_failure(error: ServerError, doing: str) -> Failure:
 
 def stalled_failure(what: str, blocker: Blocker | None) -> Failure:
     """Nothing has moved for STALL_SECONDS."""
-    look = "psql -c 'SELECT pid, state, wait_event, query FROM pg_stat_activity'"
-    step = blocker.remedy if blocker else f"See what waits: {look}"
     detail = f"gave up after {format_age(STALL_SECONDS)}: {what}"
-    return Failure(ExitCode.CREATION, detail, step, CALM_HOUR)
+    look = "See what waits: psql -c 'SELECT pid, state, wait_event, query FROM pg_stat_activity'"
+    return Failure(ExitCode.CREATION, detail, blocker.remedy if blocker else look, CALM_HOUR)
 
 
 def changing_failure(what: str) -> Failure:
@@ -485,11 +467,7 @@ def changing_failure(what: str) -> Failure:
 def lock_table_failure(tables: int, room: int) -> Failure:
     """The server has fewer places for locks than there are tables."""
     detail = f"{plural(tables, 'table')} to lock, and room for {room} in the server's lock table"
-    return Failure(
-        ExitCode.CREATION,
-        f"{detail}; a backup would leave none to anybody else",
-        SERVER_REMEDIES["53200"],
-    )
+    return Failure(ExitCode.CREATION, detail, SERVER_REMEDIES["53200"])
 
 
 def dump_failure(failed: DumpFailed) -> Failure:
