@@ -319,7 +319,7 @@ def errno_failure(
     existing = (str(place) for place in (path, *path.parents) if os.path.lexists(place))
     look_at, user = shell_words(next(existing, ".")), current_user()
     instead = {
-        ExitCode.CONFIGURATION: f"make it the owner: {shell_words('chown', user)} {look_at}",
+        ExitCode.CONFIGURATION: f"make it the owner: {shell_words('chown', user, str(path))}",
         ExitCode.GENERAL: "list another directory: --output-dir DIR",
         ExitCode.VERIFICATION: "run this as the user who owns the backup",
     }.get(default_code, "write elsewhere: --output-dir DIR")
