@@ -11,7 +11,7 @@ The database is named in .env.local beside this script; .env.example has every v
 # Where to look for what:
 #   what happens, in order                create_backup; within it dump_database
 #   why this exit code, and what to do    "What can go wrong"
-#   what programs are run, and how        "Programs"; dump_argv, pg_restore_argv
+#   what programs are run, and how        "Programs"; dump_argv, run_pg_restore
 #   can half a file be seen               "The directory": PartialBackup.publish
 #   what the server is asked              "The catalog", in the transactions of begin_read_only
 #   how a wait ends                       "Waiting": check_signals, Patience
@@ -46,7 +46,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
 
 if TYPE_CHECKING:
@@ -1073,7 +1072,7 @@ class Metadata(NamedTuple):
 
 
 class OpenFile(NamedTuple):
-    """A file held open, so that whatever becomes of its name, it is this one that is meant.
+    """A file held open: whatever becomes of its name, this one is meant.
 
     A program gets it as /dev/fd/N, which stays seekable (Linux, tried with 15 to 18; on macOS it
     shares our offset). N is high, so that it is none of the program's own.
@@ -1098,7 +1097,6 @@ class OpenFile(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        """How large it is now."""
         return os.fstat(self.descriptor).st_size
 
     @property
@@ -1107,25 +1105,20 @@ class OpenFile(NamedTuple):
         return os.path.samestat(os.fstat(self.descriptor), os.lstat(self.path))
 
     def sync(self) -> None:
-        """Bring it down to the disk, and out of the page cache, so that whoever reads it next reads
-        the disk."""
+        """Bring it to the disk, and out of the page cache: the next reader reads the disk."""
         with with_filename(self.path):
             os.fsync(self.descriptor)
         if hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Let go of it."""
         os.close(self.descriptor)
 
 
 class Program:
-    """A PostgreSQL tool while it runs, in a session of its own, and the tail of its stderr.
-
-    As a context manager it never leaves the program running behind it. It is started from the
-    main thread, with no shell, and with exactly the environment given. (Signals need no mask around
-    the fork: they are only noted; and a child would inherit the mask.)
-    """
+    """A PostgreSQL tool while it runs, in a session of its own, and the tail of its stderr. As a
+    context manager it leaves no program behind. (Signals need no mask around the fork: they are
+    only noted; and a child would inherit the mask.)"""
 
     def __init__(
         self,
@@ -1141,7 +1134,7 @@ class Program:
         self._file = file
         self._tail = b""
         self._drain = threading.Thread(target=self._read_stderr, daemon=True)
-        inherited = [file.descriptor] if file else []
+        inherited = (file.descriptor if file else None, lock)
         try:
             self.process = subprocess.Popen(
                 argv,
@@ -1149,7 +1142,7 @@ class Program:
                 stdin=stdin,
                 stdout=stdout,
                 stderr=subprocess.PIPE,
-                pass_fds=inherited if lock is None else [*inherited, lock],
+                pass_fds=[descriptor for descriptor in inherited if descriptor is not None],
                 start_new_session=True,  # Ctrl-C is ours to pass on
             )
         except OSError as error:
@@ -1170,13 +1163,6 @@ class Program:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self.stop()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-
-    def stop(self) -> None:
         """End it, and whatever it started: SIGTERM, by which pg_dump cancels its query, then
         SIGKILL."""
         for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, None)):
@@ -1186,6 +1172,9 @@ class Program:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(seconds)
         self._drain.join(STOP_SECONDS)
+        for pipe in filter(None, (self.process.stdin, self.process.stdout)):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
     def status(self) -> int | None:
         """The exit status, negative for a signal; None while it runs. Never waits."""
@@ -1194,21 +1183,12 @@ class Program:
     def wait(self, seconds: float) -> int | None:
         """The exit status; None where `seconds` went by first. Raises Interrupted."""
         deadline = time.monotonic() + seconds
-        while True:
+        while self.status() is None and time.monotonic() < deadline:
             check_signals()
-            left = deadline - time.monotonic()
-            try:
-                return self.process.wait(max(0.0, min(left, TICK_SECONDS)))
-            except subprocess.TimeoutExpired:
-                if left <= TICK_SECONDS:
-                    return None
-
-    def write_stdin(self, data: bytes) -> None:
-        """Give it its whole input. One that ended early says why by its exit status."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(data)
-            self.process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(TICK_SECONDS)
+        check_signals()
+        return self.status()
 
     @property
     def stderr_text(self) -> str:
@@ -1217,14 +1197,11 @@ class Program:
         text = printable_lines(self._tail.decode("utf-8", "backslashreplace"))
         if self._file is not None:
             text = text.replace(self._file.argument, display_path(self._file.path))
-        status = self.process.returncode
-        if status is not None and status < 0:
-            try:
-                name = signal.Signals(-status).name
-            except ValueError:
-                name = "unknown"
-            ended = f"{self.name} was ended by signal {-status} ({name})"
-            return f"{text}\n{ended}" if text else ended
+        status = self.process.returncode or 0
+        if status < 0:
+            names = {number.value: number.name for number in signal.Signals}
+            name = names.get(-status, "unknown")
+            return f"{text}\n{self.name} was ended by signal {-status} ({name})".lstrip()
         return text or (f"{self.name} ended with exit status {status}" if status else "")
 
 
@@ -1235,33 +1212,31 @@ class Tool(NamedTuple):
     version: str
     environment: Mapping[str, str]
 
-    def __repr__(self) -> str:
-        """Without the environment, where the password is."""
+    def __repr__(self) -> str:  # without the environment, where the password is
         return f"Tool({self.path!r}, {self.version!r})"
 
     @property
     def major(self) -> int:
-        """17 for 17.10 and for 17beta1."""
-        digits = re.match(r"\d+", self.version)
-        return int(digits.group()) if digits else 0
+        return major_version(self.version)
 
 
-def tool_environment(settings: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+def major_version(version: str) -> int:
+    """17 for 17.10 and for 17beta1; 0 for what is no version."""
+    digits = re.match(r"\d{1,4}", version)
+    return int(digits.group()) if digits else 0
+
+
+def tool_environment(**settings: str) -> dict[str, str]:
     """The environment of a child: this one's, without any connection setting or secret but
-    `settings`, and with messages in English.
-
-    PGCLUSTER stays: Debian's wrapper chooses the version of its tools by it.
-    """
+    `settings`, and with messages in English. PGCLUSTER stays: Debian's wrapper chooses the version
+    of its tools by it."""
     inherited = {
         name: value
         for name, value in os.environ.items()
         if name == "PGCLUSTER" or not name.startswith(("PG", "DB_", "DEV_DB_"))
     }
-    return (
-        inherited
-        | {"LC_ALL": "C"}
-        | {name: encode_os_text(value) for name, value in settings.items()}
-    )
+    given = {name: encode_os_text(value) for name, value in settings.items()}
+    return {**inherited, "LC_ALL": "C", **given}
 
 
 def find_tool(name: str, environment: Mapping[str, str], beside: str | None = None) -> Tool:
@@ -1282,23 +1257,21 @@ def ask_version(path: str, environment: Mapping[str, str]) -> Tool:
         assert program.process.stdout is not None
         status = program.wait(TOOL_SECONDS)
         if status is None:
-            raise Failure(
-                ExitCode.TOOL,
-                f"{printable(path)} --version has not answered within {TOOL_SECONDS} seconds",
-                f"See what it does: {shell_words(path, '--version')}",
-            )
-        said = program.process.stdout.read(4096).decode("utf-8", "backslashreplace")
-        # "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
-        match = re.search(r"\) (\d+[.\w]*)", said)
-        if status != 0 or match is None:
-            raise Failure(
-                ExitCode.TOOL,
-                f"{printable(path)} --version does not answer with a version: "
-                + (program.stderr_text or printable(said.strip()) or "no output"),
-                f"See what it is: {shell_words(path, '--version')}",
-                "Or put PostgreSQL's own tools first on PATH",
-            )
-    return Tool(path, match.group(1), environment)
+            problem = f"has not answered within {TOOL_SECONDS} seconds"
+        else:
+            answer = program.process.stdout.read(4096).decode("utf-8", "backslashreplace")
+            # "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
+            match = re.search(r"\) (\d+[.\w]*)", answer)
+            if status == 0 and match:
+                return Tool(path, match.group(1), environment)
+            words = program.stderr_text or printable(answer.strip()) or "no output"
+            problem = f"does not answer with a version: {words}"
+    raise Failure(
+        ExitCode.TOOL,
+        f"{printable(path)} --version {problem}",
+        f"See what it is: {shell_words(path, '--version')}",
+        "Or put PostgreSQL's own tools first on PATH",
+    )
 
 
 class Tools(NamedTuple):
@@ -1318,26 +1291,20 @@ class Tools(NamedTuple):
 
 def find_tools(config: DatabaseConfig) -> Tools:
     """Both tools, of versions that fit, with the compression to use."""
-    pg_dump = find_tool("pg_dump", tool_environment(config.libpq))
+    pg_dump = find_tool("pg_dump", tool_environment(**config.libpq))
     # Without the password, which pg_restore has no use for; with the host and port, since
-    # Debian's wrapper chooses its version by them.
-    names = ("PGHOST", "PGPORT")
-    pg_restore = find_tool(
-        "pg_restore",
-        tool_environment({name: config.libpq[name] for name in names}),
-        beside=pg_dump.path,  # and so, nearly always, built with the same compressions
-    )
+    # Debian's wrapper chooses its version by them. The one beside pg_dump is nearly always built
+    # with the same compressions.
+    place = tool_environment(**{name: config.libpq[name] for name in ("PGHOST", "PGPORT")})
+    pg_restore = find_tool("pg_restore", place, beside=pg_dump.path)
     if pg_restore.major < pg_dump.major:
-        raise older_tool_failure(
-            pg_restore, pg_dump.major, f"too old for the archives of pg_dump {pg_dump.version}"
-        )
-    if not config.compress:
-        fits = pg_dump.major >= 16 and compression_refusal(pg_dump, "zstd:3") is None
-        return Tools(pg_dump, pg_restore, "zstd:3" if fits else "gzip:4")
-    wanted = config.compress
+        because = f"too old for the archives of pg_dump {pg_dump.version}"
+        raise older_tool_failure(pg_restore, pg_dump.major, because)
+    wanted = config.compress or "zstd:3"
     wanted = {"0": "none"}.get(wanted, f"gzip:{wanted}" if wanted.isdigit() else wanted)
     tools = Tools(pg_dump, pg_restore, wanted)
-    if refusal := compression_refusal(pg_dump, tools.compress_value):
+    refusal = compression_refusal(pg_dump, tools.compress_value)
+    if refusal and config.compress:
         raise Failure(
             ExitCode.CONFIGURATION,
             f"BACKUP_COMPRESS is {config.compress!r}, which pg_dump {pg_dump.version} "
@@ -1345,15 +1312,12 @@ def find_tools(config: DatabaseConfig) -> Tools:
             f"Correct it {config.places['compress']}",
             "Or leave it out: then zstd:3 is used where pg_dump has it, else gzip:4",
         )
-    return tools
+    return tools._replace(compression="gzip:4") if refusal else tools
 
 
 def compression_refusal(pg_dump: Tool, value: str) -> str | None:
-    """None where this build of pg_dump can compress so, else its words.
-
-    pg_dump checks the value before it connects (15 to 18, tried), here to nowhere: no server is
-    asked, and no file is made.
-    """
+    """None where this build of pg_dump can compress so, else its words. It checks the value before
+    it connects (15 to 18, tried), here to nowhere: no server is asked, and no file is made."""
     argv = [pg_dump.path, "--format=custom", f"--compress={value}", f"--file={os.devnull}"]
     nowhere = {name: text for name, text in pg_dump.environment.items() if name[:2] != "PG"}
     with Program(argv, nowhere | {"PGHOST": "/nowhere", "PGDATABASE": "probe"}) as program:
@@ -1366,43 +1330,31 @@ def compression_refusal(pg_dump: Tool, value: str) -> str | None:
 # ---------------------------------------------------------------------------------------------
 
 
-def hash_file(file: OpenFile, on_block: Callable[[int], None]) -> str:
-    """The SHA-256 of the file, as hexadecimal digits; `on_block` is called with how many bytes are
-    read. (hashlib.file_digest is 3.11's, and cannot be stopped.)"""
-    import hashlib
-
-    digest = hashlib.sha256()
-    block = memoryview(bytearray(HASH_BLOCK_BYTES))
-    done = 0
-    while count := os.preadv(file.descriptor, [block], done):
-        digest.update(block[:count])
-        done += count
-        on_block(done)
-    return digest.hexdigest()
-
-
 class FileHash(Background[str]):
-    """`hash_file` in the background: a context manager, which waits at its end for the block that
-    is being read."""
-
-    class Stopped(Exception):
-        """The result is not wanted any more."""
+    """The SHA-256 of a file, as hexadecimal digits, taken in the background.
+    (hashlib.file_digest is 3.11's, and cannot be stopped.)"""
 
     def __init__(self, file: OpenFile) -> None:
         self.done_bytes = 0
-        self._stopping = False
-        super().__init__(lambda: hash_file(file, self._note))
+        self._file = file
+        self._is_stopping = False
+        super().__init__(self._read)
 
-    def _note(self, done_bytes: int) -> None:
-        self.done_bytes = done_bytes
-        if self._stopping:
-            raise self.Stopped
+    def _read(self) -> str:
+        import hashlib
 
-    def __enter__(self) -> FileHash:
-        return self
+        digest = hashlib.sha256()
+        block = memoryview(bytearray(HASH_BLOCK_BYTES))
+        while count := os.preadv(self._file.descriptor, [block], self.done_bytes):
+            digest.update(block[:count])
+            self.done_bytes += count
+            if self._is_stopping:
+                break
+        return digest.hexdigest()
 
-    def __exit__(self, *_exception: object) -> None:
-        self._stopping = True
+    def close(self) -> None:
+        """Read no more."""
+        self._is_stopping = True
         self.join(STOP_SECONDS)  # before the descriptor is closed, and may be another file's
 
 
@@ -1412,33 +1364,26 @@ class ScriptReader:
     Data lines are never looked into: COPY escapes every newline and every backslash within a
     value, so that a row is a line and only the end of the data is the line `\\.` (PostgreSQL
     documentation, "COPY", text format). Names are not escaped: a COPY statement may span lines,
-    and has ended only where its double quotes are even. They are not looked into either. Whatever
-    else is in the script must be what pg_restore is known to write there (15 to 18), or the archive
-    counts as damaged.
+    within double quotes. They are not looked into either. Whatever else is in the script must be
+    what pg_restore is known to write there (15 to 18), or the archive counts as damaged.
     """
 
-    END_OF_DATA = b"\n\\.\n"
-    HARMLESS = (
-        b"--",
-        b"SET ",
-        b"SELECT pg_catalog.set_config",
-        b"\\restrict ",
-        b"\\unrestrict ",
-        b"BEGIN;",
-        b"COMMIT;",
-        b"SELECT pg_catalog.lowrite(",
-        b"SELECT pg_catalog.lo_close(",
+    STATEMENT = re.compile(
+        rb'(?P<copy>COPY (?:[^"\n]|"[^"]*")* FROM stdin;\n)'
+        rb"|(?P<large_object>SELECT pg_catalog\.lo_open\(.*\n)"
+        rb"|(?P<harmless>\n|(?:--|SET |BEGIN;|COMMIT;|\\restrict |\\unrestrict |"
+        rb"SELECT pg_catalog\.(?:set_config|lowrite|lo_close)\().*\n)"
+        rb"|(?P<unexpected>(?!COPY ).*\n)"
     )
-    LARGE_OBJECT = b"SELECT pg_catalog.lo_open("
-    LONGEST_LINE_BYTES = 16 * 1024 * 1024
-    LONGEST_STATEMENT_BYTES = 1024 * 1024  # 1,600 columns of 63 bytes take a third of it
+    # The names of 1,600 columns take a third of it, pg_restore's piece of a large object 32 KiB.
+    LONGEST_STATEMENT_BYTES = 1024 * 1024
+    END_OF_DATA = b"\n\\.\n"
 
     def __init__(self) -> None:
         self.rows_read = 0
         self.blocks: list[int] = []  # the rows of each COPY, in order
         self.large_objects = 0
         self._unread = b""
-        self._statement = b""  # a COPY statement that goes on in the next line
         self._is_in_data = False
 
     def feed(self, block: bytes) -> None:
@@ -1447,189 +1392,121 @@ class ScriptReader:
         position = 0
         while True:
             if self._is_in_data:
-                # Nearly always there is none. To see that there is no backslash costs next to
-                # nothing, and rfind finds none in two thirds of find's time.
-                end = script.find(b"\\", position)
-                if end >= 0:
-                    end = script.rfind(self.END_OF_DATA, position)
-                if end >= 0:
-                    end = script.find(self.END_OF_DATA, position)
-                # Keep the last bytes: the end of the data may lie across two blocks.
-                stop = end if end >= 0 else max(position, len(script) - len(self.END_OF_DATA) + 1)
+                # Nearly always it does not end here. To see that there is no backslash costs next
+                # to nothing, and rfind finds nothing in less than half of find's time.
+                if ends := b"\\" in script and script.rfind(self.END_OF_DATA, position) >= 0:
+                    stop = script.find(self.END_OF_DATA, position)
+                else:  # keep the last bytes: the end of the data may lie across two blocks
+                    stop = max(position, len(script) - len(self.END_OF_DATA) + 1)
                 rows = script.count(b"\n", position, stop)
                 self.blocks[-1] += rows
                 self.rows_read += rows
-                if end < 0:
-                    position = stop
+                position = stop
+                if not ends:
                     break
                 self._is_in_data = False
-                position = end + len(self.END_OF_DATA)
-            else:
-                end = script.find(b"\n", position)
-                if end < 0:
-                    break
-                self._read_line(script[position : end + 1])
+                position += len(self.END_OF_DATA)
+            elif statement := self.STATEMENT.match(script, position):
+                kind = statement.lastgroup
+                if kind == "unexpected":
+                    line = printable(statement.group()[:200].decode("latin-1"))
+                    raise ArchiveError(f"an unexpected line: {line}")
+                if kind == "copy":
+                    self._is_in_data = True
+                    self.blocks.append(0)
+                self.large_objects += kind == "large_object"
                 # The newline before the first row is the one that ends the statement.
-                position = end if self._is_in_data else end + 1
+                position = statement.end() - self._is_in_data
+            else:
+                break
         self._unread = script[position:]
-        if len(self._unread) > self.LONGEST_LINE_BYTES:
+        if len(self._unread) > self.LONGEST_STATEMENT_BYTES:
             raise ArchiveError("a line that is no data and does not end")
-
-    def _read_line(self, line: bytes) -> None:
-        if self._statement or line.startswith(b"COPY "):
-            self._statement += line
-            if self._statement.count(b'"') % 2 == 0 and line.endswith(b" FROM stdin;\n"):
-                self._statement, self._is_in_data = b"", True
-                self.blocks.append(0)
-            elif len(self._statement) > self.LONGEST_STATEMENT_BYTES:
-                raise ArchiveError("a COPY statement that does not end")
-        elif line.startswith(self.LARGE_OBJECT):
-            self.large_objects += 1
-        elif line != b"\n" and not line.startswith(self.HARMLESS):
-            raise ArchiveError(f"an unexpected line: {printable(line[:200].decode('latin-1'))}")
 
     def finish(self) -> None:
         """Raises ArchiveError where the script breaks off."""
-        if self._is_in_data or self._statement or self._unread:
+        if self._is_in_data or self._unread:
             raise ArchiveError("it breaks off within a table")
 
 
-# dump id; oid of the catalog, oid of the object, kind: for table data the object is the table
-TOC_DATA_ENTRY = re.compile(rb"(\d+); \d+ (\d+) (TABLE DATA|BLOBS) ")
+def run_pg_restore(
+    pg_restore: Tool,
+    dump: OpenFile,
+    *options: str,
+    stdin: bytes = b"",
+    on_block: Callable[[bytes], None],
+    on_tick: Callable[[], None] = do_nothing,
+) -> None:
+    """Let pg_restore read the dump to its successful end; `on_block` is called with each piece of
+    what it writes, `on_tick` all the while. Raises ArchiveError with its words for any other end,
+    a warning included, and for too long a silence."""
+    os.lseek(dump.descriptor, 0, os.SEEK_SET)  # see OpenFile
+    argv = [pg_restore.path, "--format=custom", *options, dump.argument]
+    pipe = subprocess.PIPE
+    with Program(argv, pg_restore.environment, stdin=pipe, stdout=pipe, file=dump) as program:
+        assert program.process.stdin is not None
+        assert program.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # one that ended early: its status says why
+            program.process.stdin.write(stdin)
+            program.process.stdin.close()
+        output = program.process.stdout.fileno()
+        if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
+            with contextlib.suppress(OSError):  # a smaller pipe will do
+                fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        last_heard = time.monotonic()
+        block = b"begin"
+        while block:
+            check_signals()
+            on_tick()
+            if select.select([output], [], [], TICK_SECONDS)[0]:
+                block = os.read(output, READ_BYTES)
+                last_heard = time.monotonic()
+                on_block(block)
+            elif time.monotonic() - last_heard > STALL_SECONDS:
+                silence = format_age(STALL_SECONDS)
+                raise ArchiveError(f"{program.name} is stuck: silent for {silence}")
+        if program.wait(STALL_SECONDS) != 0 or program.stderr_text:
+            raise ArchiveError(program.stderr_text or f"{program.name} does not end")
 
 
-class DataEntries(NamedTuple):
-    """The entries of an archive that hold data, by their dump ids."""
-
-    tables: Mapping[bytes, int]  # to the table's oid, in the archive's order
-    large_objects: Sequence[bytes]
-
-
-class Contents(NamedTuple):
-    """What an archive yields when it is read to its end."""
-
-    rows: Mapping[int, int]  # by the table's oid
-    large_objects: int
-
-    @property
-    def total_rows(self) -> int:
-        """The rows of all tables."""
-        return sum(self.rows.values())
-
-
-def pg_restore_argv(pg_restore: Tool, dump: OpenFile, *options: str) -> list[str]:
-    """The command that reads the dump. From its first byte: see OpenFile."""
-    os.lseek(dump.descriptor, 0, os.SEEK_SET)
-    return [pg_restore.path, "--format=custom", *options, dump.argument]
-
-
-def read_output(program: Program, on_tick: Callable[[], None]) -> Iterator[bytes]:
-    """What pg_restore writes, block by block, to its successful end; `on_tick` is called all the
-    while. Raises ArchiveError with its words for any other end, and for too long a silence."""
-    assert program.process.stdout is not None
-    pipe = program.process.stdout.fileno()
-    if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux
-        with contextlib.suppress(OSError):  # a smaller pipe will do
-            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    last_heard = time.monotonic()
-    block = b"begin"
-    while block:
-        check_signals()
-        on_tick()
-        if select.select([pipe], [], [], TICK_SECONDS)[0]:
-            block = os.read(pipe, READ_BYTES)
-            last_heard = time.monotonic()
-            yield block
-        elif time.monotonic() - last_heard > STALL_SECONDS:
-            silence = format_age(STALL_SECONDS)
-            raise ArchiveError(f"{program.name} is stuck: silent for {silence}")
-    if program.wait(STALL_SECONDS) != 0 or program.stderr_text:
-        raise ArchiveError(program.stderr_text or f"{program.name} does not end")
+# Dump id; oid of the catalog, oid of the object, kind. For a table's data the object is the table;
+# the data of large objects belongs to no object.
+TOC_DATA_ENTRY = re.compile(rb"^(\d+); \d+ (\d+) (?:TABLE DATA|BLOBS) ", re.MULTILINE)
+DataEntries = Mapping[bytes, int]  # oid, or 0 for large objects, by dump id, in the archive's order
 
 
 def list_data_entries(pg_restore: Tool, dump: OpenFile) -> DataEntries:
-    """`pg_restore --list`. Raises ArchiveError with pg_restore's words; a warning is one too."""
-    tables: dict[bytes, int] = {}
-    large_objects: list[bytes] = []
-    argv = pg_restore_argv(pg_restore, dump, "--list")
-    with Program(argv, pg_restore.environment, stdout=subprocess.PIPE, file=dump) as program:
-        unread = b""
-        for block in read_output(program, do_nothing):
-            *lines, unread = (unread + block).split(b"\n")
-            for match in filter(None, map(TOC_DATA_ENTRY.match, lines)):
-                dump_id, oid, kind = match.groups()
-                if kind == b"BLOBS":
-                    large_objects.append(dump_id)
-                else:
-                    tables[dump_id] = int(oid)
-    return DataEntries(tables, large_objects)
+    """The entries of the archive that hold data. Raises ArchiveError."""
+    listing: list[bytes] = []
+    run_pg_restore(pg_restore, dump, "--list", on_block=listing.append)
+    return {dump_id: int(oid) for dump_id, oid in TOC_DATA_ENTRY.findall(b"".join(listing))}
 
 
 def read_contents(
     pg_restore: Tool, dump: OpenFile, entries: DataEntries, on_tick: Callable[[int], None]
-) -> Contents:
-    """Let pg_restore decode every data entry of the archive, and count what it yields.
-
-    It writes the entries in the order in which they are asked for: the k-th COPY is the data of the
-    k-th table. Streams: the memory it takes does not grow with the archive. Raises ArchiveError.
-    """
+) -> tuple[dict[int, int], int]:
+    """Let pg_restore decode every data entry of the archive: the rows by the table's oid, and the
+    large objects. It writes the entries in the order in which they are asked for: the k-th COPY is
+    the k-th table's data. The memory this takes does not grow with the archive. Raises
+    ArchiveError."""
     reader = ScriptReader()
-    with Program(
-        pg_restore_argv(pg_restore, dump, "--data-only", "--use-list=/dev/stdin", "--file=-"),
-        pg_restore.environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        file=dump,
-    ) as program:
-        wanted = (*entries.tables, *entries.large_objects)
-        program.write_stdin(b"".join(entry + b";\n" for entry in wanted))
-        for block in read_output(program, lambda: on_tick(reader.rows_read)):
-            reader.feed(block)
+    run_pg_restore(
+        pg_restore,
+        dump,
+        *("--data-only", "--use-list=/dev/stdin", "--file=-"),
+        stdin=b"".join(dump_id + b";\n" for dump_id in entries),
+        on_block=reader.feed,
+        on_tick=lambda: on_tick(reader.rows_read),
+    )
     reader.finish()
-    oids = entries.tables.values()
-    if len(reader.blocks) != len(oids):
+    oids = [oid for oid in entries.values() if oid]
+    rows = dict(zip(oids, reader.blocks, strict=False))
+    if not len(rows) == len(oids) == len(reader.blocks):
         raise ArchiveError(
-            f"its table of contents lists the data of {plural(len(oids), 'table')}, "
+            f"its table of contents lists the data of {plural(len(set(oids)), 'table')}, "
             f"it holds that of {len(reader.blocks)}"
         )
-    rows = dict(zip(oids, reader.blocks, strict=True))
-    if len(rows) != len(oids):
-        raise ArchiveError("its table of contents lists the data of a table twice")
-    return Contents(rows, reader.large_objects)
-
-
-def compare_contents(contents: Contents, expected: Metadata) -> list[str]:
-    """Every way in which the archive's contents differ from the counts, a sentence each."""
-    problems = []
-    if expected.table_oids is None:  # made before: all that can be compared are the numbers
-        found, wanted = sorted(contents.rows.values()), sorted(expected.table_counts.values())
-        if found != wanted:
-            more, less = Counter(found) - Counter(wanted), Counter(wanted) - Counter(found)
-            problems += [f"a table of {plural(n, 'row')}: not expected" for n in more.elements()]
-            problems += [f"a table of {plural(n, 'row')}: not in the dump" for n in less.elements()]
-    else:
-        for key, oid in expected.table_oids.items():
-            rows = expected.table_counts[key]
-            if oid not in contents.rows:
-                problems.append(
-                    f"table {printable(key)}: not in the dump, {plural(rows, 'row')} expected"
-                )
-            elif contents.rows[oid] != rows:
-                problems.append(
-                    f"table {printable(key)}: {plural(contents.rows[oid], 'row')} in the dump, "
-                    f"{rows} expected"
-                )
-        problems += [
-            f"table with the oid {oid}: in the dump, but not counted"
-            for oid in contents.rows.keys() - expected.table_oids.values()
-        ]
-    large_objects = expected.large_object_count or 0
-    if contents.large_objects != large_objects:
-        problems.append(
-            f"{plural(contents.large_objects, 'large object')} in the dump, "
-            f"{large_objects} expected"
-        )
-    return problems
+    return rows, reader.large_objects
 
 
 class Check(NamedTuple):
@@ -1639,10 +1516,46 @@ class Check(NamedTuple):
     problem: str = ""
 
 
+def compare_contents(rows: Mapping[int, int], large_objects: int, expected: Metadata) -> Check:
+    """Whether the archive's contents are what was counted; if not, every difference."""
+    counts, counted_objects = expected.table_counts, expected.large_object_count or 0
+    problems = []
+    if expected.table_oids is None:  # made before: all that can be compared are the numbers
+        found, wanted = Counter(rows.values()), Counter(counts.values())
+        more, less = (found - wanted).elements(), (wanted - found).elements()
+        problems += [f"a table of {plural(n, 'row')}: not expected" for n in more]
+        problems += [f"a table of {plural(n, 'row')}: not in the dump" for n in less]
+    else:
+        for key, oid in expected.table_oids.items():
+            if oid not in rows:
+                expectation = f"{plural(counts[key], 'row')} expected"
+                problems.append(f"table {key}: not in the dump, {expectation}")
+            elif rows[oid] != counts[key]:
+                found_rows = f"{plural(rows[oid], 'row')} in the dump"
+                problems.append(f"table {key}: {found_rows}, {counts[key]} expected")
+        uncounted = rows.keys() - expected.table_oids.values()
+        problems += [f"table with the oid {oid}: in the dump, but not counted" for oid in uncounted]
+    if large_objects != counted_objects:
+        found_objects = f"{plural(large_objects, 'large object')} in the dump"
+        problems.append(f"{found_objects}, {counted_objects} expected")
+    summary = row_summary(sum(rows.values()), len(rows), large_objects)
+    if not problems:
+        return Check(f"✓ Match ({summary})")
+    expectation = row_summary(expected.total_rows, len(counts), counted_objects)
+    verdict = f"✗ Mismatch (expected {expectation}, found {summary})"
+    return Check(verdict, list_names(problems, separator="\n"))
+
+
+def invalid(problem: str) -> Check:
+    """The check that could not be made, or not to its end."""
+    first_line = problem.partition("\n")[0]
+    return Check(f"✗ Invalid ({first_line})", problem)
+
+
 class Examination(NamedTuple):
     """What the three checks of a dump found; None for one that was not made."""
 
-    digest: str  # SHA-256, empty where it was not taken
+    digest: str  # SHA-256, empty where the checksum does not fit
     checksum: Check
     structure: Check
     contents: Check | None
@@ -1655,10 +1568,7 @@ class Examination(NamedTuple):
 
 
 def examine_dump(
-    pg_restore: Tool,
-    dump: OpenFile,
-    expected: Metadata,
-    on_progress: Callable[[float, int], None],
+    pg_restore: Tool, dump: OpenFile, expected: Metadata, on_progress: Callable[[float, int], None]
 ) -> Examination:
     """Check that a dump is the file, and holds the rows, that its metadata says: at creation, when
     there is no checksum yet, and later.
@@ -1667,93 +1577,60 @@ def examine_dump(
     checksum is known to differ no more is read, and what was read is discarded. `on_progress` is
     called with the fraction that is done, and the rows so far. Raises Failure, Interrupted.
     """
-    structure, entries = check_structure(pg_restore, dump)
-    size_bytes, total_rows = expected.backup_size_bytes, expected.total_rows
-    if (found := dump.size_bytes) != size_bytes:
-        sizes = f"expected {size_bytes} bytes, found {found}"
-        return Examination("", Check(f"✗ Mismatch ({sizes})", OTHER_FILE), structure, None)
     contents = None
-    with FileHash(dump) as hashing:
-
-        def fits(digest: str) -> bool:
-            return digest == (expected.checksum_sha256 or digest)
-
-        def on_tick(rows: int) -> None:
-            if hashing.is_done and not fits(hashing.wait()):
-                raise ArchiveError(OTHER_FILE)
-            done = hashing.done_bytes / (size_bytes or 1) + rows / (total_rows or 1)
-            on_progress(done / 2, rows)
-
-        try:
-            if entries is not None:
-                contents = check_contents(pg_restore, dump, entries, expected, on_tick)
-            digest = hashing.wait()
-        except OSError as error:
-            words = f"{display_path(dump.path)} cannot be read: {error.strerror}"
-            return Examination("", Check(f"✗ Invalid ({words})", words), structure, None)
-    if not hashing.done_bytes == dump.size_bytes == size_bytes:
-        sizes = f"expected {size_bytes} bytes, read {hashing.done_bytes}"
-        sizes += f", then found {dump.size_bytes}"
-        return Examination("", Check(f"✗ Mismatch ({sizes})", sizes), structure, None)
-    if fits(digest):
-        return Examination(digest, Check(f"✓ Match ({digest[:12]}...)"), structure, contents)
-    digits = f"expected {expected.checksum_sha256[:12]}..., found {digest[:12]}..."
-    return Examination(digest, Check(f"✗ Mismatch ({digits})", OTHER_FILE), structure, None)
-
-
-OTHER_FILE = "the dump is not the file that was verified when it was made"
-
-
-def check_structure(pg_restore: Tool, dump: OpenFile) -> tuple[Check, DataEntries | None]:
-    """Whether pg_restore can list the archive, and the data entries that it lists."""
     try:
         entries = list_data_entries(pg_restore, dump)
+        structure = Check("✓ Valid (pg_restore --list succeeded)")
     except ArchiveError as error:
-        return invalid(error), None
-    return Check("✓ Valid (pg_restore --list succeeded)"), entries
+        structure = invalid(str(error))
+    with contextlib.closing(FileHash(dump)) as hashing:
+
+        def on_tick(rows: int) -> None:
+            if hashing.is_done and (problem := check_hash(dump, hashing, expected).problem):
+                raise ArchiveError(problem)
+            done = hashing.done_bytes / (expected.backup_size_bytes or 1)
+            on_progress((done + rows / (expected.total_rows or 1)) / 2, rows)
+
+        if not structure.problem and dump.size_bytes == expected.backup_size_bytes:
+            try:
+                found = read_contents(pg_restore, dump, entries, on_tick)
+                contents = compare_contents(*found, expected)
+            except ArchiveError as error:
+                contents = invalid(str(error))
+        checksum = check_hash(dump, hashing, expected)
+        if checksum.problem:
+            return Examination("", checksum, structure, None)
+        return Examination(hashing.wait(), checksum, structure, contents)
 
 
-def invalid(error: ArchiveError) -> Check:
-    """The check that failed by this error."""
-    first_line = str(error).partition("\n")[0]
-    return Check(f"✗ Invalid ({first_line})", str(error))
-
-
-def check_contents(
-    pg_restore: Tool,
-    dump: OpenFile,
-    entries: DataEntries,
-    expected: Metadata,
-    on_tick: Callable[[int], None],
-) -> Check:
-    """Whether pg_restore reads the archive to its end, and finds in it what is expected."""
-    try:
-        contents = read_contents(pg_restore, dump, entries, on_tick)
-    except ArchiveError as error:
-        return invalid(error)
-    problems = compare_contents(contents, expected)
-    found = row_summary(contents.total_rows, len(contents.rows), contents.large_objects)
-    if not problems:
-        return Check(f"✓ Match ({found})")
-    wanted = row_summary(
-        expected.total_rows, len(expected.table_counts), expected.large_object_count or 0
-    )
-    verdict = f"✗ Mismatch (expected {wanted}, found {found})"
-    return Check(verdict, list_names(problems, separator="\n"))
+def check_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check:
+    """Whether every byte was hashed, and all are those that were verified when it was made."""
+    size_bytes, checksum = expected.backup_size_bytes, expected.checksum_sha256
+    found = dump.size_bytes
+    difference = f"expected {size_bytes} bytes, found {found}"
+    if found == size_bytes:
+        try:
+            digest = hashing.wait()
+        except OSError as error:
+            return invalid(f"{display_path(dump.path)} cannot be read: {error.strerror}")
+        if not hashing.done_bytes == dump.size_bytes == size_bytes:
+            difference = f"expected {size_bytes} bytes, read {hashing.done_bytes}, "
+            difference += f"then found {dump.size_bytes}"
+        elif digest == (checksum or digest):
+            return Check(f"✓ Match ({digest[:12]}...)")
+        else:
+            difference = f"expected {checksum[:12]}..., found {digest[:12]}..."
+    changed = "the dump is not the file that was verified when it was made"
+    return Check(f"✗ Mismatch ({difference})", changed if checksum else difference)
 
 
 def check_restore_fits(pg_restore: Tool, metadata: Metadata, examination: Examination) -> None:
     """Raise Failure where it is pg_restore that is unfit for an archive that is intact."""
-    problem = examination.structure.problem
-    if not problem or examination.checksum.problem:
-        return
-    digits = re.match(r"\d+", metadata.pg_dump_version)
-    if digits and pg_restore.major < int(digits.group()):
-        raise older_tool_failure(
-            pg_restore,
-            int(digits.group()),
-            f"too old for this backup, which pg_dump {printable(metadata.pg_dump_version)} made",
-        )
+    problem = "" if examination.checksum.problem else examination.structure.problem
+    version = metadata.pg_dump_version
+    if problem and pg_restore.major < major_version(version):
+        because = f"too old for this backup, which pg_dump {printable(version)} made"
+        raise older_tool_failure(pg_restore, major_version(version), because)
     if "does not support compression" in problem:
         compression = metadata.compression or "the method"
         raise unreadable_compression_failure(pg_restore, compression, problem)
