@@ -2338,10 +2338,10 @@ class Snapshot(NamedTuple):
 
     id: str
     tables: Sequence[Table]
-    sizes: Mapping[int, int]  # bytes by oid, of the tables with rows
-    large_objects_bytes: int
-    schemas: Mapping[int, str]  # the names of those that hold the tables, by oid
+    sizes: Mapping[int, int]  # bytes by oid, of the tables with rows and of LARGE_OBJECTS
+    schemas: Mapping[int, str]  # names by oid
     facts: Mapping[str, Any]  # what the metadata says of the database
+    backend_pid: int  # ours, also behind a pooler, which gives libpq a number of its own
 
 
 class Run(NamedTuple):
@@ -2359,6 +2359,8 @@ class Run(NamedTuple):
 LOCK_NOT_AVAILABLE = "55P03"
 # also query_canceled (statement_timeout), deadlock_detected, undefined_table, invalid_schema_name
 LOCK_RETRY_SQLSTATES = {LOCK_NOT_AVAILABLE, "57014", "40P01", "42P01", "3F000"}
+
+LARGE_OBJECTS = 2613  # the oid of pg_largeobject, which holds them
 
 DEADLOCK_TIMEOUT_MS = """
 SELECT setting::int FROM pg_catalog.pg_settings WHERE name = 'deadlock_timeout'
@@ -2415,86 +2417,66 @@ def take_snapshot(run: Run) -> Snapshot:
         (room,) = session.query(LOCK_TABLE_ROOM, workers)[0]
         session.query("COMMIT")
         if len(tables) > room:
-            raise lock_table_failure(len(tables), int(room))
+            raise lock_table_failure(len(tables), room)
         run.partial.begin()
+        what, blocker = "the set of tables changes all the time", None
         try:
-            snapshot = lock_and_export(
-                session, tables, max(1, min(LOCK_TIMEOUT_MS, deadlock_timeout_ms // 2))
-            )
-            if snapshot is not None:
+            limit_ms = max(1, min(LOCK_TIMEOUT_MS, deadlock_timeout_ms // 2))
+            if snapshot := lock_and_export(session, tables, limit_ms):
                 return snapshot
-            what, blocker = "the set of tables changes all the time", None
         except ServerError as error:
             if error.sqlstate not in LOCK_RETRY_SQLSTATES:
                 raise
-            session.query("ROLLBACK")  # every lock goes
-            what, blocker = find_lock_holder(session, tables, error)
-        session.query("ROLLBACK")
+            what = error.text
+        session.query("ROLLBACK")  # every lock goes
+        keys = {LARGE_OBJECTS: "pg_largeobject"} | {table.oid: table.key for table in tables}
+        begin_read_only(session)
+        for oid, *who in session.query(LOCK_HOLDER, list(keys)):
+            blocker = Blocker(*who)
+            what = f"{blocker} holds the table {printable(keys[oid])}"
+        session.query("COMMIT")
         patience.check(f"the tables could not be locked for reading: {what}", blocker)
         pause(run.progress, what)
 
 
-def lock_and_export(session: Session, tables: list[Table], timeout_ms: int) -> Snapshot | None:
+# The bytes of each table with its TOAST; the functions take a lock themselves. (pg_table_size would
+# add the maps and TOAST's index, in five times the time.)
+TABLE_SIZES = """
+SELECT oid::bigint, COALESCE(pg_relation_size(oid), 0)
+       + COALESCE(pg_relation_size(NULLIF(reltoastrelid, 0)), 0)
+  FROM pg_catalog.pg_class WHERE oid = ANY (%s::oid[])
+"""
+
+# Not those of temporary tables, which every other session makes.
+SCHEMAS = "SELECT oid::bigint, nspname FROM pg_catalog.pg_namespace WHERE nspname !~ '^pg_'"
+
+
+def lock_and_export(session: Session, tables: list[Table], limit_ms: int) -> Snapshot | None:
     """One try: everything that is read while locks are held; None where the tables changed.
 
-    The time limit is one for the LOCK as a whole: lock_timeout counts for each table anew. After it
+    The limit is one for the LOCK as a whole: lock_timeout counts for each table anew. After it
     lock_timeout is enough, for a pg_largeobject that somebody rewrites.
     """
     begin_read_only(session, "REPEATABLE READ")
-    session.query(f"SET LOCAL statement_timeout = {timeout_ms}")
+    session.query(f"SET LOCAL statement_timeout = {limit_ms}")
     if tables:
         names = ", ".join(f"ONLY {table.qualified_name}" for table in tables)
         session.query(f"LOCK TABLE {names} IN ACCESS SHARE MODE")
-    session.query(f"SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {timeout_ms}")
-    (identifier,) = session.query("SELECT pg_catalog.pg_export_snapshot()")[0]
+    session.query(f"SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {limit_ms}")
+    identifier, pid = session.query("SELECT pg_export_snapshot(), pg_backend_pid()")[0]
     if list_tables(session) != tables:
         return None
-    dumped = [table for table in tables if table.has_rows]
-    (large_objects_bytes,) = session.query(
-        "SELECT pg_catalog.pg_relation_size('pg_catalog.pg_largeobject')"
-    )[0]
+    sized = [LARGE_OBJECTS, *(table.oid for table in tables if table.has_rows)]
     snapshot = Snapshot(
         id=identifier,
         tables=tables,
-        sizes=table_sizes(session, dumped),
-        large_objects_bytes=large_objects_bytes,
-        schemas=dict(session.query(SCHEMAS, [table.oid for table in tables])),
+        sizes=dict(session.query(TABLE_SIZES, sized)),
+        schemas=dict(session.query(SCHEMAS)),
         facts=describe_database(session),
+        backend_pid=pid,
     )
     session.query("SET LOCAL lock_timeout = 0")  # from here on Patience ends a wait
     return snapshot
-
-
-SCHEMAS = """
-SELECT n.oid::bigint, n.nspname FROM pg_catalog.pg_namespace n
- WHERE n.oid IN (SELECT relnamespace FROM pg_catalog.pg_class WHERE oid = ANY (%s::oid[]))
-"""
-
-
-def table_sizes(session: Session, tables: Sequence[Table]) -> dict[int, int]:
-    """The bytes of each table with its TOAST, by oid. Only with the locks held: it takes a lock
-    itself. (pg_table_size would add the maps and TOAST's index, in five times the time.)"""
-    return dict(
-        session.query(
-            "SELECT oid::bigint, COALESCE(pg_catalog.pg_relation_size(oid), 0)"
-            " + COALESCE(pg_catalog.pg_relation_size(NULLIF(reltoastrelid, 0)), 0)"
-            " FROM pg_catalog.pg_class WHERE oid = ANY (%s::oid[])",
-            [table.oid for table in tables],
-        )
-    )
-
-
-def find_lock_holder(
-    session: Session, tables: Iterable[Table], error: ServerError
-) -> tuple[str, Blocker | None]:
-    """A sentence that says who holds which of the tables, and who it is; where nobody does any
-    more, the words of the error."""
-    keys = {table.oid: table.key for table in tables}
-    begin_read_only(session)
-    for oid, *who in session.query(LOCK_HOLDER, list(keys)):
-        blocker = Blocker(*who)
-        return f"{blocker} holds the table {printable(keys[oid])}", blocker
-    return error.text, None
 
 
 class Dumped(NamedTuple):
@@ -2562,7 +2544,7 @@ def dump_argv(run: Run, snapshot: Snapshot) -> list[str]:
 def dump_snapshot(run: Run, snapshot: Snapshot) -> Dumped:
     """Run pg_dump on the snapshot while our session counts in it. Raises DumpFailed, DeadlockAhead,
     SnapshotLost."""
-    tables_bytes = sum(snapshot.sizes.values()) + snapshot.large_objects_bytes
+    tables_bytes = sum(snapshot.sizes.values())
     expected_bytes = check_disk_space(run, snapshot.facts["database_size_bytes"], tables_bytes)
     # By this its backend is found; ASCII, since the server replaces anything else.
     application_name = f"backup_db {os.getpid()} {os.urandom(4).hex()}"
@@ -2573,7 +2555,8 @@ def dump_snapshot(run: Run, snapshot: Snapshot) -> Dumped:
         file=run.partial.dump,
         lock=run.lock.file.descriptor,
     ) as pg_dump:
-        watch = DumpWatch(run, pg_dump, application_name, expected_bytes)
+        backends = (snapshot.backend_pid, application_name)
+        watch = DumpWatch(run, pg_dump, backends, expected_bytes)
         watch.wait_until(lambda: watch.is_copying)
         try:
             counts = count_rows(run.session, snapshot, watch)
@@ -2620,11 +2603,8 @@ def find_renamed_schema(session: Session, snapshot: Snapshot) -> str | None:
     """A sentence about a schema that has another name than in the snapshot, by a fresh one: COPY
     goes by name, so that two schemas that were swapped are dumped with each other's rows. (By oid
     and name: every GRANT changes xmin.)"""
-    for oid, name in session.query(
-        "SELECT oid::bigint, nspname FROM pg_catalog.pg_namespace WHERE oid = ANY (%s::oid[])",
-        list(snapshot.schemas),
-    ):
-        if (before := snapshot.schemas[oid]) != name:
+    for oid, name in session.query(SCHEMAS):
+        if (before := snapshot.schemas.get(oid, name)) != name:
             return f"schema {sql_identifier(before)} was renamed to {sql_identifier(name)}"
     return None
 
@@ -2634,9 +2614,10 @@ def find_renamed_schema(session: Session, snapshot: Snapshot) -> str | None:
 # within a transaction until it is told to look again.
 CLEAR_ACTIVITY_SNAPSHOT = "SELECT pg_catalog.pg_stat_clear_snapshot()"
 ACTIVITY = f"""
-SELECT a.pid <> %s, starts_with(a.query, 'COPY '), a.query_start, a.state_change, p.bytes_processed,
-       CASE WHEN b.pid IS NOT NULL OR x.gid IS NOT NULL THEN blocking.pid END,
-       b.usename, b.application_name, b.query, cardinality(pg_blocking_pids(b.pid)) > 0, x.gid
+SELECT a.pid <> %s, starts_with(a.query, 'COPY '),
+       concat_ws(' ', a.query_start, a.state_change, p.bytes_processed),
+       b.pid, b.usename, b.application_name, b.query, cardinality(pg_blocking_pids(b.pid)) > 0,
+       x.gid
   FROM pg_catalog.pg_stat_activity a
   LEFT JOIN pg_catalog.pg_stat_progress_copy p ON p.pid = a.pid
   LEFT JOIN LATERAL unnest(pg_blocking_pids(a.pid)) AS blocking (pid) ON true
@@ -2665,11 +2646,11 @@ class DumpWatch:
     """
 
     def __init__(
-        self, run: Run, pg_dump: Program, application_name: str, expected_bytes: int
+        self, run: Run, pg_dump: Program, backends: tuple[int, str], expected_bytes: int
     ) -> None:
         self._run = run
         self._pg_dump = pg_dump
-        self._application_name = application_name
+        self._backends = backends  # our pid, pg_dump's application name
         self._expected_bytes = expected_bytes
         self._reserve = DiskReserve(run)
         self._patience = Patience()
@@ -2683,7 +2664,6 @@ class DumpWatch:
         """Wait for pg_dump's end, or for the condition before it. Raises DumpFailed, DeadlockAhead,
         Failure."""
         while self._pg_dump.wait(TICK_SECONDS) is None and not condition():
-            self.tick()
             self.look()
         self._check_status()
 
@@ -2692,15 +2672,20 @@ class DumpWatch:
             raise DumpFailed(status, self._pg_dump.stderr_text)
 
     def tick(self) -> None:
-        """What is to be seen without asking the server. Raises DumpFailed, Failure."""
+        """What is to be seen while our session is busy. Raises DumpFailed, Failure."""
         self._check_status()
         patience, written = self._patience, self._run.partial.dump.size_bytes
         self.is_copying |= written > 0
         self._reserve.check(written)
         if patience.watch(written=written, rows=self.counter.rows):
             self._blocker = None
-        if self.counting and patience.still_seconds > STILL_SECONDS:
-            self._look_from_beside()
+        since = max(self._looked_at, time.monotonic() - patience.still_seconds)
+        if self.counting and time.monotonic() - since > STILL_SECONDS:
+            # Refused a session beside ours, the blocker stays without a name.
+            with contextlib.suppress(ServerError), Session(self._run.config) as beside:
+                begin_read_only(beside)
+                self._ask(beside)
+            self._looked_at = time.monotonic()
         if self._blocker is not None:
             waits = f"the count of {printable(self.counting)}" if self.counting else "pg_dump"
             patience.check(f"{waits} waits for a lock: {self._blocker} blocks it", self._blocker)
@@ -2711,43 +2696,29 @@ class DumpWatch:
         self._run.progress.show("Dumping", fraction, f"{format_size(written)} written")
 
     def look(self) -> None:
-        """Ask our own session, where it is free, what pg_dump does and who blocks it: at each tick
-        until it writes, then only where nothing moves. Raises DeadlockAhead."""
+        """The same while our session is free, and ask it what pg_dump does and who blocks it: each
+        time until it writes, then only where nothing moves. Raises DeadlockAhead."""
+        check_signals()  # a count of many small tables has no other tick
+        self.tick()
         still = self._patience.still_seconds
         if not self.is_copying or still > LOCK_RETRY_SECONDS or self._blocker is not None:
             self._ask(self._run.session)
 
-    def _look_from_beside(self) -> None:
-        """The same from a session of its own, while a count keeps ours busy; refused, the blocker
-        stays without a name."""
-        if time.monotonic() - self._looked_at > STILL_SECONDS:
-            with contextlib.suppress(ServerError), Session(self._run.config) as beside:
-                begin_read_only(beside)
-                self._ask(beside)
-            self._looked_at = time.monotonic()
-
     def _ask(self, session: Session) -> None:
-        ours = self._run.session.backend_pid
         session.query(CLEAR_ACTIVITY_SNAPSHOT)
         self._blocker = None
-        for (
-            is_pg_dump,
-            is_copying,
-            *moving,
-            pid,
-            user,
-            application,
-            query,
-            waits,
-            gid,
-        ) in session.query(ACTIVITY, ours, self._application_name, ours):
+        ours, application_name = self._backends
+        for is_pg_dump, is_copying, activity, *who in session.query(
+            ACTIVITY, ours, application_name, ours
+        ):
+            blocker = Blocker(*who)
+            if self._blocker is None and (blocker.pid or blocker.gid):
+                self._blocker = blocker
             if is_pg_dump:
-                self._patience.watch(activity=tuple(moving))
-            if pid is not None and self._blocker is None:
-                self._blocker = Blocker(pid or None, user, application, query, bool(waits), gid)
-            if is_pg_dump and self._blocker and self._blocker.is_waiting and not self.is_copying:
-                raise DeadlockAhead(self._blocker)
-            self.is_copying |= bool(is_pg_dump and is_copying)
+                self._patience.watch(activity=activity)
+                if self._blocker and self._blocker.is_waiting and not self.is_copying:
+                    raise DeadlockAhead(self._blocker)
+                self.is_copying |= bool(is_copying)
 
 
 DUMP_SHARE = 0.8  # of the whole run, as the progress line counts it; the rest is the read-back
@@ -2774,12 +2745,11 @@ def diagnose_dump(
         return changing_failure(str(error)) if attempts == DUMP_ATTEMPTS else None
     directory, text = run.partial.directory, error.stderr_text
     if match := OUTPUT_FILE_ERROR.search(text):
-        for number in errno.errorcode:
-            if match.group("reason") == os.strerror(number):
-                if number == errno.ENOENT:
-                    return wrapper_failure(run.tools.pg_dump, text)
-                return errno_failure(number, directory, text)
-        return errno_failure(0, directory, text)
+        reason = match.group("reason")
+        number = next((number for number in errno.errorcode if os.strerror(number) == reason), 0)
+        if number == errno.ENOENT:
+            return wrapper_failure(run.tools.pg_dump, text)
+        return errno_failure(number, directory, text)
     if error.status == -signal.SIGXFSZ:
         return errno_failure(errno.EFBIG, directory, f"{text}: the limit on file sizes was reached")
     if is_disk_full(directory):
@@ -2787,29 +2757,35 @@ def diagnose_dump(
     if error.status < 0:
         return dump_failure(error)
     try:
-        with Session(run.config) as again:
-            begin_read_only(again)
-            check_privileges(again)
-            renamed = find_renamed_schema(again, snapshot)
+        renamed = ask_again(run, snapshot)
     except Failure as failure:
         return Failure(failure.code, f"{text}\n{failure.detail}", *failure.steps)
-    except ServerError as refused:
-        return diagnose_lost_connection(run, error, refused)
+    except ServerError as gone:
+        return server_failure(ServerError(f"{text}\n{gone.text}", lost=True), "dumping")
     if attempts < DUMP_ATTEMPTS and (renamed or run.partial.dump.size_bytes == 0):
         return None
     return changing_failure(f"the {renamed}\n{text}") if renamed else dump_failure(error)
 
 
-def diagnose_lost_connection(run: Run, failed: DumpFailed, error: ServerError) -> Failure:
-    """pg_dump failed, and no second connection is to be had: is the server gone, or full?"""
+def ask_again(run: Run, snapshot: Snapshot) -> str | None:
+    """Whether the server is there, allows a connection beside ours, and lets us read everything:
+    raises ServerError, Failure. Returns what find_renamed_schema does."""
+    session = run.session
+    if not session.is_idle:  # pg_dump failed while rows were counted
+        session.close()
+        session.connect()
+    session.query("ROLLBACK")  # nothing that comes may wait while locks are held
     try:
-        if run.session.is_idle:
-            run.session.query("SELECT")
-            return connection_failure(run.config, error)
+        Session(run.config).close()
     except ServerError:
-        pass
-    lost = ServerError(f"{failed.stderr_text}\n{error.text}", lost=True)
-    return server_failure(lost, "dumping")
+        pause(run.progress, "there is no second connection")  # pg_dump's is freed a moment late
+        try:
+            Session(run.config).close()
+        except ServerError as refused:
+            raise connection_failure(run.config, refused) from None
+    begin_read_only(session)
+    check_privileges(session)
+    return find_renamed_schema(session, snapshot)
 
 
 # ---------------------------------------------------------------------------------------------
