@@ -1692,7 +1692,6 @@ class Session:
         """Begin a session, where there is none or the last one is closed."""
         config, psycopg2 = self._config, import_psycopg2()
         self._running: Background[Any] | None = None
-        self._connection: Any = None
         started = time.monotonic()
         # libpq ends what is silent, by PGCONNECT_TIMEOUT for each address, and says which; not a
         # resolver that hangs, nor a server that talks without an end.
@@ -2362,9 +2361,7 @@ LOCK_RETRY_SQLSTATES = {LOCK_NOT_AVAILABLE, "57014", "40P01", "42P01", "3F000"}
 
 LARGE_OBJECTS = 2613  # the oid of pg_largeobject, which holds them
 
-DEADLOCK_TIMEOUT_MS = """
-SELECT setting::int FROM pg_catalog.pg_settings WHERE name = 'deadlock_timeout'
-"""
+DEADLOCK_TIMEOUT_MS = "SELECT setting::int FROM pg_settings WHERE name = 'deadlock_timeout'"
 
 # PostgreSQL documentation, "Lock Management": the lock table is shared by all, and we take one
 # place for each table. Locks by the fast path are not in it.
@@ -2509,8 +2506,7 @@ def dump_database(run: Run) -> Dumped:
             waits_for = f"{ahead.blocker} holds what pg_dump needs"
         except (DumpFailed, SnapshotLost) as error:
             attempts += 1
-            failure = diagnose_dump(run, snapshot, error, attempts)
-            if failure is not None:
+            if failure := diagnose_dump(run, snapshot, error, attempts):
                 raise failure from None
             waits_for = "something changed meanwhile"
         except ServerError as error:
@@ -2679,9 +2675,9 @@ class DumpWatch:
         self._reserve.check(written)
         if patience.watch(written=written, rows=self.counter.rows):
             self._blocker = None
-        since = max(self._looked_at, time.monotonic() - patience.still_seconds)
-        if self.counting and time.monotonic() - since > STILL_SECONDS:
-            # Refused a session beside ours, the blocker stays without a name.
+        still = min(patience.still_seconds, time.monotonic() - self._looked_at)
+        if self.counting and still > STILL_SECONDS:
+            # From beside our session, which is busy; refused, the blocker stays without a name.
             with contextlib.suppress(ServerError), Session(self._run.config) as beside:
                 begin_read_only(beside)
                 self._ask(beside)
@@ -2708,9 +2704,8 @@ class DumpWatch:
         session.query(CLEAR_ACTIVITY_SNAPSHOT)
         self._blocker = None
         ours, application_name = self._backends
-        for is_pg_dump, is_copying, activity, *who in session.query(
-            ACTIVITY, ours, application_name, ours
-        ):
+        rows = session.query(ACTIVITY, ours, application_name, ours)
+        for is_pg_dump, is_copying, activity, *who in rows:
             blocker = Blocker(*who)
             if self._blocker is None and (blocker.pid or blocker.gid):
                 self._blocker = blocker
@@ -2723,11 +2718,11 @@ class DumpWatch:
 
 DUMP_SHARE = 0.8  # of the whole run, as the progress line counts it; the rest is the read-back
 
-# All of pg_dump's words about its own file (pg_backup_custom.c, pg_backup_archiver.c, 15 to 18).
+# All of pg_dump's words about its own file (15 to 18). A server's about a file of its own come
+# behind "query failed: ERROR:".
 OUTPUT_FILE_ERROR = re.compile(
-    r"could not (?:open output file|write to output file|write to file|close archive file"
-    r"|close output file|close file|set seek position|determine seek position)\b.*: "
-    r"(?P<reason>[^:\n]+)$",
+    r"^\S+: error: could not (?:(?:open|write to|close) .*?file|(?:set|determine) seek position)\b"
+    r".*: ([^:\n]+)$",
     re.MULTILINE,
 )
 
@@ -2745,7 +2740,7 @@ def diagnose_dump(
         return changing_failure(str(error)) if attempts == DUMP_ATTEMPTS else None
     directory, text = run.partial.directory, error.stderr_text
     if match := OUTPUT_FILE_ERROR.search(text):
-        reason = match.group("reason")
+        reason = match.group(1)
         number = next((number for number in errno.errorcode if os.strerror(number) == reason), 0)
         if number == errno.ENOENT:
             return wrapper_failure(run.tools.pg_dump, text)
@@ -2761,7 +2756,9 @@ def diagnose_dump(
     except Failure as failure:
         return Failure(failure.code, f"{text}\n{failure.detail}", *failure.steps)
     except ServerError as gone:
-        return server_failure(ServerError(f"{text}\n{gone.text}", lost=True), "dumping")
+        lost = gone.sqlstate != LOCK_NOT_AVAILABLE
+        both = ServerError(f"{text}\n{gone.text}", gone.sqlstate, lost)
+        return server_failure(both, "dumping")
     if attempts < DUMP_ATTEMPTS and (renamed or run.partial.dump.size_bytes == 0):
         return None
     return changing_failure(f"the {renamed}\n{text}") if renamed else dump_failure(error)
@@ -2771,14 +2768,16 @@ def ask_again(run: Run, snapshot: Snapshot) -> str | None:
     """Whether the server is there, allows a connection beside ours, and lets us read everything:
     raises ServerError, Failure. Returns what find_renamed_schema does."""
     session = run.session
-    if not session.is_idle:  # pg_dump failed while rows were counted
+    if session.is_idle:
+        session.query("ROLLBACK")  # nothing that comes waits while locks are held
+    else:  # pg_dump failed while rows were counted
         session.close()
+        pause(run.progress, "pg_dump has failed")  # the server frees a connection a moment late
         session.connect()
-    session.query("ROLLBACK")  # nothing that comes may wait while locks are held
     try:
         Session(run.config).close()
     except ServerError:
-        pause(run.progress, "there is no second connection")  # pg_dump's is freed a moment late
+        pause(run.progress, "pg_dump has failed")
         try:
             Session(run.config).close()
         except ServerError as refused:

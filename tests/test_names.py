@@ -111,6 +111,19 @@ def test_names_that_never_stay_end_the_run_with_what_happened_to_them(
     assert not project.dumps()
 
 
+def test_server_that_lets_nobody_in_again_has_lost_us(
+    blue_green: Database, make_project: MakeProject
+) -> None:
+    project = make_project(blue_green, constants={"LOCK_RETRY_SECONDS": 0.1})
+    swap = call_psql(project, change_names(SWAP))
+    closed = f'ALTER DATABASE "{blue_green.name}" ALLOW_CONNECTIONS false'
+    close = f"PGDATABASE=postgres {call_psql(project, closed)}"
+    fake_call(project, *DUMP, f'"$real" "$@" && ({swap} && {close}) >>"$HOME/log" 2>&1')
+    result = project.run().failed_with(7, "Backup creation error")
+    assert "lost" in result.stderr, result
+    assert "not currently accepting connections" in result.stderr, result
+
+
 @pytest.mark.parametrize(
     "change",
     [

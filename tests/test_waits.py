@@ -50,6 +50,7 @@ ENDED_SECONDS = 15
 
 OURS, PG_DUMPS = "backup\\_db", "backup\\_db %"  # the application names, as LIKE has them
 PG_DUMP_WAITS = f"application_name LIKE '{PG_DUMPS}' AND wait_event_type = 'Lock'"
+COPIES = "starts_with(query, 'COPY ')"
 WE_WAIT = f"application_name LIKE '{OURS}' AND wait_event_type = 'Lock'"
 
 # A second for each wait, and no long ones in between.
@@ -388,3 +389,21 @@ def test_pg_dump_that_works_on_a_huge_catalog_is_left_in_peace(
     dump = project.back_up()
     assert read_metadata(dump)["duration_seconds"] > 2
     assert_restores(dump, waits)
+
+
+def test_signal_is_heard_between_many_small_tables(
+    each_cluster: Cluster, make_project: MakeProject
+) -> None:
+    """No count of one of them lasts as long as a tick."""
+    with new_database(each_cluster) as database:
+        database.psql(
+            "SELECT format('CREATE TABLE t%s AS SELECT 1', n) FROM generate_series(1, 200) AS n"
+            " \\gexec"
+        )
+        slow = (*STRACE, "-f", "-e", "trace=sendto", "-e", "inject=sendto:delay_enter=30000")
+        project = make_project(database)
+        process = project.start(prefix=(program("strace", "strace"), *slow))
+        wait_until(lambda: sessions_on(database, f"application_name LIKE '{OURS}' AND {COPIES}"))
+        process.terminate()
+        assert finish(process, 3).returncode == -signal.SIGTERM
+        assert_nothing_runs(project, database)
