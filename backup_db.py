@@ -2583,6 +2583,7 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[i
     (Counts taken from the archive alone would prove nothing of what the database held.)
     """
     counts = {}
+    looked_at = time.monotonic()
     for table in snapshot.tables:
         if not table.has_rows:
             continue
@@ -2590,7 +2591,9 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[i
         if table.condition or snapshot.sizes[table.oid]:
             watch.counting = table.key
             counts[table.oid] = session.copy_rows(table.copy_statement, watch.counter, watch.tick)
-            watch.look()
+            if time.monotonic() - looked_at > TICK_SECONDS:  # a small table is through before one
+                watch.look()
+                looked_at = time.monotonic()
     watch.counting = ""
     return counts
 
@@ -2672,7 +2675,8 @@ class DumpWatch:
         self._check_status()
         patience, written = self._patience, self._run.partial.dump.size_bytes
         self.is_copying |= written > 0
-        self._reserve.check(written)
+        if self._pg_dump.status() is None:
+            self._reserve.check(written)
         if patience.watch(written=written, rows=self.counter.rows):
             self._blocker = None
         still = min(patience.still_seconds, time.monotonic() - self._looked_at)
@@ -2694,7 +2698,7 @@ class DumpWatch:
     def look(self) -> None:
         """The same while our session is free, and ask it what pg_dump does and who blocks it: each
         time until it writes, then only where nothing moves. Raises DeadlockAhead."""
-        check_signals()  # a count of many small tables has no other tick
+        check_signals()
         self.tick()
         still = self._patience.still_seconds
         if not self.is_copying or still > LOCK_RETRY_SECONDS or self._blocker is not None:
