@@ -2540,8 +2540,8 @@ def dump_argv(run: Run, snapshot: Snapshot) -> list[str]:
 def dump_snapshot(run: Run, snapshot: Snapshot) -> Dumped:
     """Run pg_dump on the snapshot while our session counts in it. Raises DumpFailed, DeadlockAhead,
     SnapshotLost."""
-    tables_bytes = sum(snapshot.sizes.values())
-    expected_bytes = check_disk_space(run, snapshot.facts["database_size_bytes"], tables_bytes)
+    database_bytes = snapshot.facts["database_size_bytes"]
+    expected_bytes = check_disk_space(run, database_bytes, sum(snapshot.sizes.values()))
     # By this its backend is found; ASCII, since the server replaces anything else.
     application_name = f"backup_db {os.getpid()} {os.urandom(4).hex()}"
     tool = run.tools.pg_dump
@@ -2551,8 +2551,7 @@ def dump_snapshot(run: Run, snapshot: Snapshot) -> Dumped:
         file=run.partial.dump,
         lock=run.lock.file.descriptor,
     ) as pg_dump:
-        backends = (snapshot.backend_pid, application_name)
-        watch = DumpWatch(run, pg_dump, backends, expected_bytes)
+        watch = DumpWatch(run, pg_dump, (snapshot.backend_pid, application_name), expected_bytes)
         watch.wait_until(lambda: watch.is_copying)
         try:
             counts = count_rows(run.session, snapshot, watch)
@@ -2660,8 +2659,7 @@ class DumpWatch:
         self.counting = ""  # the key of the table whose rows are being counted
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait for pg_dump's end, or for the condition before it. Raises DumpFailed, DeadlockAhead,
-        Failure."""
+        """Wait for pg_dump's end, or for the condition before it. Raises as `look` does."""
         while self._pg_dump.wait(TICK_SECONDS) is None and not condition():
             self.look()
         self._check_status()
@@ -2697,7 +2695,7 @@ class DumpWatch:
 
     def look(self) -> None:
         """The same while our session is free, and ask it what pg_dump does and who blocks it: each
-        time until it writes, then only where nothing moves. Raises DeadlockAhead."""
+        time until it writes, then only where nothing moves. Raises DeadlockAhead as well."""
         check_signals()
         self.tick()
         still = self._patience.still_seconds
@@ -2736,9 +2734,8 @@ def diagnose_dump(
 ) -> Failure | None:
     """Why there is no dump; None where it is worth another try.
 
-    Settled by looking again at the file, the server and the privileges. The only words of pg_dump's
-    that count are its own on its output file, whose end is the text of the errno (in English:
-    LC_ALL=C).
+    Settled by looking again, at the file, the server and the privileges. The only words that count
+    are pg_dump's own on its file, whose end is the text of the errno (in English: LC_ALL=C).
     """
     if isinstance(error, SnapshotLost):
         return changing_failure(str(error)) if attempts == DUMP_ATTEMPTS else None
