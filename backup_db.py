@@ -494,13 +494,7 @@ def unsound_dump_failure(partial: PartialBackup, problem: str) -> Failure:
 # Waiting: signals, calls in a thread, the one clock, the progress line
 # ---------------------------------------------------------------------------------------------
 
-TERMINATING_SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGQUIT,
-    signal.SIGXCPU,
-)
+TERMINATING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
 
 
 class Interrupted(BaseException):
@@ -512,10 +506,10 @@ class Interrupted(BaseException):
 
 
 class SignalNote:
-    """A signal handler that only notes the first signal: `check_signals` raises it."""
+    """A signal handler that only notes the first signal: `check_signals` raises it, once."""
 
-    def __init__(self) -> None:
-        self.number = 0
+    number = 0
+    is_raised = False
 
     def __call__(self, number: int, _frame: object) -> None:
         self.number = self.number or number
@@ -532,21 +526,13 @@ def catch_signals() -> None:
 def check_signals() -> None:
     """Raise Interrupted if a terminating signal has come; a further one is ignored.
 
-    It is called on each tick of a wait, and before each step that cannot be undone. Between two
-    calls nothing is interrupted, so that no fork, rename or clean-up needs a guard.
+    Called on each tick of a wait, and before each step that cannot be undone. Between two calls
+    nothing is interrupted: no fork, rename or clean-up needs a guard.
     """
-    for number in TERMINATING_SIGNALS:
-        note = signal.getsignal(number)
-        if isinstance(note, SignalNote) and note.number:
-            set_signals(signal.SIG_IGN)
+    for note in map(signal.getsignal, TERMINATING_SIGNALS):
+        if isinstance(note, SignalNote) and note.number and not note.is_raised:
+            note.is_raised = True
             raise Interrupted(note.number)
-
-
-def set_signals(action: signal.Handlers) -> None:
-    """Give the signals that are noted another action, SIG_IGN or SIG_DFL."""
-    for number in TERMINATING_SIGNALS:
-        if isinstance(signal.getsignal(number), SignalNote):
-            signal.signal(number, action)
 
 
 def die_by_signal(number: int) -> int:
@@ -567,44 +553,40 @@ def do_nothing() -> None:
     """What is done on a tick when there is nothing to do."""
 
 
-class Background(Generic[T]):
-    """A call that may last: made in a daemon thread, waited for on the main thread, which alone
-    receives Python's signal handlers, and meanwhile looks after progress and deadlines.
+class Background(threading.Thread, Generic[T]):
+    """A call that may last, in a daemon thread. The main thread waits for it: it alone hears
+    signals, and meanwhile looks after progress and deadlines.
 
     (concurrent.futures would join its threads at exit, one that is stuck in libpq too.)
     """
 
     def __init__(self, call: Callable[[], T]) -> None:
+        super().__init__(daemon=True)
         self._call = call
         self._error: BaseException | None = None
-        self._done = threading.Event()
-        threading.Thread(target=self._run, daemon=True).start()
+        self.start()
 
-    def _run(self) -> None:
+    def run(self) -> None:
         try:
             self._result = self._call()
         except BaseException as error:  # noqa: BLE001 - raised by `wait`
             self._error = error
-        self._done.set()
 
     @property
     def is_done(self) -> bool:
-        """Whether there is a result, or an error. Never waits."""
-        return self._done.is_set()
-
-    def join(self, seconds: float) -> None:
-        """Wait for the end of the call, deaf to signals."""
-        self._done.wait(seconds)
+        return not self.is_alive()
 
     def wait(self, on_tick: Callable[[], None] = do_nothing, seconds: float | None = None) -> T:
         """The result of the call. Raises its error; TimeoutError when `seconds` have passed, while
         the call goes on; Interrupted; and whatever `on_tick` raises."""
-        deadline = None if seconds is None else time.monotonic() + seconds
-        while not self._done.wait(TICK_SECONDS):
+        started = time.monotonic()
+        self.join(TICK_SECONDS)
+        while self.is_alive():
             check_signals()
             on_tick()
-            if deadline is not None and time.monotonic() > deadline:
+            if seconds is not None and time.monotonic() - started > seconds:
                 raise TimeoutError
+            self.join(TICK_SECONDS)
         if self._error is not None:
             raise self._error
         return self._result
@@ -627,7 +609,6 @@ class Patience:
 
     @property
     def still_seconds(self) -> float:
-        """How long nothing has moved."""
         return time.monotonic() - self._moved_at
 
     def check(self, what: str, blocker: Blocker | None = None) -> None:
@@ -638,24 +619,15 @@ class Patience:
 
 def pause(progress: Progress, waits_for: str) -> None:
     """Wait for a moment before the next try, with nothing held."""
-    until = time.monotonic() + LOCK_RETRY_SECONDS
-    while (left := until - time.monotonic()) > 0:
-        check_signals()
-        progress.show(f"Waiting: {waits_for}")
-        time.sleep(min(left, TICK_SECONDS))
+    moment = Background(lambda: time.sleep(LOCK_RETRY_SECONDS))
+    moment.wait(lambda: progress.show(f"Waiting: {waits_for}"))
 
 
 class Progress:
     """One line on a terminal's stderr, redrawn in place; silent where stderr is no terminal."""
 
-    BAR_WIDTH = 20
-
     def __init__(self, stream: IO[str] | None) -> None:
-        try:
-            self.enabled = stream is not None and stream.isatty()
-        except ValueError:  # closed
-            self.enabled = False
-        self._stream = stream
+        self._terminal = stream if stream is not None and stream.isatty() else None
         self._started = time.monotonic()
         self._drawn_at = 0.0
         self._fraction = 0.0
@@ -663,53 +635,42 @@ class Progress:
 
     def clear(self) -> None:
         """Take the line away, before anything else is printed."""
-        if self.enabled:
-            self._draw([""])
+        self._draw([])
 
     def show(self, phase: str, fraction: float | None = None, *details: str) -> None:
-        """Draw the line, a few times a second at most.
-
-        `fraction` is that of the whole run; it never runs backwards. `details` come in the order
-        of their worth: a narrow terminal shows the first ones.
-        """
+        """Draw the line, a few times a second at most. `fraction` is that of the whole run, and
+        never runs backwards. Of the `details` a narrow terminal shows the first."""
         now = time.monotonic()
-        if not self.enabled or now - self._drawn_at < REDRAW_SECONDS:
+        if now - self._drawn_at < REDRAW_SECONDS:
             return
         self._drawn_at = now
-        elapsed = now - self._started
         parts = [phase]
         if fraction is not None:
             self._fraction = max(self._fraction, min(fraction, 1.0))
-            filled = int(self._fraction * self.BAR_WIDTH)
-            parts.append(f"[{'#' * filled}{'-' * (self.BAR_WIDTH - filled)}]")
-            parts.append(f"{int(self._fraction * 100):3d} %")
+            bar = "#" * int(self._fraction * 20)
+            parts += [f"[{bar:-<20}]", f"{int(self._fraction * 100):3d} %"]
             # What came before it, such as a wait for a lock, says nothing of the time left.
             self._first = self._first or (self._fraction, now)
-            first_fraction, then = self._first
-            if (gained := self._fraction - first_fraction) > 0.02:
-                parts.append(f"{_clock((now - then) * (1 - self._fraction) / gained)} left")
-        self._draw([*parts, f"{_clock(elapsed)} elapsed", *details])
+            if (gained := self._fraction - self._first[0]) > 0.02:
+                left = (now - self._first[1]) * (1 - self._fraction) / gained
+                parts.append(f"{timedelta(seconds=int(left))} left")
+        elapsed = timedelta(seconds=int(now - self._started))
+        self._draw([*parts, f"{elapsed} elapsed", *details])
 
     def _draw(self, parts: list[str]) -> None:
         """The parts that fit on one line, in place of what is there."""
-        assert self._stream is not None
+        if self._terminal is None:
+            return
         try:
-            if not select.select([], [self._stream], [], 0)[1]:
+            if not select.select([], [self._terminal], [], 0)[1]:
                 return  # held by Ctrl-S, which must not hold up the run
-            room = (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1
-            parts = [printable(part) for part in parts if part]
-            while len(parts) > 1 and len("  ".join(parts)) > room:
+            room = (os.get_terminal_size(self._terminal.fileno()).columns or 80) - 1
+            while len(line := "  ".join(map(printable, parts))) > room and len(parts) > 1:
                 parts.pop()
-            self._stream.write(f"\r{'  '.join(parts)[:room]}\x1b[K")
-            self._stream.flush()
-        except (OSError, ValueError):
-            self.enabled = False
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+            self._terminal.write(f"\r{line[:room]}\x1b[K")
+            self._terminal.flush()
+        except OSError:
+            self._terminal = None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -719,20 +680,16 @@ def _clock(seconds: float) -> str:
 
 def printable(text: str) -> str:
     """`text` on one line: what a terminal would not show as itself is escaped."""
-    text = decode_os_text(text)
-    if text.isprintable():
-        return text
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in text
+        for character in decode_os_text(text)
     )
 
 
 def decode_os_text(text: str) -> str:
     """Text that the system gave us, whatever the locale: UTF-8, and what is none is escaped."""
-    if not text.isascii():  # bytes that Python could not decode stand in it as surrogates
-        with contextlib.suppress(UnicodeEncodeError):
-            return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    with contextlib.suppress(UnicodeEncodeError):  # a surrogate that stands for no byte
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return text
 
 
@@ -743,8 +700,7 @@ def encode_os_text(text: str) -> str:
 
 def printable_lines(text: str) -> str:
     """A tool's words as they are, but for what would not show; its lines stay lines."""
-    lines = text.strip().splitlines()
-    return "\n".join(printable(line.replace("\t", "    ")) for line in lines)
+    return "\n".join(map(printable, text.strip().expandtabs(4).splitlines()))
 
 
 def plural(count: int, noun: str) -> str:
@@ -755,8 +711,9 @@ def plural(count: int, noun: str) -> str:
 def list_names(names: Iterable[str], separator: str = ", ") -> str:
     """The first names, printable, and how many more there are."""
     shown = [printable(name) for name in names]
-    more = [f"and {len(shown) - MOST_NAMES} more"] if len(shown) > MOST_NAMES else []
-    return separator.join([*shown[:MOST_NAMES], *more])
+    if len(shown) > MOST_NAMES:
+        shown[MOST_NAMES:] = [f"and {len(shown) - MOST_NAMES} more"]
+    return separator.join(shown)
 
 
 def row_summary(rows: int, tables: int, large_objects: int = 0) -> str:
@@ -767,12 +724,11 @@ def row_summary(rows: int, tables: int, large_objects: int = 0) -> str:
 
 def format_size(size_bytes: int) -> str:
     """Units of 1024 with one decimal, as the contract shows them."""
-    size = float(size_bytes)
-    for unit in ("B", "KB", "MB", "GB"):
-        if round(size, 1) < 1024:
-            return f"{size_bytes} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TB"
+    size, unit = float(size_bytes), "B"
+    for larger in ("KB", "MB", "GB", "TB"):
+        if round(size, 1) >= 1024:
+            size, unit = size / 1024, larger
+    return f"{size_bytes} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def format_age(seconds: float) -> str:
@@ -785,14 +741,10 @@ def format_age(seconds: float) -> str:
 
 def display_path(path: Path) -> str:
     """`path` as the contract shows it: relative where it lies under the working directory."""
-    try:
-        here = os.getcwd()
-        absolute = os.path.abspath(path)
-    except FileNotFoundError:  # the working directory is gone
-        return printable(str(path))
-    if here != "/" and absolute.startswith(here + "/"):
-        absolute = absolute[len(here) + 1 :]
-    return printable(absolute)
+    text = str(path)
+    with contextlib.suppress(FileNotFoundError):  # the working directory is gone
+        text = os.path.abspath(path).removeprefix(f"{os.getcwd()}/")
+    return printable(text)
 
 
 def shell_words(*words: str) -> str:
@@ -816,12 +768,10 @@ def client_options(config: DatabaseConfig, user: bool = True) -> str:
 
 
 def sql_identifier(name: str) -> str:
-    """A name quoted for SQL."""
     return printable('"' + name.replace('"', '""') + '"')
 
 
 TIMESTAMP_PATTERN = r"\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}Z"
-ISO_TIMESTAMP = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z", re.ASCII)
 DUMP_SUFFIX = ".dump"
 METADATA_SUFFIX = ".metadata.json"
 PARTIAL_SUFFIX = ".partial"
@@ -830,19 +780,12 @@ PARTIAL_SUFFIX = ".partial"
 def file_prefix(database: str, environment: str) -> str:
     """The name of a backup's files up to the timestamp: UTF-8, the same in any locale, and safe on
     Windows-born file systems too."""
-    encoded = "".join(
-        "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogateescape"))
-        if character in '/%\\"*:<>?|'
-        or ord(character) < 32
-        or 127 <= ord(character) < 160
-        # Bytes that are no UTF-8 arrive as lone surrogates.
-        or "\ud800" <= character <= "\udfff"
-        or (index == 0 and character in ".-")
-        else character
-        for index, character in enumerate(database)
+    encoded = re.sub(  # a byte that is no UTF-8 arrives as a lone surrogate
+        r'^[.-]|[/%\\"*:<>?|\0-\x1f\x7f-\x9f\ud800-\udfff]',
+        lambda unsafe: "%" + unsafe[0].encode(errors="surrogateescape").hex("%").upper(),
+        database,
     )
     ending = "" if encoded.endswith(f"_{environment}") else f"_{environment}"
-    # The str that stands for these UTF-8 bytes in the file system's encoding, whatever it is.
     return encode_os_text(encoded + ending)
 
 
@@ -858,13 +801,7 @@ class FileName(NamedTuple):
         match = re.fullmatch(rf"(.+)_({TIMESTAMP_PATTERN}){DUMP_SUFFIX}", name, re.DOTALL)
         if match is None:
             return None
-        date, clock = match.group(2).split("T")
-        return cls(match.group(1), f"{date}T{clock.replace('-', ':')}")
-
-
-def file_timestamp(moment: datetime) -> str:
-    """The moment as a file name has it: colons are not for file names."""
-    return moment.strftime("%Y-%m-%dT%H-%M-%SZ")
+        return cls(match[1], match[2][:10] + match[2][10:].replace("-", ":"))
 
 
 def iso_timestamp(moment: datetime) -> str:
@@ -874,13 +811,13 @@ def iso_timestamp(moment: datetime) -> str:
 
 def parse_iso_timestamp(text: str) -> datetime:
     """The inverse of `iso_timestamp`; ValueError for anything else."""
-    if not ISO_TIMESTAMP.fullmatch(text):
+    moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    if iso_timestamp(moment) != text:
         raise ValueError(f"{text!r} is no UTC time")
-    return datetime.fromisoformat(text[:-1]).replace(tzinfo=timezone.utc)
+    return moment
 
 
 def metadata_path(dump: Path) -> Path:
-    """The metadata file that belongs to a dump."""
     return dump.with_name(dump.name.removesuffix(DUMP_SUFFIX) + METADATA_SUFFIX)
 
 
@@ -894,7 +831,6 @@ class MetadataError(ValueError):
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a string."""
     return isinstance(value, str)
 
 
@@ -904,7 +840,6 @@ def is_count(value: object) -> bool:
 
 
 def is_utc_time(value: object) -> bool:
-    """Whether it is a moment as `iso_timestamp` writes one."""
     try:
         return isinstance(value, str) and bool(parse_iso_timestamp(value))
     except ValueError:
@@ -912,17 +847,7 @@ def is_utc_time(value: object) -> bool:
 
 
 def are_counts(value: object) -> bool:
-    """Whether it is an object of counts."""
     return isinstance(value, dict) and all(map(is_count, value.values()))
-
-
-def are_oids(value: object) -> bool:
-    """Whether it is an object of oids, each another one."""
-    return (
-        isinstance(value, dict)
-        and all(type(oid) is int and 0 < oid < 2**32 for oid in value.values())
-        and len(set(value.values())) == len(value)
-    )
 
 
 def are_texts(value: object) -> bool:
@@ -942,23 +867,20 @@ def are_role_attributes(value: object) -> bool:
 
 
 # What a reader relies on: whether the value fits, and what it should be.
-REQUIRED_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+REQUIRED_KEYS: dict[str, tuple[Callable[[Any], object], str]] = {
     "backup_timestamp": (is_utc_time, "a UTC time"),
     "environment": (is_text, "text"),
     "database_name": (is_text, "text"),
     "backup_file": (is_text, "text"),
     "backup_size_bytes": (is_count, "a size"),
-    "checksum_sha256": (
-        lambda value: is_text(value) and bool(re.fullmatch(r"[0-9a-f]{64}", value)),
-        "a SHA-256",
-    ),
+    "checksum_sha256": (lambda value: re.fullmatch("[0-9a-f]{64}", str(value)), "a SHA-256"),
     "table_counts": (are_counts, "a number of rows for each table"),
     "pg_dump_version": (is_text, "text"),
     "postgresql_version": (is_text, "text"),
 }
 
 # Of the further keys, those that are read; one that does not fit counts as absent.
-OPTIONAL_KEYS: Mapping[str, Callable[[Any], bool]] = {
+OPTIONAL_KEYS: dict[str, Callable[[Any], bool]] = {
     "system_identifier": is_text,
     "database_size_bytes": is_count,
     "compression": is_text,
@@ -971,11 +893,6 @@ OPTIONAL_KEYS: Mapping[str, Callable[[Any], bool]] = {
     "tablespaces": are_texts,
     "database_tablespace": is_text,
 }
-
-
-def open_at_once(path: str, flags: int) -> int:
-    """An opener for `open`: a pipe of that name must not hang a listing, nor a run."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class Metadata(NamedTuple):
@@ -1010,21 +927,19 @@ class Metadata(NamedTuple):
     restore: Sequence[str] | None = None
 
     def to_json(self) -> str:
-        """The text of the file. A byte of a name that is no UTF-8 is a lone surrogate in Python,
-        and JSON's escape for one here."""
+        """The text of the file. A byte of a name that is no UTF-8 is a lone surrogate in Python;
+        what backslashreplace makes of it is JSON's escape for it too."""
         text = json.dumps(self._asdict(), indent=2, ensure_ascii=False) + "\n"
-        return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found.group()):04x}", text)
+        return text.encode(errors="backslashreplace").decode()
 
     @classmethod
     def read(cls, path: Path) -> Metadata:
         """Read and check a metadata file. Raises MetadataError, naming the key; OSError."""
-        with open(path, "rb", buffering=0, opener=open_at_once) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > METADATA_MAX_BYTES:
-                raise MetadataError("it is no metadata file")
-            text = file.read()
+        status = path.stat()  # first: to open a pipe of that name would hang
+        if not stat.S_ISREG(status.st_mode) or status.st_size > METADATA_MAX_BYTES:
+            raise MetadataError("it is no metadata file")
         try:
-            values = json.loads(text)
+            values = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise MetadataError(f"it is not JSON: {error}") from None
         if not isinstance(values, dict):
@@ -1036,7 +951,8 @@ class Metadata(NamedTuple):
                 raise MetadataError(f'the key "{key}" is not {wanted}')
         further = {key: values[key] for key, fits in OPTIONAL_KEYS.items() if fits(values.get(key))}
         if (oids := values.get("table_oids")) is not None:  # backups made before have none
-            if not are_oids(oids) or oids.keys() != values["table_counts"].keys():
+            keys = values["table_counts"].keys()
+            if not are_counts(oids) or oids.keys() != keys or len({*oids.values()}) < len(keys):
                 raise MetadataError('the key "table_oids" is not an oid for each table')
             further["table_oids"] = oids
         return cls(**{key: values[key] for key in REQUIRED_KEYS}, **further)
@@ -1048,7 +964,6 @@ class Metadata(NamedTuple):
 
     @property
     def total_rows(self) -> int:
-        """The rows of all tables."""
         return sum(self.table_counts.values())
 
     def verified(self, found: Examination, pg_restore: Tool, seconds: float) -> Metadata:
@@ -2907,7 +2822,7 @@ class PartialBackup:
         self._remove()
         while True:
             self.moment = datetime.now(timezone.utc).replace(microsecond=0)
-            stem = f"{self._prefix}_{file_timestamp(self.moment)}"
+            stem = f"{self._prefix}_{iso_timestamp(self.moment).replace(':', '-')}"
             self.published_dump = self.directory / (stem + DUMP_SUFFIX)
             names = (self.published_dump, metadata_path(self.published_dump))
             if not any(map(os.path.lexists, names)):
@@ -3903,9 +3818,6 @@ def main(words: Sequence[str] | None = None) -> int:
         what = f"✗ {mode.headline}: a bug in backup_db.py; please report it with the lines below"
         write_lines(sys.stderr, [what, "", *traceback.format_exc().splitlines()])
         return ExitCode.GENERAL
-    finally:
-        # Restore default handling: Interrupted must not be raised during interpreter shutdown.
-        set_signals(signal.SIG_DFL)
 
 
 if __name__ == "__main__":

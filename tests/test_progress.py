@@ -56,7 +56,8 @@ def test_the_line_tells_how_far_a_backup_is(large: Project, large_database: Data
     assert percent == sorted(percent)
     assert len(set(percent)) > 3, lines
     measured = re.compile(
-        r"Dumping  \[#+-+\] +\d+ %(?P<left>  \d:\d\d left)?  \d:\d\d elapsed  [\d.]+ [KM]B written"
+        r"Dumping  \[#+-+\] +\d+ %(?P<left>  0:\d\d:\d\d left)?"
+        r"  0:\d\d:\d\d elapsed  [\d.]+ [KM]B written"
     )
     found = [match for line in lines if (match := measured.fullmatch(line))]
     assert any(match["left"] for match in found), lines
@@ -72,7 +73,7 @@ def test_whom_the_backup_waits_for_is_shown(large: Project, large_database: Data
             " (postgres, migration: BEGIN …) holds the table a_messages"
         )
         with Terminal(large, columns=200) as terminal:
-            wait_until(lambda: f"{waiting}  0:01 elapsed" in terminal.progress)
+            wait_until(lambda: f"{waiting}  0:00:01 elapsed" in terminal.progress)
             cursor.execute("COMMIT")
             assert terminal.finish()[0] == 0
 
@@ -90,7 +91,7 @@ def test_time_left_does_not_count_what_came_before() -> None:
         while shown.count(b"\x1b[K") < 3:
             shown += reader.read(4096)
     line = shown.decode().rpartition("\r")[2]
-    assert line == "Dumping  [##########----------]   50 %  0:00 left  0:02 elapsed\x1b[K"
+    assert line == "Dumping  [##########----------]   50 %  0:00:00 left  0:00:02 elapsed\x1b[K"
 
 
 def test_whom_pg_dump_waits_for_is_shown(large: Project, large_database: Database) -> None:
