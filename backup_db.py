@@ -479,7 +479,7 @@ def dump_failure(failed: DumpFailed) -> Failure:
 def unsound_dump_failure(partial: PartialBackup, problem: str) -> Failure:
     """The failure for a new dump that is not what the database held."""
     detail = f"the new dump does not hold what the database held\n{problem}"
-    if is_disk_full(partial.directory):
+    if DiskRoom.of(partial.directory).is_full:
         return errno_failure(errno.ENOSPC, partial.directory, f"the disk is full: {detail}")
     return Failure(
         ExitCode.VERIFICATION,
@@ -787,21 +787,6 @@ def file_prefix(database: str, environment: str) -> str:
     )
     ending = "" if encoded.endswith(f"_{environment}") else f"_{environment}"
     return encode_os_text(encoded + ending)
-
-
-class FileName(NamedTuple):
-    """The parts of the name of a backup's dump."""
-
-    prefix: str
-    timestamp: str  # as the metadata has it
-
-    @classmethod
-    def parse(cls, name: str) -> FileName | None:
-        """None where it is not named as ours are."""
-        match = re.fullmatch(rf"(.+)_({TIMESTAMP_PATTERN}){DUMP_SUFFIX}", name, re.DOTALL)
-        if match is None:
-            return None
-        return cls(match[1], match[2][:10] + match[2][10:].replace("-", ":"))
 
 
 def iso_timestamp(moment: datetime) -> str:
@@ -2264,7 +2249,7 @@ class Run(NamedTuple):
     config: DatabaseConfig
     tools: Tools
     session: Session
-    lock: DatabaseLock
+    lock: OpenFile
     partial: PartialBackup
     progress: Progress
     last: Metadata | None  # of the last backup of this database and environment
@@ -2464,7 +2449,7 @@ def dump_snapshot(run: Run, snapshot: Snapshot) -> Dumped:
         dump_argv(run, snapshot),
         {**tool.environment, "PGAPPNAME": application_name},
         file=run.partial.dump,
-        lock=run.lock.file.descriptor,
+        lock=run.lock.descriptor,
     ) as pg_dump:
         watch = DumpWatch(run, pg_dump, (snapshot.backend_pid, application_name), expected_bytes)
         watch.wait_until(lambda: watch.is_copying)
@@ -2663,7 +2648,7 @@ def diagnose_dump(
         return errno_failure(number, directory, text)
     if error.status == -signal.SIGXFSZ:
         return errno_failure(errno.EFBIG, directory, f"{text}: the limit on file sizes was reached")
-    if is_disk_full(directory):
+    if DiskRoom.of(directory).is_full:
         return errno_failure(errno.ENOSPC, directory, text)
     if error.status < 0:
         return dump_failure(error)
@@ -2713,62 +2698,39 @@ def make_directory(directory: Path) -> None:
     made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in made:  # its name, too, has to outlive a power cut
-            with contextlib.suppress(PermissionError):  # to read it is not ours to ask for
-                sync_directory(path.parent)
     except FileExistsError:  # "File exists" would be no news to who asked for a directory
-        raise Failure(
-            ExitCode.PERMISSION,
-            f"{display_path(directory)}: {os.strerror(errno.ENOTDIR)}",
-            f"See what it is, a file or a link to nowhere: ls -ld {shell_words(str(directory))}",
-            "Move it out of the way, or use another directory: --output-dir DIR",
-        ) from None
-    except OSError as error:
-        raise file_failure(error) from None
+        number = errno.ENOTDIR
+        raise NotADirectoryError(number, os.strerror(number), str(directory)) from None
+    for path in made:  # its name, too, has to outlive a power cut
+        sync_directory(path.parent)
 
 
-class DatabaseLock:
+@contextlib.contextmanager
+def database_lock(path: Path) -> Iterator[OpenFile]:
     """Allows one run at a time per database and directory.
 
     flock() on a hidden file that is never deleted. pg_dump inherits the descriptor: should this
     process be killed, the lock is held until pg_dump has ended too.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> DatabaseLock:
-        # Somebody else may write to this directory: a link, a pipe or a second name of another file
-        # is none of ours, and nothing is written before that is known.
-        self.file = OpenFile.open(
-            self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        )
-        try:
-            status = os.fstat(self.file.descriptor)
-            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-                detail = f"{display_path(self._path)} is no lock file of ours"
-                raise errno_failure(errno.EEXIST, self._path, detail)
-            with with_filename(self._path):
-                self._lock()
-        except BaseException:
-            self.file.close()
-            raise
-        return self
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self.file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = os.pread(self.file.descriptor, 1000, 0).decode("utf-8", "replace")
-            notes = dict(line.split(" ", 1) for line in text.splitlines() if " " in line)
-            pid, started = (printable(notes.get(name, "?")) for name in ("pid", "started"))
-            raise held_failure(pid, started) from None
-        os.ftruncate(self.file.descriptor, 0)
-        started = iso_timestamp(datetime.now(timezone.utc))
-        os.write(self.file.descriptor, f"pid {os.getpid()}\nstarted {started}\n".encode())
-
-    def __exit__(self, *_exception: object) -> None:
-        self.file.close()
+    # Somebody else may write to this directory: a link, a pipe or a second name of another file
+    # is none of ours, and nothing is written before that is known.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    with contextlib.closing(OpenFile.open(path, flags)) as file:
+        status = os.fstat(file.descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            detail = f"{display_path(path)} is no lock file of ours"
+            raise errno_failure(errno.EEXIST, path, detail)
+        with with_filename(path):
+            try:
+                fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                text = os.pread(file.descriptor, 1000, 0).decode("ascii", "replace")
+                found = re.fullmatch(r"pid (\d+)\nstarted ([\d:TZ-]+)\n", text, re.ASCII)
+                raise held_failure(*(found.groups() if found else "??")) from None
+            os.ftruncate(file.descriptor, 0)
+            started = iso_timestamp(datetime.now(timezone.utc))
+            os.write(file.descriptor, f"pid {os.getpid()}\nstarted {started}\n".encode())
+        yield file
 
 
 def remove_leftovers(directory: Path, prefix: str) -> None:
@@ -2776,15 +2738,13 @@ def remove_leftovers(directory: Path, prefix: str) -> None:
 
     That is its partial files, and metadata that it published when its dump still was partial.
     """
-    partial = re.compile(
-        rf"\.(?P<stem>{re.escape(prefix)}_{TIMESTAMP_PATTERN})"
-        rf"(?P<suffix>{re.escape(DUMP_SUFFIX)}|{re.escape(METADATA_SUFFIX)})"
-        + re.escape(PARTIAL_SUFFIX)
-    )
+    stem = f"{re.escape(prefix)}_{TIMESTAMP_PATTERN}"
+    suffixes = "|".join(map(re.escape, (DUMP_SUFFIX, METADATA_SUFFIX)))
+    partial = re.compile(rf"\.({stem})({suffixes}){re.escape(PARTIAL_SUFFIX)}")
     for name in os.listdir(directory):
         if match := partial.fullmatch(name):
-            dump = directory / (match.group("stem") + DUMP_SUFFIX)
-            if match.group("suffix") == DUMP_SUFFIX and not os.path.lexists(dump):
+            dump = directory / (match[1] + DUMP_SUFFIX)
+            if match[2] == DUMP_SUFFIX and not os.path.lexists(dump):
                 metadata_path(dump).unlink(missing_ok=True)
             (directory / name).unlink(missing_ok=True)
 
@@ -2793,7 +2753,7 @@ class PartialBackup:
     """The two hidden files of a run, until both are whole and bear their names.
 
     Nothing that is not whole is ever visible: `publish` renames both, and whatever ends the run
-    before that removes both. Everything goes through their descriptors.
+    before that removes both, by `close`. Everything goes through their descriptors.
     """
 
     def __init__(self, directory: Path, prefix: str) -> None:
@@ -2801,13 +2761,8 @@ class PartialBackup:
         self._prefix = prefix
         self._files: list[OpenFile] = []
 
-    def __enter__(self) -> PartialBackup:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._remove()
-
-    def _remove(self) -> None:
+    def close(self) -> None:
+        """Remove what was not published."""
         for file in self._files:
             file.close()
             # A directory that is gone or read-only by now must not hide why the run failed; what
@@ -2819,7 +2774,7 @@ class PartialBackup:
     def begin(self) -> None:
         """Make both files, in place of those of the last try, under the name of this second, or of
         the next that is free."""
-        self._remove()
+        self.close()
         while True:
             self.moment = datetime.now(timezone.utc).replace(microsecond=0)
             stem = f"{self._prefix}_{iso_timestamp(self.moment).replace(':', '-')}"
@@ -2840,116 +2795,99 @@ class PartialBackup:
         return self._files[0]
 
     def publish(self, metadata: Metadata) -> Path:
-        """Write the metadata, and give both files their names, the metadata first: a dump that can
-        be seen is described. Raises OSError, and then nothing is published; Failure where a name
-        has come to lead elsewhere."""
-        dump, partial = self._files
+        """Write the metadata and rename both files, the metadata first: a visible dump is always
+        described. Raises OSError; Failure where a partial file's name leads elsewhere by now."""
+        partial = self._files[1]
         with with_filename(partial.path):
             with open(partial.descriptor, "w", encoding="utf-8", closefd=False) as file:
                 file.write(metadata.to_json())
             Background(partial.sync).wait()
-        names = (self.published_dump, metadata_path(self.published_dump))
-        for path in names:
-            if os.path.lexists(path):  # not of our making, since we hold the lock
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-        for held in self._files:
+        described = metadata_path(self.published_dump)
+        for held, name in zip(self._files, (self.published_dump, described), strict=True):
+            if os.path.lexists(name):  # not of our making, since we hold the lock
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(name))
             if not held.has_its_name:
                 detail = f"{display_path(held.path)} was replaced by somebody else"
                 raise errno_failure(errno.EEXIST, self.directory, detail)
         check_signals()
-        partial.path.rename(names[1])
+        partial.path.rename(described)
         try:
             sync_directory(self.directory)
-            dump.path.rename(names[0])
-        except OSError:
-            names[1].unlink(missing_ok=True)
+            self.dump.path.rename(self.published_dump)
+        except BaseException:
+            described.unlink(missing_ok=True)
             raise
         sync_directory(self.directory)
-        return names[0]
+        return self.published_dump
 
 
-# What a network or FUSE file system answers that has nothing to sync there: it cannot.
-CANNOT_SYNC_ERRNOS = {
-    errno.EINVAL,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EBADF,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-}
+# Of a directory that is not ours to read, or a network or FUSE file system with nothing to sync.
+CANNOT_SYNC = {errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def sync_directory(directory: Path) -> None:
-    """Bring the names in a directory down to the disk, where its file system can."""
-    try:
+    """Bring the names in a directory down to the disk, where that can be done."""
+
+    def sync() -> None:
         descriptor = os.open(directory, os.O_RDONLY)
-    except PermissionError:  # to read it is not ours to ask for
-        return
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
     try:
         with with_filename(directory):
-            Background(lambda: os.fsync(descriptor)).wait()
+            Background(sync).wait()
     except OSError as error:
-        if error.errno not in CANNOT_SYNC_ERRNOS:
+        if error.errno not in CANNOT_SYNC:
             raise
-    finally:
-        os.close(descriptor)
 
 
-def free_bytes(directory: Path) -> int | None:
-    """The room that is left for us; None where the file system does not tell."""
-    try:
-        disk = os.statvfs(directory)
-    except OSError:
-        return None
-    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None
+class DiskRoom(NamedTuple):
+    """What is left on a file system, without end where it does not tell."""
 
+    free_bytes: int
+    reserve_bytes: int  # of them, for others: a server's own data may be there, which then stops
+    is_full: bool  # no bytes, or no inodes where it counts them
 
-def is_disk_full(directory: Path) -> bool:
-    """Whether the file system has neither room nor, where it counts them, inodes."""
-    free = free_bytes(directory)
-    if free is None:
-        return False
-    disk = os.statvfs(directory)
-    return free < FULL_DISK_BYTES or (disk.f_files > 0 and disk.f_favail == 0)
+    @classmethod
+    def of(cls, directory: Path) -> DiskRoom:
+        """The room for what is written to the directory."""
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(directory)
+            if disk.f_blocks:
+                free = disk.f_bavail * disk.f_frsize
+                reserve = min(RESERVE_BYTES, int(RESERVE_SHARE * disk.f_blocks * disk.f_frsize))
+                has_inodes = disk.f_files == 0 or disk.f_favail > 0
+                return cls(free, reserve, free < FULL_DISK_BYTES or not has_inodes)
+        return cls(sys.maxsize, 0, False)
 
 
 class DiskReserve:
-    """What a dump leaves to others on its file system: a server's own data may be there, which
-    stops when it is full."""
+    """What a dump leaves to others on its file system."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._written = 0
 
-    @staticmethod
-    def of(directory: Path) -> int:
-        """The bytes that stay free."""
-        try:
-            disk = os.statvfs(directory)
-        except OSError:
-            return 0
-        return min(RESERVE_BYTES, int(RESERVE_SHARE * disk.f_blocks * disk.f_frsize))
-
     def check(self, written: int) -> None:
         """Raise Failure where what comes before the next look may go to the reserve."""
         directory, last = self._run.partial.directory, self._run.last
         growth, self._written = written - self._written, written
-        free = free_bytes(directory)
-        if free is None or free >= self.of(directory) + 2 * growth:
+        room = DiskRoom.of(directory)
+        if room.free_bytes >= room.reserve_bytes + 2 * growth:
             return
         size = f", the last backup had {format_size(last.backup_size_bytes)}" if last else ""
-        raise errno_failure(
-            errno.ENOSPC,
-            directory,
-            f"{display_path(directory)}: {format_size(free)} free, which is left to others; "
-            f"the dump had come to {format_size(written)}{size}. It was deleted",
+        detail = (
+            f"{display_path(directory)}: {format_size(room.free_bytes)} free, which is left to "
+            f"others; the dump had come to {format_size(written)}{size}. It was deleted"
         )
+        raise errno_failure(errno.ENOSPC, directory, detail)
 
 
 def check_disk_space(run: Run, database_bytes: int, tables_bytes: int) -> int:
-    """How large the dump will be, more or less. Refuse only what can hardly fit: a nightly backup
-    must not be refused where it would have fitted, and a disk that fills on the way is handled
-    there."""
+    """About how large the dump will be. Raises Failure only where it can hardly fit: a backup that
+    would have fitted must not be refused, and DiskReserve handles a disk that fills."""
     directory, last = run.partial.directory, run.last
     need, expected = NEED_OF_TABLES * tables_bytes, EXPECTED_OF_TABLES * tables_bytes
     basis = f"{format_size(tables_bytes)} of tables"
@@ -2957,11 +2895,11 @@ def check_disk_space(run: Run, database_bytes: int, tables_bytes: int) -> int:
         expected = database_bytes / last.database_size_bytes * last.backup_size_bytes
         need = NEED_OF_LAST_BACKUP * expected
         basis = f"the last backup had {format_size(last.backup_size_bytes)}"
-    need += DiskReserve.of(directory)
-    free = free_bytes(directory)
-    if free is not None and free < need:
+    room = DiskRoom.of(directory)
+    need += room.reserve_bytes
+    if room.free_bytes < need:
         detail = (
-            f"{display_path(directory)}: {format_size(free)} free, at least "
+            f"{display_path(directory)}: {format_size(room.free_bytes)} free, at least "
             f"{format_size(int(need))} needed ({basis})"
         )
         raise errno_failure(errno.ENOSPC, directory, detail)
@@ -2977,16 +2915,16 @@ class Series(NamedTuple):
     """What backups must have in common to be compared, counted and removed: two servers may share a
     directory."""
 
-    database: str
+    database: str  # as the server calls it: longer names are cut
     environment: str
     server: str | None  # system_identifier; None, where a service refuses it, is any
 
     def has(self, metadata: Metadata) -> bool:
         """Whether it is of this series; made before there was a server in it, it counts as ours."""
         server = metadata.system_identifier
-        return (metadata.database_name, metadata.environment) == self[:2] and (
-            server is None or self.server in (None, server)
-        )
+        if None not in (server, self.server) and server != self.server:
+            return False
+        return (metadata.database_name, metadata.environment) == self[:2]
 
 
 class Status(str, enum.Enum):
@@ -3042,48 +2980,35 @@ def read_backup(dump: Path) -> Backup:
         status = dump.stat()
         size_bytes = status.st_size if stat.S_ISREG(status.st_mode) else None
     try:
-        metadata = Metadata.read(metadata_path(dump))
+        made = Metadata.read(metadata_path(dump))
     except FileNotFoundError:
-        return named_backup(dump, size_bytes, Status.NO_METADATA)
+        verdict = Status.NO_METADATA
     except PermissionError:
-        return named_backup(dump, size_bytes, Status.NOT_READABLE)
+        verdict = Status.NOT_READABLE
     except (OSError, MetadataError):
-        return named_backup(dump, size_bytes, Status.BAD_METADATA)
-    verdict = Status.VERIFIED if metadata.verification else Status.NOT_VERIFIED
-    if size_bytes != metadata.backup_size_bytes:
-        verdict = Status.SIZE_MISMATCH
-    return Backup(
-        dump,
-        size_bytes,
-        metadata,
-        verdict,
-        metadata.backup_timestamp,
-        metadata.environment,
-        metadata.database_name,
-    )
+        verdict = Status.BAD_METADATA
+    else:
+        verdict = Status.VERIFIED if made.verification else Status.NOT_VERIFIED
+        if size_bytes != made.backup_size_bytes:
+            verdict = Status.SIZE_MISMATCH
+        described = (made.backup_timestamp, made.environment, made.database_name)
+        return Backup(dump, size_bytes, made, verdict, *described)
+    pattern = rf"(.+?(?:_(dev|prod))?)_({TIMESTAMP_PATTERN}){re.escape(DUMP_SUFFIX)}"
+    if match := re.fullmatch(pattern, dump.name, re.DOTALL):
+        database, environment, stamp = match.groups("-")
+        timestamp = re.sub(r"-(\d\d)-(\d\d)Z$", r":\1:\2Z", stamp)
+        return Backup(dump, size_bytes, None, verdict, timestamp, environment, database)
+    return Backup(dump, size_bytes, None, verdict, "-", "-", "-")
 
 
-def named_backup(dump: Path, size_bytes: int | None, status: Status) -> Backup:
-    """A backup of which no more is known than its name tells."""
-    name = FileName.parse(dump.name)
-    if name is None:
-        return Backup(dump, size_bytes, None, status, "-", "-", "-")
-    ending = re.search(r"_(dev|prod)$", name.prefix)
-    environment = ending.group(1) if ending else "-"
-    return Backup(dump, size_bytes, None, status, name.timestamp, environment, name.prefix)
-
-
-def verified_backups(directory: Path, prefix: str, series: Series) -> list[tuple[Path, Metadata]]:
-    """The verified backups of the series that still bear the name they were given, the newest
-    first."""
-    found = []
-    for backup in find_backups(directory):
-        name = FileName.parse(backup.dump.name)
-        if name is None or name.prefix != prefix or backup.metadata is None:
-            continue
-        if backup.is_verified and series.has(backup.metadata):
-            found.append((backup.dump, backup.metadata))
-    return found
+def verified_backups(directory: Path, series: Series) -> list[tuple[Path, Metadata]]:
+    """The verified backups of the series that bear the name they were given, the newest first."""
+    return [
+        (backup.dump, backup.metadata)
+        for backup in find_backups(directory)
+        if backup.metadata is not None and series.has(backup.metadata)
+        if backup.is_verified and not backup.is_renamed
+    ]
 
 
 def find_orphans(directory: Path) -> list[Path]:
@@ -3104,15 +3029,11 @@ def group_series(backups: Sequence[Backup]) -> dict[tuple[str, str, str], list[B
 
     One that does not know its server counts as the oldest server's that is known.
     """
-    known = {
-        (backup.environment, backup.database): backup.metadata.system_identifier
-        for backup in backups
-        if backup.metadata is not None and backup.metadata.system_identifier
-    }
+    names = [(backup.environment, backup.database) for backup in backups]
+    servers = [backup.metadata and backup.metadata.system_identifier for backup in backups]
+    known = {name: server for name, server in zip(names, servers, strict=True) if server}
     series: dict[tuple[str, str, str], list[Backup]] = {}
-    for backup in backups:
-        name = (backup.environment, backup.database)
-        server = backup.metadata.system_identifier if backup.metadata is not None else None
+    for backup, name, server in zip(backups, names, servers, strict=True):
         series.setdefault((*name, server or known.get(name, "")), []).append(backup)
     return series
 
@@ -3158,20 +3079,22 @@ def shrunk_tables(made: Metadata, earlier: Sequence[Metadata]) -> list[tuple[str
     for metadata in (*earlier, made):
         topmost.update(metadata.partition_of or {})
 
-    def sum_rows(metadata: Metadata) -> dict[str, int]:
-        rows: dict[str, int] = {}
+    def sum_rows(metadata: Metadata) -> Counter[str]:
+        rows: Counter[str] = Counter()
         for key, count in metadata.table_counts.items():
-            table = topmost.get(key, key)
-            rows[table] = rows.get(table, 0) + count
+            rows[topmost.get(key, key)] += count
         return rows
 
     now = sum_rows(made)
-    before = list(map(sum_rows, earlier))
-    shrunk = []
-    for table in dict.fromkeys(table for rows in before for table in rows):
-        had = [rows[table] for rows in before if table in rows]
-        if 2 * now.get(table, 0) < min(had) and (table in now or len(had) == len(before)):
-            shrunk.append((table, now.get(table, 0), min(had)))
+    had: dict[str, list[int]] = {}
+    for metadata in earlier:
+        for table, rows in sum_rows(metadata).items():
+            had.setdefault(table, []).append(rows)
+    shrunk = [
+        (table, now[table], min(rows))
+        for table, rows in had.items()
+        if 2 * now[table] < min(rows) and (table in now or len(rows) == len(earlier))
+    ]
     return sorted(shrunk, key=lambda found: found[2] - found[1], reverse=True)
 
 
@@ -3179,40 +3102,36 @@ def retire_backups(
     made: Metadata, earlier: Sequence[tuple[Path, Metadata]], retention: Retention | None
 ) -> Retired:
     """Remove the earlier backups of the series that are not to be kept. The one just made always
-    stays, even where the clock was set back; and of those that would go, the last full one.
-
-    The dump goes first: metadata alone is no backup to anyone.
-    """
+    stays, even where the clock was set back; and of those that would go, the last full one."""
+    retired = Retired([], [])
     tomorrow = iso_timestamp(datetime.now(timezone.utc) + timedelta(days=1))
     # One from the future, when a clock was wrong, is neither counted nor removed.
     others = [backup for backup in earlier if backup[1].backup_timestamp <= tomorrow]
     if retention is None or not others:
-        return Retired([], [])
+        return retired
     described = [made, *(metadata for _path, metadata in others)]
     kept = backups_to_keep([metadata.moment for metadata in described], retention)
-    removed, warnings = [], []
     rows = [metadata.total_rows for metadata in described]
     full = last_full_backup(rows, kept)
     if full is not None:
         path = others[full - 1][0]
         files = (display_path(path), display_path(metadata_path(path)))
-        warnings.append(
+        retired.warnings.append(
             f"{files[0]} is kept beyond BACKUP_KEEP: it has {plural(rows[full], 'row')}, the kept "
             f"ones at most {max(rows[index] for index in kept)}. If that is meant: "
             + shell_words("rm", "--", *files)
         )
-        kept.add(full)
     for index, (dump, _metadata) in enumerate(others, 1):
-        if index in kept:
+        if index in kept or index == full:
             continue
         try:
-            dump.unlink()
-            removed.append(dump)
+            dump.unlink()  # first: metadata alone is no backup to anyone
+            retired.removed.append(dump)
             metadata_path(dump).unlink()
         except OSError as error:
             path = Path(os.fsdecode(error.filename))
-            warnings.append(f"{display_path(path)} was not removed: {error.strerror}")
-    return Retired(removed, warnings)
+            retired.warnings.append(f"{display_path(path)} was not removed: {error.strerror}")
+    return retired
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3232,8 +3151,8 @@ class CreationReport(NamedTuple):
 class Retired(NamedTuple):
     """What BACKUP_KEEP has done."""
 
-    removed: Sequence[Path]
-    warnings: Sequence[str]
+    removed: list[Path]
+    warnings: list[str]
 
 
 def create_backup(
@@ -3250,22 +3169,21 @@ def create_backup(
     config = load_configuration(environment_option)
     tools = find_tools(config)
     with open_session(config) as session:  # validated first: a wrong password leaves no directory
-        server = check_server(session, config, tools.pg_dump)
+        series = check_server(session, config, tools.pg_dump)
         make_directory(output_dir)
         prefix = file_prefix(config.name, config.environment.value)
         with (
-            DatabaseLock(output_dir / f".{prefix}.lock") as lock,
-            PartialBackup(output_dir, prefix) as partial,
+            database_lock(output_dir / f".{prefix}.lock") as lock,
+            contextlib.closing(PartialBackup(output_dir, prefix)) as partial,
         ):
             remove_leftovers(output_dir, prefix)
-            any_server = Series(server.database, config.environment.value, None)
-            earlier = verified_backups(output_dir, prefix, any_server)
+            earlier = verified_backups(output_dir, series)
             last = earlier[0][1] if earlier else None
             run = Run(config, tools, session, lock, partial, progress, last)
             dumped = dump_database(run)
             session.close()  # nothing more is asked of the server
             Background(partial.dump.sync).wait()
-            draft = draft_metadata(run, dumped, server.identifier)
+            draft = draft_metadata(run, dumped, series)
 
             def on_progress(done: float, rows: int) -> None:
                 done = DUMP_SHARE + (1 - DUMP_SHARE) * done
@@ -3277,8 +3195,6 @@ def create_backup(
                 raise unsound_dump_failure(partial, examination.problem)
             metadata = draft.verified(examination, tools.pg_restore, time.monotonic() - started)
             dump = partial.publish(metadata)
-            series = any_server._replace(server=server.identifier)
-            earlier = [backup for backup in earlier if series.has(backup[1])]
             announce(CreationReport(dump, metadata, [old for _, old in earlier], dumped.warnings))
             check_signals()
             return retire_backups(metadata, earlier, config.retention)
@@ -3315,14 +3231,7 @@ def open_session(config: DatabaseConfig) -> Session:
         raise connection_failure(config, error) from None
 
 
-class Server(NamedTuple):
-    """What is known of the server before anything is written."""
-
-    database: str  # as it is called there: longer names are cut
-    identifier: str | None  # None where a managed service refuses it
-
-
-def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> Server:
+def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> Series:
     """Raise Failure for whatever makes a backup impossible; nothing is written yet."""
     try:
         check_no_pooler(session, config)
@@ -3333,27 +3242,26 @@ def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> Ser
         begin_read_only(session)
         check_privileges(session)
         (database,) = session.query("SELECT current_database()")[0]
+        server = None
         try:
-            (identifier,) = session.query(
-                "SELECT system_identifier::text FROM pg_catalog.pg_control_system()"
-            )[0]
+            control = "SELECT system_identifier::text FROM pg_catalog.pg_control_system()"
+            (server,) = session.query(control)[0]
         except ServerError as error:
             if error.lost:
                 raise
-            identifier = None
         session.query("ROLLBACK")
     except ServerError as error:
         raise server_failure(error, "reading the catalog") from None
-    return Server(database, identifier)
+    return Series(database, config.environment.value, server)
 
 
-def draft_metadata(run: Run, dumped: Dumped, server: str | None) -> Metadata:
+def draft_metadata(run: Run, dumped: Dumped, series: Series) -> Metadata:
     """What the metadata says of a dump before it is read back: no checksum, no verification."""
     tables = {table.oid: table for table in dumped.snapshot.tables}
     counted = [tables[oid] for oid in dumped.counts]
     draft = Metadata(
         backup_timestamp=iso_timestamp(run.partial.moment),
-        environment=run.config.environment.value,
+        environment=series.environment,
         backup_file=decode_os_text(run.partial.published_dump.name),
         backup_size_bytes=run.partial.dump.size_bytes,
         checksum_sha256="",
@@ -3361,7 +3269,7 @@ def draft_metadata(run: Run, dumped: Dumped, server: str | None) -> Metadata:
         table_oids={table.key: table.oid for table in counted},
         partition_of={table.key: tables[table.root].key for table in counted if table.root},
         pg_dump_version=run.tools.pg_dump.version,
-        system_identifier=server,
+        system_identifier=series.server,
         compression=run.tools.compression,
         **dumped.snapshot.facts,
     )
@@ -3388,42 +3296,36 @@ def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
     def on_progress(done: float, rows: int) -> None:
         progress.show("Verifying", done, f"{rows} rows read back")
 
-    file = OpenFile.open(dump, os.O_RDONLY)
-    try:
+    with contextlib.closing(OpenFile.open(dump, os.O_RDONLY)) as file:
         examination = examine_dump(pg_restore, file, metadata, on_progress)
         check_restore_fits(pg_restore, metadata, examination)
         return VerificationReport(dump, file.size_bytes, metadata, examination)
-    finally:
-        file.close()
 
 
 def newest_older(dump: Path, metadata: Metadata) -> Path | None:
     """The newest verified backup of the same series beside the dump that is older."""
     series = Series(metadata.database_name, metadata.environment, metadata.system_identifier)
     with contextlib.suppress(OSError):  # a directory that may be entered, but not listed
-        for backup in find_backups(dump.parent):
-            other = backup.metadata
-            if other is None or not backup.is_verified or not series.has(other):
-                continue
-            if other.backup_timestamp < metadata.backup_timestamp:
-                return backup.dump
+        for other, described in verified_backups(dump.parent, series):
+            if described.backup_timestamp < metadata.backup_timestamp:
+                return other
     return None
 
 
 def load_metadata(dump: Path) -> Metadata:
     """The metadata of the dump to verify. Raises Failure where one of the two is missing."""
-    again = [f"See which backups there are: {list_command(dump.parent)}"]
-    if dump.name.endswith(METADATA_SUFFIX):
-        other = dump.with_name(dump.name.removesuffix(METADATA_SUFFIX) + DUMP_SUFFIX)
-        again.insert(0, f"Name the dump: python3 backup_db.py --verify {shell_words(str(other))}")
+    detail = ""
     try:
-        is_file = stat.S_ISREG(dump.stat().st_mode)
+        if not stat.S_ISREG(dump.stat().st_mode) or not dump.name.endswith(DUMP_SUFFIX):
+            detail = f"{display_path(dump)} is not a {DUMP_SUFFIX} file"
     except FileNotFoundError:
         detail = f"there is no file {display_path(dump)}"
-        raise Failure(ExitCode.VERIFICATION, detail, *again) from None
-    if not is_file or not dump.name.endswith(DUMP_SUFFIX):
-        detail = f"{display_path(dump)} is not a {DUMP_SUFFIX} file"
-        raise Failure(ExitCode.VERIFICATION, detail, *again)
+    if detail:
+        steps = [f"See which backups there are: {list_command(dump.parent)}"]
+        if dump.name.endswith(METADATA_SUFFIX):
+            meant = str(dump).removesuffix(METADATA_SUFFIX) + DUMP_SUFFIX
+            steps.insert(0, f"Name the dump: python3 backup_db.py --verify {shell_words(meant)}")
+        raise Failure(ExitCode.VERIFICATION, detail, *steps)
     path = metadata_path(dump)
     try:
         return Metadata.read(path)

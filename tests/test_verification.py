@@ -262,9 +262,14 @@ def test_what_to_do_with_a_damaged_dump(backup: Backup, tmp_path: Path) -> None:
     }
     for year, changes in others.items():
         other = backup.copy_to(tmp_path / "other")
+        moved = {
+            path: backup.dump.parent / path.name.replace(moment[:4], str(year))
+            for path in (other.dump, other.metadata)
+        }
+        changes |= {"backup_file": moved[other.dump].name}
         other.edit(backup_timestamp=moment.replace(moment[:4], str(year)), **changes)
-        for path in (other.dump, other.metadata):
-            path.rename(backup.dump.parent / path.name.replace(moment[:4], str(year)))
+        for path, target in moved.items():
+            path.rename(target)
     backup.dump.write_bytes(backup.dump.read_bytes()[:-4000])
     steps = backup.verify().failed_with(8).stderr.splitlines()
     (older,) = (line.partition(": python3 ")[2] for line in steps if "newest older" in line)
