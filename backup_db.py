@@ -2951,11 +2951,6 @@ class Backup(NamedTuple):
     database: str
 
     @property
-    def is_verified(self) -> bool:
-        """Verified when it was made, and of the same size since."""
-        return self.status is Status.VERIFIED
-
-    @property
     def is_renamed(self) -> bool:
         """Whether it was called otherwise when it was made."""
         name = decode_os_text(self.dump.name)
@@ -3007,7 +3002,7 @@ def verified_backups(directory: Path, series: Series) -> list[tuple[Path, Metada
         (backup.dump, backup.metadata)
         for backup in find_backups(directory)
         if backup.metadata is not None and series.has(backup.metadata)
-        if backup.is_verified and not backup.is_renamed
+        if backup.status is Status.VERIFIED and not backup.is_renamed
     ]
 
 
@@ -3100,15 +3095,17 @@ def shrunk_tables(made: Metadata, earlier: Sequence[Metadata]) -> list[tuple[str
 
 def retire_backups(
     made: Metadata, earlier: Sequence[tuple[Path, Metadata]], retention: Retention | None
-) -> Retired:
-    """Remove the earlier backups of the series that are not to be kept. The one just made always
-    stays, even where the clock was set back; and of those that would go, the last full one."""
-    retired = Retired([], [])
+) -> tuple[list[Path], list[str]]:
+    """Remove the earlier backups of the series that are not to be kept; the dumps that are gone,
+    and warnings. The one just made always stays, even where the clock was set back; and of those
+    that would go, the last full one."""
+    removed: list[Path] = []
+    warnings: list[str] = []
     tomorrow = iso_timestamp(datetime.now(timezone.utc) + timedelta(days=1))
     # One from the future, when a clock was wrong, is neither counted nor removed.
     others = [backup for backup in earlier if backup[1].backup_timestamp <= tomorrow]
     if retention is None or not others:
-        return retired
+        return removed, warnings
     described = [made, *(metadata for _path, metadata in others)]
     kept = backups_to_keep([metadata.moment for metadata in described], retention)
     rows = [metadata.total_rows for metadata in described]
@@ -3116,7 +3113,7 @@ def retire_backups(
     if full is not None:
         path = others[full - 1][0]
         files = (display_path(path), display_path(metadata_path(path)))
-        retired.warnings.append(
+        warnings.append(
             f"{files[0]} is kept beyond BACKUP_KEEP: it has {plural(rows[full], 'row')}, the kept "
             f"ones at most {max(rows[index] for index in kept)}. If that is meant: "
             + shell_words("rm", "--", *files)
@@ -3126,12 +3123,12 @@ def retire_backups(
             continue
         try:
             dump.unlink()  # first: metadata alone is no backup to anyone
-            retired.removed.append(dump)
+            removed.append(dump)
             metadata_path(dump).unlink()
         except OSError as error:
             path = Path(os.fsdecode(error.filename))
-            retired.warnings.append(f"{display_path(path)} was not removed: {error.strerror}")
-    return retired
+            warnings.append(f"{display_path(path)} was not removed: {error.strerror}")
+    return removed, warnings
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3148,20 +3145,13 @@ class CreationReport(NamedTuple):
     warnings: str  # pg_dump's
 
 
-class Retired(NamedTuple):
-    """What BACKUP_KEEP has done."""
-
-    removed: list[Path]
-    warnings: list[str]
-
-
 def create_backup(
     environment_option: str,
     output_dir: Path,
     progress: Progress,
     announce: Callable[[CreationReport], None],
-) -> Retired:
-    """Make, verify, publish and announce a backup; only then remove old ones.
+) -> tuple[list[Path], list[str]]:
+    """Make, verify, publish and announce a backup; only then remove old ones, see retire_backups.
 
     Raises Failure or OSError; then what was there before is untouched, and nothing else is.
     """
@@ -3468,7 +3458,7 @@ def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
             text += f" of server {printable(server)}"
         size_bytes = sum(backup.size_bytes or 0 for backup in members)
         text += f": {plural(len(members), 'backup')}, {format_size(size_bytes)}; "
-        newest = next((backup for backup in members if backup.is_verified), None)
+        newest = next((backup for backup in members if backup.status is Status.VERIFIED), None)
         if newest is None or newest.metadata is None:
             yield text + "none verified"
         else:
@@ -3491,7 +3481,7 @@ def footer_lines(
     if orphans:
         command = shell_words("rm", "--", *map(display_path, orphans[:MOST_NAMES]))
         yield f"{len(orphans)} metadata without a dump; remove what is not coming back: {command}"
-    newest = next((backup for backup in present if backup.is_verified), None)
+    newest = next((backup for backup in present if backup.status is Status.VERIFIED), None)
     if newest is not None:
         command = shell_words("python3", "backup_db.py", "--verify", display_path(newest.dump))
         yield f"Verified means verified when it was made. To check a file now: {command}"
@@ -3617,10 +3607,12 @@ def run_creation(arguments: Arguments, progress: Progress) -> None:
         warnings = [report.warnings] if report.warnings else []
         warn([*warnings, *shrinkage_lines(report)])
 
-    retired = create_backup(arguments.environment, arguments.output_dir, progress, announce)
-    if retired.removed:
-        write_lines(sys.stdout, [f"Removed:     {', '.join(map(display_path, retired.removed))}"])
-    warn(retired.warnings)
+    removed, warnings = create_backup(
+        arguments.environment, arguments.output_dir, progress, announce
+    )
+    if removed:
+        write_lines(sys.stdout, [f"Removed:     {', '.join(map(display_path, removed))}"])
+    warn(warnings)
 
 
 def warn(sentences: Iterable[str]) -> None:
