@@ -140,6 +140,7 @@ class Failure(Exception):
         self.detail = detail
         self.steps = steps
         self.report = report
+        self.place = ""  # what was backed up, for the log
 
 
 class ServerError(Exception):
@@ -443,12 +444,15 @@ SERVER_REMEDIES = {
 def server_failure(error: ServerError, doing: str) -> Failure:
     """The failure for a server error during `doing`, in the server's own words."""
     detail = f"while {doing}: {error.text}"
+    step = SERVER_REMEDIES.get(error.sqlstate or "", SERVER_LOG)
+    if "conflict with recovery" in error.text:  # its SQLSTATE may be lost with the connection
+        step = SERVER_REMEDIES["40001"]
     if error.lost:
         detail = f"the connection to the server was lost while {doing}:\n{error.text}"
     elif error.sqlstate == LOCK_NOT_AVAILABLE:
         return stalled_failure(detail, None)
     code = ExitCode.PERMISSION if error.sqlstate == "42501" else ExitCode.CREATION
-    return Failure(code, detail, SERVER_REMEDIES.get(error.sqlstate or "", SERVER_LOG), AGAIN)
+    return Failure(code, detail, step, AGAIN)
 
 
 def stalled_failure(what: str, blocker: Blocker | None) -> Failure:
@@ -2794,9 +2798,10 @@ class PartialBackup:
         """Where pg_dump writes."""
         return self._files[0]
 
-    def publish(self, metadata: Metadata) -> Path:
+    def publish(self, metadata: Metadata) -> list[str]:
         """Write the metadata and rename both files, the metadata first: a visible dump is always
-        described. Raises OSError; Failure where a partial file's name leads elsewhere by now."""
+        described. Returns complaints that leave it whole. Raises OSError; Failure where a partial
+        file's name leads elsewhere by now."""
         partial = self._files[1]
         with with_filename(partial.path):
             with open(partial.descriptor, "w", encoding="utf-8", closefd=False) as file:
@@ -2812,21 +2817,22 @@ class PartialBackup:
         check_signals()
         partial.path.rename(described)
         try:
-            sync_directory(self.directory)
+            complaints = [sync_directory(self.directory)]
             self.dump.path.rename(self.published_dump)
         except BaseException:
             described.unlink(missing_ok=True)
             raise
-        sync_directory(self.directory)
-        return self.published_dump
+        complaints.append(sync_directory(self.directory))
+        return list(dict.fromkeys(filter(None, complaints)))
 
 
 # Of a directory that is not ours to read, or a network or FUSE file system with nothing to sync.
 CANNOT_SYNC = {errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
-def sync_directory(directory: Path) -> None:
-    """Bring the names in a directory down to the disk, where that can be done."""
+def sync_directory(directory: Path) -> str:
+    """Bring the names in a directory down to the disk, where that can be done. Returns a complaint
+    where it should have been."""
 
     def sync() -> None:
         descriptor = os.open(directory, os.O_RDONLY)
@@ -2836,11 +2842,11 @@ def sync_directory(directory: Path) -> None:
             os.close(descriptor)
 
     try:
-        with with_filename(directory):
-            Background(sync).wait()
+        Background(sync).wait()
     except OSError as error:
         if error.errno not in CANNOT_SYNC:
-            raise
+            return f"{display_path(directory)} could not be synced: {error.strerror}"
+    return ""
 
 
 class DiskRoom(NamedTuple):
@@ -3142,11 +3148,11 @@ class CreationReport(NamedTuple):
     dump: Path
     metadata: Metadata
     earlier: Sequence[Metadata]  # of the same series
-    warnings: str  # pg_dump's
+    warnings: Sequence[str]
 
 
 def create_backup(
-    environment_option: str,
+    config: DatabaseConfig,
     output_dir: Path,
     progress: Progress,
     announce: Callable[[CreationReport], None],
@@ -3156,7 +3162,6 @@ def create_backup(
     Raises Failure or OSError; then what was there before is untouched, and nothing else is.
     """
     started = time.monotonic()
-    config = load_configuration(environment_option)
     tools = find_tools(config)
     with open_session(config) as session:  # validated first: a wrong password leaves no directory
         series = check_server(session, config, tools.pg_dump)
@@ -3184,9 +3189,11 @@ def create_backup(
             if examination.problem:
                 raise unsound_dump_failure(partial, examination.problem)
             metadata = draft.verified(examination, tools.pg_restore, time.monotonic() - started)
-            dump = partial.publish(metadata)
-            announce(CreationReport(dump, metadata, [old for _, old in earlier], dumped.warnings))
+            complaints = partial.publish(metadata)
             check_signals()
+            warnings = [*filter(None, [dumped.warnings]), *complaints]
+            described = [old for _path, old in earlier]
+            announce(CreationReport(partial.published_dump, metadata, described, warnings))
             return retire_backups(metadata, earlier, config.retention)
 
 
@@ -3604,12 +3611,16 @@ def run_creation(arguments: Arguments, progress: Progress) -> None:
     def announce(report: CreationReport) -> None:
         progress.clear()
         write_lines(sys.stdout, creation_lines(report))
-        warnings = [report.warnings] if report.warnings else []
-        warn([*warnings, *shrinkage_lines(report)])
+        warn([*report.warnings, *shrinkage_lines(report)])
 
-    removed, warnings = create_backup(
-        arguments.environment, arguments.output_dir, progress, announce
-    )
+    config = load_configuration(arguments.environment)
+    try:
+        removed, warnings = create_backup(config, arguments.output_dir, progress, announce)
+    except (Failure, OSError) as error:
+        failure = error if isinstance(error, Failure) else file_failure(error)
+        name, host = printable(config.name), printable(config.host)
+        failure.place = f"{config.environment.value} {name} at {host}, port {config.port}"
+        raise failure from None
     if removed:
         write_lines(sys.stdout, [f"Removed:     {', '.join(map(display_path, removed))}"])
     warn(warnings)
@@ -3697,7 +3708,11 @@ def main(words: Sequence[str] | None = None) -> int:
         except OSError as error:
             failure = file_failure(error, mode.default_code)
         progress.clear()
-        write_lines(sys.stderr, failure_lines(mode.headline, failure))
+        lines = failure_lines(mode.headline, failure)
+        if mode.run is run_creation:  # for the log of a nightly run
+            place = failure.place or f"--env {arguments.environment}"
+            lines += ["", f"{iso_timestamp(datetime.now(timezone.utc))} {place}"]
+        write_lines(sys.stderr, lines)
         return failure.code
     except Interrupted as interrupted:
         progress.clear()
