@@ -118,13 +118,14 @@ def allocate(path: Path, size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, file.tell() + size)
 
 
-# A pg_dump whose file grows by 8 MB at once, and not again before somebody has looked.
+# A pg_dump whose file grows by 8 MB at once, and not again before somebody has looked. It is out of
+# step with the ticks of the run, which must not stop it before the test has seen the growth.
 STEP_MB = 8
 GROWING = f"""
 for word; do case "$word" in --file=*) file="${{word#--file=}}" ;; esac; done
 for step in $(seq 0 {STEP_MB} {SHARED_MB}); do
     fallocate --offset "${{step}}MiB" --length {STEP_MB}MiB "$file" || exit 1
-    sleep 0.5
+    sleep 0.55
 done
 """
 
