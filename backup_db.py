@@ -288,8 +288,8 @@ FILE_REMEDIES: Mapping[tuple[ExitCode | None, tuple[int, ...]], str] = {
 See what is full, blocks or inodes: df -h {path}; df -i {path}
 Free space there, or write elsewhere: --output-dir DIR""",
     (ExitCode.PERMISSION, (errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP)): """
-See which file system it is, and how it is mounted: findmnt -T {path}
-Mount it for writing and with locks, or {instead}""",
+See whether it is mounted read-only, or has no locks: findmnt -T {path}
+Mount it otherwise, or {instead}""",
     (ExitCode.PERMISSION, (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)): """
 See what it is: ls -ld {path}
 Move it out of the way, or name another path""",
@@ -623,6 +623,7 @@ class Patience:
 
 def pause(progress: Progress, waits_for: str) -> None:
     """Wait for a moment before the next try, with nothing held."""
+    progress.show(f"Waiting: {waits_for}")
     moment = Background(lambda: time.sleep(LOCK_RETRY_SECONDS))
     moment.wait(lambda: progress.show(f"Waiting: {waits_for}"))
 
@@ -704,7 +705,7 @@ def encode_os_text(text: str) -> str:
 
 def printable_lines(text: str) -> str:
     """A tool's words as they are, but for what would not show; its lines stay lines."""
-    return "\n".join(map(printable, text.strip().expandtabs(4).splitlines()))
+    return "\n".join(map(printable, text.strip().replace("\t", "    ").splitlines()))
 
 
 def plural(count: int, noun: str) -> str:

@@ -334,6 +334,10 @@ SELECT 'large object', oid, md5(lo_get(oid)) FROM pg_largeobject_metadata ORDER 
 """
 
 
+# The role that tests/mixed.sql grants to, on a server whose other tests may have made it.
+CREATE_READER = "DO $$ BEGIN CREATE ROLE reader; EXCEPTION WHEN duplicate_object THEN END $$"
+
+
 @dataclass(frozen=True)
 class Database:
     cluster: Cluster

@@ -91,7 +91,9 @@ def test_missing_database_prints_the_error_of_the_contract(
     result = make_project(Database(cluster, "project_chat_gone")).run().failed_with(3)
     server = f"-h 127.0.0.1 -p {cluster.port} -U postgres"
     fatal = 'FATAL: database "project_chat_gone" does not exist'
-    assert result.stderr == lines_of(f"""
+    contract, _, for_the_log = result.stderr.rpartition("\n\n")
+    assert for_the_log.endswith(f"Z dev project_chat_gone at 127.0.0.1, port {cluster.port}\n")
+    assert f"{contract}\n" == lines_of(f"""
         ✗ Backup failed: Database connection error
 
         Error: connection to server at "127.0.0.1", port {cluster.port} failed: {fatal}

@@ -19,6 +19,7 @@ from cluster import Cluster
 from conftest import MakeProject
 from environment import TESTS
 from support import (
+    CREATE_READER,
     MOUNTING,
     NOTHING,
     Database,
@@ -83,8 +84,8 @@ def last_line(result: Result) -> str:
 
 
 def prepare(database: Database) -> None:
-    """All that a database can have, on a server whose other tests may have made the role."""
-    database.psql("DO $$ BEGIN CREATE ROLE reader; EXCEPTION WHEN duplicate_object THEN END $$")
+    """All that a database can have."""
+    database.psql(CREATE_READER)
     database.psql((TESTS / "mixed.sql").read_text(encoding="utf-8"))
     database.psql(BY_ENUM)
 

@@ -17,7 +17,15 @@ from cluster import Cluster, installation
 from conftest import MakeProject
 from environment import TESTS
 from sample import DATABASE
-from support import SERVERS, Database, Project, assert_restores, new_database, read_metadata
+from support import (
+    CREATE_READER,
+    SERVERS,
+    Database,
+    Project,
+    assert_restores,
+    new_database,
+    read_metadata,
+)
 
 import backup_db
 
@@ -69,7 +77,7 @@ def mixed_databases(clusters: Callable[[int], Cluster]) -> Iterator[Callable[[in
         def mixed_database_of(major: int) -> Database:
             if major not in made:
                 cluster = clusters(major)
-                cluster.psql("CREATE ROLE reader")
+                cluster.psql(CREATE_READER)
                 available = cluster.psql("SELECT name FROM pg_available_extensions").splitlines()
                 made[major] = stack.enter_context(new_database(cluster))
                 made[major].psql((TESTS / "mixed.sql").read_text(encoding="utf-8"))
