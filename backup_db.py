@@ -1776,12 +1776,13 @@ def begin_read_only(session: Session, isolation: str = "READ COMMITTED") -> None
 
     Everything that is asked is asked in one: who owns a schema or the database must not become us.
     """
-    session.query(BEGIN_READ_ONLY.format(isolation=isolation, lock_seconds=STALL_SECONDS))
+    begin = BEGIN_READ_ONLY.format(isolation=isolation, lock_seconds=STALL_SECONDS)
     major, minor = divmod(session.server_version, 10000)
     if minor >= RESTRICTING_MINORS.get(major, 0):
-        session.query("SET LOCAL restrict_nonsystem_relation_kind = 'view, foreign-table'")
+        begin += "SET LOCAL restrict_nonsystem_relation_kind = 'view, foreign-table';"
     if major >= 17:
-        session.query("SET LOCAL transaction_timeout = 0")
+        begin += "SET LOCAL transaction_timeout = 0;"
+    session.query(begin)
     try:
         # Should this process be killed, the server ends a long count or wait by itself.
         session.query(
