@@ -1359,15 +1359,19 @@ def run_pg_restore(
             with contextlib.suppress(OSError):  # a smaller pipe will do
                 fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         last_heard = time.monotonic()
+        looked_at = 0.0
         block = b"begin"
         while block:
-            check_signals()
-            on_tick()
+            now = time.monotonic()
+            if now - looked_at >= TICK_SECONDS:  # not for each block: that takes a tenth longer
+                check_signals()
+                on_tick()
+                looked_at = now
             if select.select([output], [], [], TICK_SECONDS)[0]:
                 block = os.read(output, READ_BYTES)
-                last_heard = time.monotonic()
+                last_heard = now
                 on_block(block)
-            elif time.monotonic() - last_heard > STALL_SECONDS:
+            elif now - last_heard > STALL_SECONDS:
                 silence = format_age(STALL_SECONDS)
                 raise ArchiveError(f"{program.name} is stuck: silent for {silence}")
         if program.wait(STALL_SECONDS) != 0 or program.stderr_text:
