@@ -7,6 +7,7 @@ import fcntl
 import json
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -310,3 +311,50 @@ def test_month_of_nights(small_database: Database, make_project: MakeProject) ->
             project.run("--verify", folder / name).succeeded()
             with restored(folder / name, small_database.cluster) as copy:
                 assert copy.contents() == held[name]
+
+
+# -- a database that shrank, a server that is another one -----------------------------------------
+
+
+def test_last_full_backup_outlives_an_emptied_database(
+    sample_database: Database, make_project: MakeProject
+) -> None:
+    """For more nights than are kept; what shrank is told once, what is held back each night."""
+    project = make_project(sample_database, settings={"BACKUP_KEEP": "2"})
+    full = project.back_up()
+    sample_database.psql("TRUNCATE messages, conversations CASCADE")
+    first = project.run().succeeded()
+    assert "\nVerified:    ✓ Integrity check passed\n" in first.stdout
+    shrunk = "Warning: fewer rows than ever before: messages 0 (at least 3420 before), "
+    assert first.stderr.startswith(shrunk), first
+    for _ in range(3):
+        night = project.run().succeeded()
+        assert "fewer rows" not in night.stderr, night
+        held = f"Warning: db/backups/{full.name} is kept beyond BACKUP_KEEP: it has 3727 rows, "
+        assert night.stderr.startswith(held), night
+        assert full in project.dumps()
+        assert len(project.dumps()) == 3
+    command = night.stderr[night.stderr.index("rm -- ") :]  # for when it is meant
+    subprocess.run(["sh", "-c", command], cwd=project.directory, check=True)
+    assert project.run().succeeded().stderr == ""
+    assert len(project.dumps()) == 2
+
+
+def test_backups_of_another_server_are_left_alone(
+    sample_database: Database, make_project: MakeProject
+) -> None:
+    project = make_project(sample_database, settings={"BACKUP_KEEP": "1"})
+    other = project.back_up()
+    values = read_metadata(other)
+    values["table_counts"]["messages"] = 1_000_000  # were it ours, a table that shrank
+    metadata_path(other).write_text(json.dumps({**values, "system_identifier": "4711"}))
+    ours = project.back_up()
+    newest = project.back_up()
+    assert project.dumps() == [other, newest]
+    assert not ours.exists()
+    listed = project.run("--list").succeeded().stdout
+    assert "of server 4711: 1 backup, " in listed, listed
+    values["system_identifier"] = None  # made before: of the same server
+    metadata_path(other).write_text(json.dumps(values))
+    held = f"Warning: db/backups/{other.name} is kept beyond BACKUP_KEEP: it has 1000307 rows, "
+    assert project.run().succeeded().stderr.startswith(held)
