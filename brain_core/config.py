@@ -211,18 +211,8 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
             _refuse_address(settings, *found)
         return found[1] if found else ""
 
-    name_variable = f"{prefix}DB_NAME"
-    places["name"] = settings.place(name_variable)
-    if name_variable not in settings.values:
-        raise ConfigurationError(
-            f"{name_variable} is not set: it names the database to back up "
-            f"in the {environment.value} environment",
-            f"Set {name_variable} in {settings.folder / ENV_FILES[0]} (see .env.example)",
-            "Or back up the other environment: "
-            f"--env {'prod' if environment is Environment.DEV else 'dev'}",
-        )
-    name = settings.values[name_variable]
-    _refuse_address(settings, name_variable, name)
+    places["name"] = settings.place(f"{prefix}DB_NAME")
+    name = _database_name(settings, environment)
     places["compress"] = settings.place("BACKUP_COMPRESS")
     host = lookup("host", "PGHOST") or DEFAULT_HOST
     port = _parse_port(lookup("port", "PGPORT"), places["port"])
@@ -233,15 +223,6 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
     own |= {"PGPASSWORD": password} if password else {}
     connect_seconds = _parse_connect_timeout(settings)
     own["PGCONNECT_TIMEOUT"] = str(connect_seconds)
-    inherited = {
-        variable: value
-        for variable, value in settings.values.items()
-        if variable.startswith("PG") and variable not in OVERRIDING_LIBPQ_VARIABLES
-    }
-    # PG_VERSION, PGDATA and the like are the server's.
-    further = [name for name in inherited.keys() - own.keys() - {"PGDATA"} if name.isalpha()]
-    listed = "; ".join(settings.place(variable) for variable in sorted(further))
-    places["libpq"] = listed or f"in {ENV_FILES[0]}"
     return DatabaseConfig(
         environment=environment,
         name=name,
@@ -253,8 +234,38 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
         retention=_parse_retention(settings),
         connect_seconds=connect_seconds,
         places=MappingProxyType(places),
-        libpq=MappingProxyType(inherited | own),
+        libpq=_libpq_variables(settings, own, places),
     )
+
+
+def _database_name(settings: Settings, environment: Environment) -> str:
+    variable = f"{environment.variable_prefix}DB_NAME"
+    if variable not in settings.values:
+        raise ConfigurationError(
+            f"{variable} is not set: it names the database to back up "
+            f"in the {environment.value} environment",
+            f"Set {variable} in {settings.folder / ENV_FILES[0]} (see .env.example)",
+            "Or back up the other environment: "
+            f"--env {'prod' if environment is Environment.DEV else 'dev'}",
+        )
+    _refuse_address(settings, variable, settings.values[variable])
+    return settings.values[variable]
+
+
+def _libpq_variables(
+    settings: Settings, own: Mapping[str, str], places: dict[str, str]
+) -> Mapping[str, str]:
+    """`own`, and every further PG* variable that is set; where those are is noted in `places`."""
+    inherited = {
+        variable: value
+        for variable, value in settings.values.items()
+        if variable.startswith("PG") and variable not in OVERRIDING_LIBPQ_VARIABLES
+    }
+    # PG_VERSION, PGDATA and the like are the server's.
+    further = [name for name in inherited.keys() - own.keys() - {"PGDATA"} if name.isalpha()]
+    listed = "; ".join(settings.place(variable) for variable in sorted(further))
+    places["libpq"] = listed or f"in {ENV_FILES[0]}"
+    return MappingProxyType({**inherited, **own})
 
 
 def _refuse_address(settings: Settings, variable: str, value: str) -> None:
