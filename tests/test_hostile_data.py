@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from cluster import Cluster, ClusterError
 from conftest import MakeProject
 from sample import PASSWORD
 from support import Database, Project, Result, assert_restores, finish, new_database, read_metadata
@@ -263,3 +263,41 @@ def told_what_to_grant(
                 database.psql(statement)
         assert_restores(project.back_up(), database)
         database.psql(f"REVOKE pg_read_all_data FROM {role}; ALTER ROLE {role} NOBYPASSRLS")
+
+
+# -- what is left out, and what is refused, in few words ------------------------------------------
+
+
+def test_what_pg_dump_leaves_out_is_named(database: Database, make_project: MakeProject) -> None:
+    database.psql(
+        "CREATE TABLE doubled AS SELECT 1 AS a FROM generate_series(1, 2);"
+        "CREATE TABLE member (a int); INSERT INTO member VALUES (1);"
+        "ALTER EXTENSION plpgsql ADD TABLE member;"
+        "CREATE FOREIGN DATA WRAPPER none; CREATE SERVER none FOREIGN DATA WRAPPER none;"
+    )
+    database.psql(
+        "SELECT format('CREATE FOREIGN TABLE far_away_%s (a int) SERVER none', n)"
+        " FROM generate_series(1, 300) AS n \\gexec"
+    )
+    with pytest.raises(ClusterError, match="could not create unique index"):
+        database.psql("CREATE UNIQUE INDEX CONCURRENTLY failed ON doubled (a)")
+    result = make_project(database).run().succeeded()
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("Not included: "))
+    assert "invalid indexes, which a failed build has left (failed on doubled)" in line
+    assert "rows of tables that belong to an extension (member)" in line
+    assert ", far_away_10, and 290 more)" in line
+    assert len(line) < 1000
+
+
+def test_thousands_of_objects_without_rights_are_told_in_short(
+    database: Database, role: str, make_project: MakeProject
+) -> None:
+    database.psql("SELECT count(lo_from_bytea(0, 'x')) FROM generate_series(1, 5000)")
+    name = role[1:-1].replace('""', '"')
+    project = make_project(database, settings=database.settings(name, PASSWORD))
+    result = project.run().failed_with(4, "Permission error")
+    assert ", and 4990 more\n" in result.stderr, result
+    assert len(result.stderr) < 4096
+    # Where the server lets everybody read large objects, nothing is to be granted.
+    database.psql(f"ALTER DATABASE {database.name} SET lo_compat_privileges = on")
+    project.run().succeeded()
