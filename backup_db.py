@@ -2471,7 +2471,7 @@ def dump_snapshot(run: Run, snapshot: Snapshot) -> Dumped:
             raise
         watch.wait_until(lambda: False)
         warnings = pg_dump.stderr_text
-    if not run.partial.dump.size_bytes:
+    if not run.partial.dump.size_bytes and not DiskRoom.of(run.partial.directory).is_full:
         raise wrapper_failure(tool, warnings)
     run.session.query("COMMIT")
     begin_read_only(run.session)
