@@ -3018,6 +3018,11 @@ def verified_backups(directory: Path, series: Series) -> list[tuple[Path, Metada
     ]
 
 
+def latest_credible(now: datetime) -> str:
+    """The timestamp beyond which a backup is from the future: a clock was wrong."""
+    return iso_timestamp(now + timedelta(days=1))
+
+
 def find_orphans(directory: Path) -> list[Path]:
     """The metadata files whose dump is gone; not of one that a run is publishing."""
     names = set(os.listdir(directory))
@@ -3113,9 +3118,9 @@ def retire_backups(
     that would go, the last full one."""
     removed: list[Path] = []
     warnings: list[str] = []
-    tomorrow = iso_timestamp(datetime.now(timezone.utc) + timedelta(days=1))
-    # One from the future, when a clock was wrong, is neither counted nor removed.
-    others = [backup for backup in earlier if backup[1].backup_timestamp <= tomorrow]
+    latest = latest_credible(datetime.now(timezone.utc))
+    # One from the future is neither counted nor removed.
+    others = [backup for backup in earlier if backup[1].backup_timestamp <= latest]
     if retention is None or not others:
         return removed, warnings
     described = [made, *(metadata for _path, metadata in others)]
@@ -3483,9 +3488,9 @@ def footer_lines(
     backups: Sequence[Backup], orphans: Sequence[Path], now: datetime
 ) -> Iterator[str]:
     """Below the totals: each series, what needs a person's eye, and what the status means."""
-    tomorrow = iso_timestamp(now + timedelta(days=1))
-    present = [backup for backup in backups if backup.timestamp <= tomorrow]
-    future = [backup.dump.name for backup in backups if backup.timestamp > tomorrow]
+    latest = latest_credible(now)
+    present = [backup for backup in backups if backup.timestamp <= latest]
+    future = [backup.dump.name for backup in backups if backup.timestamp > latest]
     yield from series_lines(present, now)
     if future:
         yield (
