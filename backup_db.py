@@ -1566,19 +1566,7 @@ class RowCounter:
         self.rows = 0
 
     def write(self, _row: bytes) -> None:
-        """Take one row."""
         self.rows += 1
-
-
-@contextlib.contextmanager
-def no_excepthook() -> Iterator[None]:
-    """psycopg2 prints a FATAL that ends a COPY by sys.excepthook, and then raises it as well."""
-    hook = sys.excepthook
-    sys.excepthook = lambda *_exception: None
-    try:
-        yield
-    finally:
-        sys.excepthook = hook
 
 
 class Session:
@@ -1599,31 +1587,27 @@ class Session:
 
     def connect(self) -> None:
         """Begin a session, where there is none or the last one is closed."""
-        config, psycopg2 = self._config, import_psycopg2()
+        config, started = self._config, time.monotonic()
         self._running: Background[Any] | None = None
-        started = time.monotonic()
+        self._connection: Any = None
         # libpq ends what is silent, by PGCONNECT_TIMEOUT for each address, and says which; not a
         # resolver that hangs, nor a server that talks without an end.
         hosts = config.host.count(",") + 1
         limit = CONNECT_LIMIT_FACTOR * hosts * config.connect_seconds + CONNECT_LIMIT_SECONDS
         try:
-            self._connection = self._wait(self._open, do_nothing, limit)
+            self._connection = self._call(self._open, do_nothing, limit)
         except TimeoutError:
             place = f'"{config.host}", port {config.port}'
             text = f"no connection to {place}: its name server or the server keeps us waiting"
             raise ServerError(text, lost=True) from None
-        except UnicodeDecodeError as error:
-            raise ServerError(decode_server_text(error.object)) from None
-        except (psycopg2.Error, ValueError) as error:
-            too_late = time.monotonic() - started >= config.connect_seconds
-            text = str(error) or "the server's words are in an encoding that Python cannot read"
-            raise ServerError(text, lost=too_late) from None
+        except ServerError as error:
+            error.lost = time.monotonic() - started >= config.connect_seconds
+            raise
 
     def _open(self) -> Any:
         psycopg2 = import_psycopg2()
         connection = psycopg2.connect(
-            "",  # where to is in the environment, as it is for pg_dump
-            **({} if self._database is None else {"dbname": self._database}),
+            dbname=self._database,  # None: as all else, it is in the environment, as for pg_dump
             client_encoding="UTF8",
             fallback_application_name="backup_db",
             **KEEPALIVES,
@@ -1636,11 +1620,21 @@ class Session:
         psycopg2.extensions.register_type(psycopg2.extensions.BYTES, connection)
         return connection
 
-    def _wait(self, call: Callable[[], T], on_tick: Callable[[], None], seconds: float | None) -> T:
+    def _call(self, call: Callable[[], T], on_tick: Callable[[], None], seconds: float | None) -> T:
+        psycopg2 = import_psycopg2()
         assert self._running is None, "one call at a time"
         self._running = Background(call)
         try:
             result: T = self._running.wait(on_tick, seconds)
+        except UnicodeDecodeError as error:
+            raise ServerError(decode_server_text(error.object)) from None
+        except (psycopg2.Error, ValueError) as error:
+            sqlstate = getattr(error, "pgcode", None)
+            lost = sqlstate is None and self._connection is not None and self._connection.closed
+            # psycopg2 often has no more than "no message from the libpq" for a lost connection.
+            text = (lost and self._connection.info.error_message) or getattr(error, "pgerror", None)
+            text = (text or str(error)).strip() or "words in an encoding that Python cannot read"
+            raise ServerError(text, sqlstate, bool(lost)) from None
         finally:
             if self._running.is_done:
                 self._running = None
@@ -1661,10 +1655,7 @@ class Session:
         except TimeoutError:
             raise ServerError(f"no answer within {format_age(silence)}", lost=True) from None
         return [
-            tuple(
-                value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
-                for value in row
-            )
+            tuple(v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in row)
             for row in rows
         ]
 
@@ -1673,26 +1664,16 @@ class Session:
         their contents are discarded."""
 
         def copy() -> int:
-            with self._connection.cursor() as cursor, no_excepthook():
-                cursor.copy_expert(statement.encode("utf-8", "surrogateescape"), counter)
-                return int(cursor.rowcount)
+            # psycopg2 prints a FATAL that ends a COPY by sys.excepthook, and raises it as well.
+            hook, sys.excepthook = sys.excepthook, lambda *_exception: None
+            try:
+                with self._connection.cursor() as cursor:
+                    cursor.copy_expert(statement.encode("utf-8", "surrogateescape"), counter)
+                    return int(cursor.rowcount)
+            finally:
+                sys.excepthook = hook
 
         return self._call(copy, on_tick, None)
-
-    def _call(self, call: Callable[[], T], on_tick: Callable[[], None], seconds: float | None) -> T:
-        psycopg2 = import_psycopg2()
-        try:
-            return self._wait(call, on_tick, seconds)
-        except (psycopg2.Error, UnicodeError) as error:
-            sqlstate = getattr(error, "pgcode", None)
-            lost = sqlstate is None and bool(self._connection.closed)
-            # psycopg2 often has no more than "no message from the libpq" for a lost connection.
-            text = (lost and self._connection.info.error_message) or getattr(error, "pgerror", None)
-            raise ServerError((text or str(error)).strip(), sqlstate, lost) from None
-
-    def parameter(self, name: str) -> str:
-        """A setting that the server reports by itself, such as server_encoding."""
-        return str(self._connection.get_parameter_status(name))
 
     @property
     def server_version(self) -> int:
@@ -1711,6 +1692,8 @@ class Session:
 
     def close(self) -> None:
         """Leave the server; locks and snapshot go with it, and the query that runs, at once."""
+        if self._connection is None:
+            return  # it was never made, or a thread is still at it
         if self._running is not None:
             self._reset()
             self._running.join(STOP_SECONDS)
@@ -1743,7 +1726,6 @@ class Session:
 def import_psycopg2() -> Any:
     """psycopg2, where it is used: listing and verifying must work without it."""
     try:
-        import psycopg2
         import psycopg2.extensions
     except ImportError as error:
         raise missing_package_failure(error) from None
@@ -1753,10 +1735,8 @@ def import_psycopg2() -> Any:
 def decode_server_text(raw: bytes) -> str:
     """What the server says before a login: its own words in an encoding that it does not name,
     ours within them in UTF-8. A byte that is no UTF-8 is taken as Latin-1."""
-    return "".join(
-        chr(ord(character) - 0xDC00) if "\udc80" <= character <= "\udcff" else character
-        for character in raw.decode("utf-8", "surrogateescape")
-    )
+    text = raw.decode("utf-8", "surrogateescape")
+    return re.sub("[\udc80-\udcff]", lambda found: chr(ord(found[0]) - 0xDC00), text)
 
 
 # PostgreSQL's minor releases from which on a view or foreign table in a table's place can be
@@ -1786,24 +1766,26 @@ def begin_read_only(session: Session, isolation: str = "READ COMMITTED") -> None
         begin += "SET LOCAL restrict_nonsystem_relation_kind = 'view, foreign-table';"
     if major >= 17:
         begin += "SET LOCAL transaction_timeout = 0;"
-    session.query(begin)
     try:
         # Should this process be killed, the server ends a long count or wait by itself.
-        session.query(
-            "SAVEPOINT looking_after;"
-            f" SET LOCAL client_connection_check_interval = '{ORPHAN_SECONDS}s';"
-            " RELEASE SAVEPOINT looking_after"
-        )
+        session.query(f"{begin}SET LOCAL client_connection_check_interval = '{ORPHAN_SECONDS}s'")
     except ServerError as error:
         if error.lost:
             raise
-        # A platform that cannot.
-        session.query("ROLLBACK TO SAVEPOINT looking_after; RELEASE SAVEPOINT looking_after")
+        session.query(f"ROLLBACK; {begin}")  # a platform that cannot
 
 
 # ---------------------------------------------------------------------------------------------
 # The catalog: what is in the database, and what this role may read of it
 # ---------------------------------------------------------------------------------------------
+
+
+LOOK_UP_DATABASE = """
+SELECT CASE WHEN NOT datallowconn THEN '(closed)'
+            WHEN NOT has_database_privilege(oid, 'CONNECT')
+            THEN 'User does not have CONNECT privilege.' ELSE '' END
+  FROM pg_catalog.pg_database WHERE datname = %s
+"""
 
 
 def look_up_database(config: DatabaseConfig) -> str:
@@ -1812,19 +1794,10 @@ def look_up_database(config: DatabaseConfig) -> str:
     try:
         with Session(config, "postgres") as session:
             begin_read_only(session)
-            found = session.query(
-                "SELECT datallowconn, has_database_privilege(oid, 'CONNECT')"
-                " FROM pg_catalog.pg_database WHERE datname = %s",
-                config.name,
-            )
+            found = session.query(LOOK_UP_DATABASE, config.name)
     except ServerError:
         return ""
-    if not found:
-        return "(missing)"
-    allowed, may_connect = found[0]
-    if not allowed:
-        return "(closed)"
-    return "" if may_connect else "User does not have CONNECT privilege."
+    return str(found[0][0]) if found else "(missing)"
 
 
 POOLER_ROUNDS = 10
@@ -1848,13 +1821,10 @@ def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
     if first == session.backend_pid:
         return
     with Session(config) as other:
-        second = backend_of(other)
-        for _ in range(POOLER_ROUNDS):
-            backends = (backend_of(session), backend_of(other))
-            if backends != (first, second) or first == second:
-                break
-        else:
-            return
+        pairs = {(backend_of(session), backend_of(other)) for _ in range(POOLER_ROUNDS)}
+    (ours, theirs), *changed = pairs
+    if not changed and first == ours != theirs:
+        return
     raise Failure(
         ExitCode.CONFIGURATION,
         "there is a connection pooler in transaction or statement mode in between: a backup through"
@@ -1866,54 +1836,55 @@ def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
     )
 
 
-# The relations that pg_dump reads: not those of extensions, but for their configuration tables
-# (PostgreSQL documentation, "Extension Configuration Tables").
-DUMPED_RELATIONS = """
-  SELECT c.oid, c.relkind, c.relpersistence, n.oid AS nsoid, n.nspname, c.relname,
-         x.extcondition[array_position(x.extconfig, c.oid)] AS condition
+# What is in the database, and whether pg_dump reads it: not what belongs to an extension, but for
+# its configuration tables (PostgreSQL documentation, "Extension Configuration Tables").
+RELATIONS = """
+WITH rel AS (
+  SELECT c.oid, c.relkind, c.relpersistence, n.oid AS nsoid, n.nspname, m.objid, x.extname,
+         quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name,
+         CASE n.nspname WHEN 'public' THEN '' ELSE quote_ident(n.nspname) || '.' END
+         || quote_ident(c.relname) AS key,
+         x.extcondition[array_position(x.extconfig, c.oid)] AS condition,
+         c.relkind <> 'f' AND (x.oid IS NOT NULL OR (
+           m.objid IS NULL AND n.nspname <> 'information_schema')) AS is_dumped
     FROM pg_catalog.pg_class c
     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     LEFT JOIN pg_catalog.pg_depend m
-      ON m.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND m.objid = c.oid
-     AND m.objsubid = 0 AND m.deptype = 'e'
-     AND m.refclassid = 'pg_catalog.pg_extension'::pg_catalog.regclass
+      ON m.classid = 'pg_class'::regclass AND m.objid = c.oid AND m.objsubid = 0
+     AND m.deptype = 'e' AND m.refclassid = 'pg_extension'::regclass
     LEFT JOIN pg_catalog.pg_extension x ON c.oid = ANY (x.extconfig)
-   WHERE c.relkind IN ('r', 'p', 'S')
-     AND (x.oid IS NOT NULL OR (m.objid IS NULL AND n.nspname !~ '^pg_'
-                                AND n.nspname <> 'information_schema'))
+   WHERE c.relkind IN ('r', 'p', 'S', 'f') AND (x.oid IS NOT NULL OR n.nspname !~ '^pg_')),
+me AS (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
 """
 
 # What pg_dump would fail on, each row alone enough: tried by granting and revoking one by one.
 UNREADABLE = f"""
-WITH rel AS ({DUMPED_RELATIONS})
-SELECT 'schema', pg_catalog.quote_ident(nspname), nsoid
-  FROM (SELECT DISTINCT nspname, nsoid FROM rel) s
- WHERE NOT pg_catalog.has_schema_privilege(nsoid, 'USAGE')
+{RELATIONS}
+SELECT DISTINCT 'schema', quote_ident(nspname), nsoid
+  FROM rel WHERE is_dumped AND NOT has_schema_privilege(nsoid, 'USAGE')
 UNION ALL
-SELECT CASE relkind WHEN 'S' THEN 'sequence' ELSE 'table' END,
-       pg_catalog.quote_ident(nspname) || '.' || pg_catalog.quote_ident(relname), oid
-  FROM rel WHERE NOT pg_catalog.has_table_privilege(oid, 'SELECT')
+SELECT CASE relkind WHEN 'S' THEN 'sequence' ELSE 'table' END, name, oid
+  FROM rel WHERE is_dumped AND NOT has_table_privilege(oid, 'SELECT')
 UNION ALL
-SELECT 'row security',
-       pg_catalog.quote_ident(nspname) || '.' || pg_catalog.quote_ident(relname), oid
-  FROM rel WHERE relkind = 'r' AND pg_catalog.row_security_active(oid)
+SELECT 'row security', name, oid
+  FROM rel WHERE is_dumped AND relkind = 'r' AND row_security_active(oid)
 UNION ALL
-SELECT 'large object', l.oid::text, l.oid FROM pg_catalog.pg_largeobject_metadata l
+SELECT 'large object', l.oid::text, l.oid FROM pg_catalog.pg_largeobject_metadata l, me
  WHERE NOT EXISTS (
-         SELECT FROM pg_catalog.aclexplode(
-                  COALESCE(l.lomacl, pg_catalog.acldefault('L', l.lomowner))) a
+         SELECT FROM aclexplode(COALESCE(l.lomacl, acldefault('L', l.lomowner))) a
           WHERE a.privilege_type = 'SELECT'
-            AND (a.grantee = 0 OR pg_catalog.pg_has_role(a.grantee, 'USAGE')))
-   AND NOT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
-   AND NOT pg_catalog.current_setting('lo_compat_privileges')::bool
+            AND (a.grantee = 0 OR pg_has_role(a.grantee, 'USAGE')))
+   AND NOT rolsuper AND NOT current_setting('lo_compat_privileges')::bool
 ORDER BY 1, 3
 """
 
 GRANTS = {
-    "schema": ("let it use the schemas", "GRANT USAGE ON SCHEMA {} TO {};"),
-    "table": ("let it read the tables", "GRANT SELECT ON TABLE {} TO {};"),
-    "sequence": ("let it read the sequences", "GRANT SELECT ON SEQUENCE {} TO {};"),
-    "large object": ("let it read the large objects", "GRANT SELECT ON LARGE OBJECT {} TO {};"),
+    "schema": "Or let it use the schemas{more}: GRANT USAGE ON SCHEMA {names} TO {role};",
+    "table": "Or let it read the tables{more}: GRANT SELECT ON TABLE {names} TO {role};",
+    "sequence": "Or let it read the sequences{more}: GRANT SELECT ON SEQUENCE {names} TO {role};",
+    "large object": "Let it read the large objects{more}: GRANT SELECT ON LARGE OBJECT {names} "
+    "TO {role};",
+    "row security": "Let it see every row, as a superuser: ALTER ROLE {role} BYPASSRLS;",
 }
 
 
@@ -1923,31 +1894,21 @@ def check_privileges(session: Session) -> None:
     unreadable = session.query(UNREADABLE)
     if not unreadable:
         return
-    (role,) = session.query("SELECT pg_catalog.quote_ident(current_user)")[0]
-    grantee = printable(role)
+    role = printable(session.query("SELECT quote_ident(current_user)")[0][0])
     names: dict[str, list[str]] = {}
     for kind, name, _oid in unreadable:
         names.setdefault(kind, []).append(name)
     steps = []
     if names.keys() - {"large object", "row security"}:
-        steps.append(
-            f"Let it read all tables, as a superuser: GRANT pg_read_all_data TO {grantee};"
-        )
-    for kind, (purpose, grant) in GRANTS.items():
-        if kind in names:
-            listed = ", ".join(map(printable, names[kind][:MOST_NAMES]))
-            more = ", and so on" if len(names[kind]) > MOST_NAMES else ""
-            either = purpose.capitalize() if kind == "large object" else f"Or {purpose}"
-            steps.append(f"{either}{more}: {grant.format(listed, grantee)}")
-    if "row security" in names:
-        steps.append(f"Let it see every row, as a superuser: ALTER ROLE {grantee} BYPASSRLS;")
+        steps.append(f"Let it read all tables, as a superuser: GRANT pg_read_all_data TO {role};")
+    for kind, grant in GRANTS.items():
+        if found := names.get(kind):
+            listed = ", ".join(map(printable, found[:MOST_NAMES]))
+            more = ", and so on" if len(found) > MOST_NAMES else ""
+            steps.append(grant.format(names=listed, more=more, role=role))
+    detail = f"role {role} cannot read all of the database; a backup would be incomplete"
     lines = [f"{kind}: {list_names(found)}" for kind, found in names.items()]
-    raise Failure(
-        ExitCode.PERMISSION,
-        f"role {grantee} cannot read all of the database; a backup would be incomplete\n"
-        + "\n".join(lines),
-        *steps,
-    )
+    raise Failure(ExitCode.PERMISSION, "\n".join([detail, *lines]), *steps)
 
 
 class Table(NamedTuple):
@@ -1970,26 +1931,23 @@ class Table(NamedTuple):
         exception are the tables of an extension that come with a condition.
         """
         if self.condition:
-            select = f"SELECT {self.column} FROM {self.qualified_name} {self.condition}"
-            return f"COPY ({select}) TO STDOUT"
+            return (
+                f"COPY (SELECT {self.column} FROM {self.qualified_name} {self.condition}) TO STDOUT"
+            )
         return f"COPY {self.qualified_name} {self.column} TO STDOUT"
 
 
 # The tables that pg_dump locks. Unlogged tables hold nothing on a standby, and pg_dump leaves
 # their rows out there. Object ids grow, so that their order is the order of creation.
 DUMPED_TABLES = f"""
-WITH rel AS ({DUMPED_RELATIONS})
-SELECT oid::bigint, quote_ident(nspname) || '.' || quote_ident(relname),
-       CASE nspname WHEN 'public' THEN '' ELSE quote_ident(nspname) || '.' END
-       || quote_ident(relname),
-       NULLIF(pg_partition_root(oid)::oid, oid)::bigint, COALESCE(condition, ''),
+{RELATIONS}
+SELECT oid, name, key, NULLIF(pg_partition_root(oid)::oid, oid), COALESCE(condition, ''),
        COALESCE((SELECT '(' || quote_ident(a.attname) || ')' FROM pg_catalog.pg_attribute a
                   WHERE a.attrelid = rel.oid AND a.attnum > 0
                     AND NOT a.attisdropped AND a.attgenerated = ''
                   ORDER BY a.attlen < 0, a.attlen, a.attnum LIMIT 1), ''),
        relkind = 'r' AND NOT (relpersistence = 'u' AND pg_is_in_recovery())
-  FROM rel WHERE relkind IN ('r', 'p')
- ORDER BY oid
+  FROM rel WHERE is_dumped AND relkind IN ('r', 'p') ORDER BY oid
 """
 
 
@@ -2000,11 +1958,11 @@ def list_tables(session: Session) -> list[Table]:
 
 # Columns that only newer servers have come through to_jsonb: absent, they are NULL.
 DATABASE_FACTS = """
-SELECT pg_catalog.current_database(), pg_catalog.pg_database_size(d.oid),
-       d.datcollate, d.datctype, pg_catalog.to_jsonb(d) ->> 'datlocprovider',
-       COALESCE(pg_catalog.to_jsonb(d) ->> 'datlocale', pg_catalog.to_jsonb(d) ->> 'daticulocale'),
-       (SELECT pg_catalog.count(*) FROM pg_catalog.pg_largeobject_metadata)
-  FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()
+SELECT datname, pg_database_size(oid), current_setting('server_encoding'), datcollate, datctype,
+       COALESCE(to_jsonb(d) ->> 'datlocprovider', 'c'),
+       COALESCE(to_jsonb(d) ->> 'datlocale', to_jsonb(d) ->> 'daticulocale'),
+       (SELECT count(*) FROM pg_catalog.pg_largeobject_metadata)
+  FROM pg_catalog.pg_database d WHERE datname = current_database()
 """
 
 EXTENSIONS = "SELECT extname, extversion FROM pg_catalog.pg_extension ORDER BY extname"
@@ -2014,22 +1972,18 @@ EXTENSIONS = "SELECT extname, extversion FROM pg_catalog.pg_extension ORDER BY e
 # is in no dependency but in most archives. A row for each membership; what more than one grantor
 # gave adds up.
 ROLES = """
-WITH d AS (
-  SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()),
+WITH d AS (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()),
 named (oid) AS (
   SELECT 10::oid
-  UNION SELECT refobjid FROM pg_catalog.pg_shdepend
-   WHERE refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass
-     AND (dbid = (SELECT oid FROM d)
-          OR (classid = 'pg_catalog.pg_database'::pg_catalog.regclass
-              AND objid = (SELECT oid FROM d)))
-  UNION SELECT setrole FROM pg_catalog.pg_db_role_setting WHERE setdatabase = (SELECT oid FROM d)
-  UNION SELECT subowner FROM pg_catalog.pg_subscription WHERE subdbid = (SELECT oid FROM d))
+  UNION SELECT refobjid FROM pg_catalog.pg_shdepend, d
+   WHERE refclassid = 'pg_authid'::regclass
+     AND (dbid = d.oid OR (classid = 'pg_database'::regclass AND objid = d.oid))
+  UNION SELECT setrole FROM pg_catalog.pg_db_role_setting JOIN d ON setdatabase = d.oid
+  UNION SELECT subowner FROM pg_catalog.pg_subscription JOIN d ON subdbid = d.oid)
 SELECT r.rolname, r.rolsuper, r.rolinherit, r.rolcreaterole, r.rolcreatedb, r.rolcanlogin,
-       r.rolreplication, r.rolbypassrls, r.rolconnlimit,
-       g.rolname, pg_catalog.bool_or(m.admin_option),
-       pg_catalog.bool_or((pg_catalog.to_jsonb(m) ->> 'inherit_option')::boolean),
-       pg_catalog.bool_or((pg_catalog.to_jsonb(m) ->> 'set_option')::boolean)
+       r.rolreplication, r.rolbypassrls, r.rolconnlimit, g.rolname, bool_or(m.admin_option),
+       bool_or((to_jsonb(m) ->> 'inherit_option')::boolean),
+       bool_or((to_jsonb(m) ->> 'set_option')::boolean)
   FROM named JOIN pg_catalog.pg_roles r ON r.oid = named.oid
   LEFT JOIN pg_catalog.pg_auth_members m ON m.member = r.oid
   LEFT JOIN pg_catalog.pg_roles g ON g.oid = m.roleid
@@ -2039,48 +1993,39 @@ SELECT r.rolname, r.rolsuper, r.rolinherit, r.rolcreaterole, r.rolcreatedb, r.ro
 TABLESPACES = """
 SELECT t.spcname, t.oid = d.dattablespace
   FROM pg_catalog.pg_tablespace t, pg_catalog.pg_database d
- WHERE d.datname = pg_catalog.current_database() AND t.spcname !~ '^pg_'
+ WHERE d.datname = current_database() AND t.spcname !~ '^pg_'
    AND (t.oid = d.dattablespace
         OR t.oid IN (SELECT reltablespace FROM pg_catalog.pg_class WHERE relpersistence <> 't'))
  ORDER BY t.spcname
 """
 
 # What pg_dump leaves out and exits 0: (sentence, name), a row each.
-NOT_INCLUDED = """
-WITH rel AS (
-  SELECT c.oid, c.relkind, c.relpersistence, n.nspname,
-         CASE n.nspname WHEN 'public' THEN '' ELSE quote_ident(n.nspname) || '.' END
-         || quote_ident(c.relname) AS name
-    FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-   WHERE c.relkind IN ('r', 'p', 'f') AND n.nspname !~ '^pg_'),
-me AS (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
-SELECT 'data of foreign tables', name, oid::bigint FROM rel WHERE relkind = 'f'
+NOT_INCLUDED = f"""
+{RELATIONS}
+SELECT 'data of foreign tables', key, oid FROM rel WHERE relkind = 'f'
 UNION ALL
-SELECT 'data of unlogged tables, which a standby does not have', name, oid::bigint
+SELECT 'data of unlogged tables, which a standby does not have', key, oid
   FROM rel WHERE relkind = 'r' AND relpersistence = 'u' AND pg_is_in_recovery()
 UNION ALL
-SELECT 'tables in the schema information_schema', name, oid::bigint
-  FROM rel WHERE relkind <> 'f' AND oid >= 16384 AND nspname = 'information_schema'
+SELECT 'tables in the schema information_schema', key, oid
+  FROM rel WHERE relkind IN ('r', 'p') AND oid >= 16384 AND nspname = 'information_schema'
 UNION ALL
-SELECT 'rows of tables that belong to an extension', name, oid::bigint
-  FROM rel JOIN pg_catalog.pg_depend m
-    ON m.classid = 'pg_catalog.pg_class'::regclass AND m.objid = rel.oid AND m.objsubid = 0
-   AND m.deptype = 'e' AND m.refclassid = 'pg_catalog.pg_extension'::regclass
- WHERE relkind = 'r' AND pg_relation_size(rel.oid) > 0
-   AND NOT EXISTS (SELECT FROM pg_catalog.pg_extension x WHERE rel.oid = ANY (x.extconfig))
+SELECT 'rows of tables that belong to an extension', key, oid
+  FROM rel WHERE relkind = 'r' AND objid IS NOT NULL AND extname IS NULL
+   AND pg_relation_size(oid) > 0
 UNION ALL
-SELECT 'invalid indexes, which a failed build has left', quote_ident(c.relname) || ' on ' || name,
-       c.oid::bigint
+SELECT 'invalid indexes, which a failed build has left', quote_ident(c.relname) || ' on ' || key,
+       c.oid
   FROM pg_catalog.pg_index i JOIN rel ON rel.oid = i.indrelid
   JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
  WHERE NOT i.indisvalid AND c.relkind = 'i'
 UNION ALL
-SELECT 'subscriptions, which only a superuser can back up', quote_ident(subname), s.oid::bigint
+SELECT 'subscriptions, which only a superuser can back up', quote_ident(subname), s.oid
   FROM pg_catalog.pg_subscription s JOIN pg_catalog.pg_database d ON d.oid = s.subdbid, me
  WHERE d.datname = current_database() AND NOT rolsuper
 UNION ALL
 SELECT 'options of user mappings, which only a superuser can back up',
-       COALESCE(quote_ident(usename), 'public') || ' on ' || quote_ident(srvname), umid::bigint
+       COALESCE(quote_ident(usename), 'public') || ' on ' || quote_ident(srvname), umid
   FROM pg_catalog.pg_user_mappings, me WHERE NOT rolsuper
 ORDER BY 3
 """
@@ -2175,10 +2120,9 @@ def role_commands(
 
 def describe_database(session: Session) -> dict[str, Any]:
     """What the metadata says of the database, by its keys, but for the tables."""
-    name, size_bytes, collate, ctype, provider, locale, large_objects = session.query(
-        DATABASE_FACTS
-    )[0]
-    providers = {None: "libc", "c": "libc", "i": "icu", "b": "builtin", "d": "default"}
+    facts = session.query(DATABASE_FACTS)[0]
+    name, size_bytes, encoding, collate, ctype, provider, locale, large_objects = facts
+    providers = {"c": "libc", "i": "icu", "b": "builtin"}
     major, minor = divmod(session.server_version, 10000)
     roles = describe_roles(session)
     tablespaces: dict[str, bool] = dict(session.query(TABLESPACES))
@@ -2189,7 +2133,7 @@ def describe_database(session: Session) -> dict[str, Any]:
         "database_name": name,
         "database_size_bytes": size_bytes,
         "postgresql_version": f"{major}.{minor}",
-        "encoding": session.parameter("server_encoding"),
+        "encoding": encoding,
         "locale": {
             "collate": collate,
             "ctype": ctype,
