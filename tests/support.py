@@ -265,6 +265,30 @@ def read_metadata(dump: Path) -> dict[str, Any]:
     return values
 
 
+def put_pair(
+    directory: Path, database: str, environment: str, timestamp: str, size: int, **changes: object
+) -> Path:
+    """A pair as a listing sees one: the metadata, and a dump of this size with nothing in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    dump = directory / f"{database}_{timestamp.replace(':', '-')}.dump"
+    with dump.open("wb") as file:
+        file.truncate(size)
+    metadata = {
+        "backup_timestamp": timestamp,
+        "environment": environment,
+        "database_name": database,
+        "backup_file": dump.name,
+        "backup_size_bytes": size,
+        "checksum_sha256": "0" * 64,
+        "table_counts": {},
+        "pg_dump_version": "17.5",
+        "postgresql_version": "17.5",
+        "verification": {"verified_at": timestamp},
+    }
+    metadata_path(dump).write_text(json.dumps(metadata | changes), encoding="utf-8")
+    return dump
+
+
 @dataclass(frozen=True)
 class Backup:
     """The two files of a backup, to be damaged, and a project to verify them with."""
