@@ -490,7 +490,7 @@ def unsound_dump_failure(partial: PartialBackup, problem: str) -> Failure:
         detail,
         "Run the backup again",
         "If it fails again, check the disk and the memory of this machine: sudo dmesg | tail -50",
-        f"The new dump was deleted. Earlier backups: {list_command(partial.directory)}",
+        f"The failed dump was deleted. Earlier backups: {list_command(partial.directory)}",
     )
 
 
@@ -505,8 +505,9 @@ class Interrupted(BaseException):
     """A terminating signal came: unwind, clean up, and die of it."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+        super().__init__("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
         self.number = number
+        self.outcome = "No new backup; earlier backups are untouched."
 
 
 class SignalNote:
@@ -951,6 +952,10 @@ class Metadata(NamedTuple):
     def moment(self) -> datetime:
         """The time of the snapshot."""
         return parse_iso_timestamp(self.backup_timestamp)
+
+    def names(self, dump: Path) -> bool:
+        """Whether the dump is called as it was when it was made."""
+        return self.backup_file == decode_os_text(dump.name)
 
     @property
     def total_rows(self) -> int:
@@ -1461,6 +1466,17 @@ def invalid(problem: str) -> Check:
     return Check(f"✗ Invalid ({first_line})", problem)
 
 
+NO_ARCHIVE = "is no custom-format archive of pg_dump"
+
+
+def is_no_archive(file: Path) -> bool:
+    """Whether it does not begin as one does; a directory's or tar's toc.dat differs in the last of
+    these bytes."""
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        return not re.match(rb"PGDMP.{5}\x01", opened.read(11), re.DOTALL)
+    return False
+
+
 class Examination(NamedTuple):
     """What the three checks of a dump found; None for one that was not made."""
 
@@ -1491,7 +1507,8 @@ def examine_dump(
         entries = list_data_entries(pg_restore, dump)
         structure = Check("✓ Valid (pg_restore --list succeeded)")
     except ArchiveError as error:
-        structure = invalid(str(error))
+        is_other = is_no_archive(dump.path)
+        structure = invalid(f"it {NO_ARCHIVE}\n{error}" if is_other else str(error))
     with contextlib.closing(FileHash(dump)) as hashing:
 
         def on_tick(rows: int) -> None:
@@ -1529,8 +1546,14 @@ def check_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check:
             return Check(f"✓ Match ({digest[:12]}...)")
         else:
             difference = f"expected {checksum[:12]}..., found {digest[:12]}..."
-    changed = "the dump is not the file that was verified when it was made"
-    return Check(f"✗ Mismatch ({difference})", changed if checksum else difference)
+    problem = difference
+    if checksum and not expected.names(dump.path):
+        described = f"describes another backup: {printable(expected.backup_file)}"
+        problem = f"{display_path(metadata_path(dump.path))} {described}"
+    elif checksum:
+        left = f"{found} of {size_bytes} bytes are left" if found < size_bytes else difference
+        problem = f"This file has changed since its backup: {left}"
+    return Check(f"✗ Mismatch ({difference})", problem)
 
 
 def check_restore_fits(pg_restore: Tool, metadata: Metadata, examination: Examination) -> None:
@@ -2909,8 +2932,7 @@ class Backup(NamedTuple):
     @property
     def is_renamed(self) -> bool:
         """Whether it was called otherwise when it was made."""
-        name = decode_os_text(self.dump.name)
-        return self.metadata is not None and self.metadata.backup_file != name
+        return self.metadata is not None and not self.metadata.names(self.dump)
 
 
 def find_backups(directory: Path) -> list[Backup]:
@@ -3144,8 +3166,13 @@ def create_backup(
             if examination.problem:
                 raise unsound_dump_failure(partial, examination.problem)
             metadata = draft.verified(examination, tools.pg_restore, time.monotonic() - started)
-            complaints = partial.publish(metadata)
-            check_signals()
+            try:
+                complaints = partial.publish(metadata)
+                check_signals()
+            except Interrupted as interrupted:
+                if os.path.lexists(partial.published_dump):
+                    interrupted.outcome = "The new backup is whole and published."
+                raise
             warnings = [*filter(None, [dumped.warnings]), *complaints]
             described = [old for _path, old in earlier]
             announce(CreationReport(partial.published_dump, metadata, described, warnings))
@@ -3279,18 +3306,20 @@ def load_metadata(dump: Path) -> Metadata:
             steps.insert(0, f"Name the dump: python3 backup_db.py --verify {shell_words(meant)}")
         raise Failure(ExitCode.VERIFICATION, detail, *steps)
     path = metadata_path(dump)
+    steps = ["Bring the metadata file back from the place that this backup was copied to or from"]
     try:
         return Metadata.read(path)
     except FileNotFoundError:
         problem = f"there is no metadata file {display_path(path)}"
+        if is_no_archive(dump):
+            problem += f", and {display_path(dump)} {NO_ARCHIVE}"
+            steps = []
     except MetadataError as error:
         problem = f"{display_path(path)} cannot be used: {printable(str(error))}"
-    raise Failure(
-        ExitCode.VERIFICATION,
-        problem,
-        "Bring the metadata file back from the place that this backup was copied to or from",
-        "What the dump alone can tell: pg_restore --file=/dev/null " + shell_words(str(dump)),
+    steps.append(
+        "What the dump alone can tell: pg_restore --file=/dev/null " + shell_words(str(dump))
     )
+    raise Failure(ExitCode.VERIFICATION, problem, *steps)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3298,17 +3327,20 @@ def load_metadata(dump: Path) -> Metadata:
 # ---------------------------------------------------------------------------------------------
 
 
-def write_lines(stream: IO[str] | None, lines: Iterable[str]) -> None:
-    """Print, whatever has become of the stream: what was done stays done."""
+def write_lines(stream: IO[str] | None, lines: Iterable[str]) -> str:
+    """Print, whatever has become of the stream: what was done stays done. Returns what kept it from
+    being printed; that is not a reader that left (`| head`), nor a stream that never was open."""
     if stream is None:
-        return
+        return ""
     try:
         stream.write("".join(f"{line}\n" for line in lines))
         stream.flush()
-    except (OSError, ValueError):
-        # Closed, full or broken. Python would try again at its end, and exit with 120.
-        with contextlib.suppress(OSError, ValueError):
+    except OSError as error:
+        # Python would try again at its end, and exit with 120.
+        with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return "" if isinstance(error, BrokenPipeError) else str(error.strerror)
+    return ""
 
 
 def describe_tables(table_counts: Mapping[str, int]) -> str:
@@ -3583,7 +3615,16 @@ def run_creation(arguments: Arguments, progress: Progress) -> None:
 
 def warn(sentences: Iterable[str]) -> None:
     """What a person should know of a run that succeeded."""
-    write_lines(sys.stderr, [f"Warning: {sentence}" for sentence in sentences])
+    lines = "\n".join(sentences).splitlines()
+    said = [re.sub(r"(?i)^(pg_dump: )?(warning: *)?", "", line) for line in lines if line]
+    write_lines(sys.stderr, [f"Warning: {line}" for line in said])
+
+
+def write_result(lines: Iterable[str]) -> None:
+    """Print what a run was for. Raises Failure where that cannot be."""
+    if problem := write_lines(sys.stdout, lines):
+        detail = f"the output could not be written: {problem}"
+        raise Failure(ExitCode.GENERAL, detail, "Free space there, or have it written elsewhere")
 
 
 def run_verification(arguments: Arguments, progress: Progress) -> None:
@@ -3593,12 +3634,15 @@ def run_verification(arguments: Arguments, progress: Progress) -> None:
     progress.clear()
     lines = verification_lines(report)
     if not report.examination.problem:
-        write_lines(sys.stdout, ["✓ Backup verification passed", "", *lines])
+        write_result(["✓ Backup verification passed", "", *lines])
         return
     steps = ["Do not rely on this dump alone: restore it into an empty database and compare"]
     if report.examination.checksum.problem:
+        first = "Do not rely on this dump: its bytes have changed since it was made"
+        if not report.metadata.names(report.dump):
+            first = "Bring back this dump's own metadata file, or the name that it was made with"
         steps = [
-            "Do not rely on this dump: its bytes have changed since it was made",
+            first,
             "Compare it with a copy elsewhere, and check the disk: sudo dmesg | tail -50",
         ]
     if older := newest_older(report.dump, report.metadata):
@@ -3625,7 +3669,7 @@ def run_listing(arguments: Arguments, _progress: Progress) -> None:
                 "Name the one that has the backups: --output-dir DIR",
                 "Or make the first backup: python3 backup_db.py",
             ) from None
-    write_lines(sys.stdout, list_lines(backups, orphans, directory, datetime.now(timezone.utc)))
+    write_result(list_lines(backups, orphans, directory, datetime.now(timezone.utc)))
 
 
 MODES = {
@@ -3654,14 +3698,12 @@ def main(words: Sequence[str] | None = None) -> int:
     mode = MODES[arguments.mode]
     progress = Progress(sys.stderr)
     try:
-        try:
-            prepare_process()
-            mode.run(arguments, progress)
-            return 0
-        except Failure as error:
-            failure = error
-        except OSError as error:
-            failure = file_failure(error, mode.default_code)
+        prepare_process()
+        mode.run(arguments, progress)
+        return 0
+    except (Failure, OSError) as error:
+        code = mode.default_code
+        failure = error if isinstance(error, Failure) else file_failure(error, code)
         progress.clear()
         lines = failure_lines(mode.headline, failure)
         if mode.run is run_creation:  # for the log of a nightly run
@@ -3671,9 +3713,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return failure.code
     except Interrupted as interrupted:
         progress.clear()
-        write_lines(
-            sys.stderr, [f"✗ Stopped by {interrupted}: what was published before is untouched"]
-        )
+        outcome = f" {interrupted.outcome}" if mode.run is run_creation else ""
+        write_lines(sys.stderr, [f"✗ Stopped ({interrupted}).{outcome}"])
         return die_by_signal(interrupted.number)
     except Exception:  # noqa: BLE001 - a bug, shown as one: there is nobody else to tell
         import traceback

@@ -343,13 +343,21 @@ PHASES: dict[str, Phase] = {
 GONE_SECONDS = 2
 
 TERMINATING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-STOPPED = "✗ Stopped by {}: what was published before is untouched\n"
+NO_BACKUP = "No new backup; earlier backups are untouched."
 
 
-def strike(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+def stopped(number: signal.Signals, outcome: str = NO_BACKUP) -> str:
+    """What the script says when it dies of the signal."""
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    return f"✗ Stopped ({name}). {outcome}".rstrip() + "\n"
+
+
+def strike(
+    process: subprocess.Popen[bytes], number: signal.Signals, outcome: str = NO_BACKUP
+) -> None:
     """Send the signal; the script dies of it, in time and with one line."""
     process.send_signal(number)
     result = finish(process, GONE_SECONDS)
     assert result.returncode == -number, result
     assert result.stdout == "", result
-    assert result.stderr == STOPPED.format(number.name), result
+    assert result.stderr == stopped(number, outcome), result

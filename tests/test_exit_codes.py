@@ -527,7 +527,9 @@ def new_dump_lacks_a_row(stage: Stage) -> Result:
 
 
 @situation(
-    ExitCode.VERIFICATION, "the dump is not the file that was verified", "its bytes have changed"
+    ExitCode.VERIFICATION,
+    "This file has changed since its backup: expected ",
+    "its bytes have changed",
 )
 def bytes_are_appended(stage: Stage) -> Result:
     project = stage.project()
@@ -537,7 +539,7 @@ def bytes_are_appended(stage: Stage) -> Result:
     return project.run("--verify", dump)
 
 
-@situation(ExitCode.VERIFICATION, "the dump is not the file that was verified", "--list")
+@situation(ExitCode.VERIFICATION, "This file has changed since its backup: ", "--list")
 def a_byte_is_another(stage: Stage) -> Result:
     project = stage.project()
     (dump,) = project.dumps()

@@ -14,7 +14,6 @@ from faults import (
     GONE_SECONDS,
     HOLD,
     PHASES,
-    STOPPED,
     TABLE_OF_CONTENTS,
     TERMINATING,
     assert_nothing_runs,
@@ -26,6 +25,7 @@ from faults import (
     processes_of,
     published,
     sessions_on,
+    stopped,
     strike,
     transaction,
     untouched,
@@ -70,7 +70,7 @@ def test_signal_ends_the_first_process_of_a_container(
             os.kill(int(tasks.read_text()), number)
             result = finish(process, GONE_SECONDS)
             assert result.returncode == 128 + number, result
-            assert (result.stdout, result.stderr) == ("", STOPPED.format(number.name))
+            assert (result.stdout, result.stderr) == ("", stopped(number))
             assert_nothing_runs(standing, standing_database)
 
 
@@ -81,13 +81,20 @@ def test_signal_between_the_renames_leaves_a_whole_backup(
 ) -> None:
     before = published(standing.backups)
     with between_the_renames(standing, standing_database) as process:
-        strike(process, number)
+        strike(process, number, "The new backup is whole and published.")
     assert_nothing_runs(standing, standing_database)
     after = published(standing.backups)
     assert after.items() > before.items()
     dump, metadata = sorted(after.keys() - before.keys())
     assert metadata == dump.removesuffix(".dump") + ".metadata.json"
     standing.run("--verify", standing.backups / dump).succeeded()
+
+
+def test_signal_ends_a_verification(standing: Project) -> None:
+    fake_call(standing, *TABLE_OF_CONTENTS, HOLD)
+    process = standing.start("--verify", standing.dumps()[0])
+    wait_until(lambda: paused(standing))
+    strike(process, signal.SIGTERM, outcome="")
 
 
 @pytest.mark.parametrize("call", [DUMP, TABLE_OF_CONTENTS], ids=lambda call: str(call[0]))
@@ -155,7 +162,7 @@ def test_ctrl_c_in_a_terminal_prints_one_line(
             wait_until(lambda: paused(standing))
             terminal.type("\x03")
             # The progress line, and the ^C behind it, are erased.
-            assert terminal.finish(GONE_SECONDS) == (-signal.SIGINT, STOPPED.format("SIGINT"))
+            assert terminal.finish(GONE_SECONDS) == (-signal.SIGINT, stopped(signal.SIGINT))
         assert_nothing_runs(standing, standing_database)
 
 

@@ -123,10 +123,12 @@ def test_tool_that_fails_at_its_work(
     assert words in result.stderr, result
 
 
-def test_warning_of_pg_dump_is_passed_on(standing: Project) -> None:
-    fake_call(standing, *DUMP, 'echo "pg_dump: warning: circular" >&2; exec "$real" "$@"')
+def test_warnings_of_pg_dump_are_passed_on(standing: Project) -> None:
+    """Each line is one, without the words for it that are pg_dump's or the server's."""
+    words = "pg_dump: warning: circular\\npg_dump: hint: none\\n\\nWARNING:  collation\\n"
+    fake_call(standing, *DUMP, f"""printf '{words}' >&2; exec "$real" "$@\"""")
     result = standing.run().succeeded()
-    assert result.stderr == "Warning: pg_dump: warning: circular\n"
+    assert result.stderr == "Warning: circular\nWarning: hint: none\nWarning: collation\n"
     assert "✓ Backup created successfully" in result.stdout
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -164,6 +166,7 @@ def test_intact_copy_passes(backup: Backup) -> None:
     assert "Structure:   ✓ Valid (pg_restore --list succeeded)" in result.stdout
 
 
+CHANGED = "Error: This file has changed since its backup: expected "
 CHECKSUM, STRUCTURE, CONTENTS = "Checksum:    ✗", "Structure:   ✗", "Contents:    ✗"
 
 
@@ -172,22 +175,44 @@ def change_last_digit(backup: Backup) -> None:
     backup.edit(checksum_sha256=checksum[:-1] + ("1" if checksum[-1] == "0" else "0"))
 
 
+def gzip_dump(backup: Backup) -> None:
+    backup.dump.write_bytes(gzip.compress(backup.dump.read_bytes()))
+
+
+NO_ARCHIVE = "it is no custom-format archive of pg_dump"
+
 # What is done to a backup, the check that finds it, and what the error says.
 DAMAGE: dict[str, tuple[Callable[[Backup], object], str, str]] = {
     "appended byte": (
         lambda b: b.dump.write_bytes(b.dump.read_bytes() + b"x"),
         CHECKSUM,
-        "bytes have changed",
+        CHANGED,
     ),
+    "cut": (
+        lambda b: os.truncate(b.dump, 3000),
+        CHECKSUM,
+        "Error: This file has changed since its backup: 3000 of ",
+    ),
+    "empty": (lambda b: b.dump.write_bytes(b""), STRUCTURE, f" bytes are left\n{NO_ARCHIVE}"),
+    "gzip of itself": (gzip_dump, STRUCTURE, NO_ARCHIVE),
     "other byte": (
         lambda b: b.dump.write_bytes(b.dump.read_bytes()[:-1] + b"x"),
         CHECKSUM,
-        "bytes have changed",
+        CHANGED,
     ),
-    "other checksum": (lambda b: b.edit(checksum_sha256="0" * 64), CHECKSUM, "000000000000..."),
-    "other last digit of the checksum": (change_last_digit, CHECKSUM, "bytes have changed"),
+    "metadata of another": (
+        lambda b: b.edit(backup_file="other_dev.dump", checksum_sha256="0" * 64),
+        CHECKSUM,
+        "metadata.json describes another backup: other_dev.dump\n",
+    ),
+    "other checksum": (
+        lambda b: b.edit(checksum_sha256="0" * 64),
+        CHECKSUM,
+        f"{CHANGED}000000000000..., found ",
+    ),
+    "other last digit of the checksum": (change_last_digit, CHECKSUM, CHANGED),
     "empty, forged": (lambda b: b.forge(b""), STRUCTURE, "could not read from input file"),
-    "noise, forged": (lambda b: b.forge(b"noise" * 1000), STRUCTURE, "did not find magic string"),
+    "noise, forged": (lambda b: b.forge(b"noise" * 1000), STRUCTURE, NO_ARCHIVE),
     "half, forged": (
         lambda b: b.forge(b.dump.read_bytes()[: b.dump.stat().st_size // 2]),
         CONTENTS,
@@ -244,8 +269,8 @@ OTHERWISE = {
         "0 large objects in the dump, 2 expected",
     ),
     "rows as INSERT": (["--format=custom", "--inserts"], CONTENTS, "an unexpected line: INSERT"),
-    "tar": (["--format=tar"], STRUCTURE, "did not find magic string"),
-    "plain SQL": (["--format=plain"], STRUCTURE, "pg_restore: error: "),
+    "tar": (["--format=tar"], STRUCTURE, NO_ARCHIVE),
+    "plain SQL": (["--format=plain"], STRUCTURE, NO_ARCHIVE),
 }
 
 
@@ -299,11 +324,16 @@ def test_what_is_no_dump_file_is_refused(backup: Backup, source: Database) -> No
     folder = backup.dump.parent / "folder.dump"
     source.cluster.run("pg_dump", "--format=directory", f"--file={folder}", database=source.name)
     shutil.copy(backup.metadata, folder.with_name("folder.metadata.json"))
+    toc = Path(shutil.copy(folder / "toc.dat", folder.with_name("toc.dump")))
+    plain = folder.with_name("plain.dump")
+    plain.write_bytes(dump_otherwise(source, folder.parent, "--format=plain"))
     for path, words in (
         (folder, "folder.dump is not a .dump file"),
         (backup.metadata, f"Name the dump: python3 backup_db.py --verify {backup.dump}"),
         (backup.dump.with_name("missing.dump"), "there is no file "),
         (Path("/dev/null"), "/dev/null is not a .dump file"),
+        (plain, f".metadata.json, and {plain} is no custom-format archive of pg_dump"),
+        (toc, f".metadata.json, and {toc} is no custom-format archive of pg_dump"),
     ):
         result = backup.project.run("--verify", path).failed_with(8)
         assert words in result.stderr, result

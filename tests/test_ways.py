@@ -22,7 +22,6 @@ from conftest import MakeProject
 from faults import (
     GONE_SECONDS,
     IN_COUNT,
-    STOPPED,
     Proxy,
     assert_nothing_runs,
     full_queue,
@@ -30,6 +29,7 @@ from faults import (
     leading_to,
     sessions_on,
     shut_down,
+    stopped,
     strike,
     transaction,
     untouched,
@@ -271,7 +271,7 @@ def test_signal_leaves_no_backend_that_waits_for_us(
             process.send_signal(number)
             result = finish(process, GONE_SECONDS)
             assert result.returncode == -number, result
-            assert STOPPED.format(number.name) in result.stderr, result  # strace may add to it
+            assert stopped(number) in result.stderr, result  # strace may add to it
             wait_until(lambda: not sessions_on(database, IN_COUNT), GONE_SECONDS)
             assert_nothing_runs(project, database)
             assert not project.dumps()
