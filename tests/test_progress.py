@@ -37,7 +37,7 @@ def large_database(cluster: Cluster) -> Iterator[Database]:
 @pytest.fixture
 def large(make_project: MakeProject, large_database: Database) -> Project:
     settings = {**large_database.settings(), "BACKUP_COMPRESS": "gzip:9"}
-    return make_project(settings=settings, constants={"REDRAW_SECONDS": 0.05})
+    return make_project(settings=settings, constants={"REDRAW_SECONDS": 0})
 
 
 def test_the_line_tells_how_far_a_backup_is(large: Project, large_database: Database) -> None:
