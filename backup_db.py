@@ -1493,14 +1493,14 @@ class Examination(NamedTuple):
 
 
 def examine_dump(
-    pg_restore: Tool, dump: OpenFile, expected: Metadata, on_progress: Callable[[float, int], None]
+    pg_restore: Tool, dump: OpenFile, expected: Metadata, progress: Progress, begin: float = 0.0
 ) -> Examination:
     """Check that a dump is the file, and holds the rows, that its metadata says: at creation, when
     there is no checksum yet, and later.
 
     Hash and contents are read at once, which takes as long as the slower of the two. As soon as the
-    checksum is known to differ no more is read, and what was read is discarded. `on_progress` is
-    called with the fraction that is done, and the rows so far. Raises Failure, Interrupted.
+    checksum is known to differ no more is read, and what was read is discarded. `begin` is the
+    fraction of the whole run that came before. Raises Failure, Interrupted.
     """
     contents = None
     try:
@@ -1514,8 +1514,9 @@ def examine_dump(
         def on_tick(rows: int) -> None:
             if hashing.is_done and (problem := check_hash(dump, hashing, expected).problem):
                 raise ArchiveError(problem)
-            done = hashing.done_bytes / (expected.backup_size_bytes or 1)
-            on_progress((done + rows / (expected.total_rows or 1)) / 2, rows)
+            hashed = hashing.done_bytes / (expected.backup_size_bytes or 1)
+            done = (hashed + rows / (expected.total_rows or 1)) / 2
+            progress.show("Verifying", begin + (1 - begin) * done, f"{rows} rows read back")
 
         if not structure.problem and dump.size_bytes == expected.backup_size_bytes:
             try:
@@ -3156,12 +3157,8 @@ def create_backup(
             session.close()  # nothing more is asked of the server
             Background(partial.dump.sync).wait()
             draft = draft_metadata(run, dumped, series)
-
-            def on_progress(done: float, rows: int) -> None:
-                done = DUMP_SHARE + (1 - DUMP_SHARE) * done
-                progress.show("Verifying", done, f"{rows} rows read back")
-
-            examination = examine_dump(tools.pg_restore, partial.dump, draft, on_progress)
+            file = partial.dump
+            examination = examine_dump(tools.pg_restore, file, draft, progress, begin=DUMP_SHARE)
             check_restore_fits(tools.pg_restore, draft, examination)
             if examination.problem:
                 raise unsound_dump_failure(partial, examination.problem)
@@ -3271,12 +3268,8 @@ def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
     """
     metadata = load_metadata(dump)
     pg_restore = find_tool("pg_restore", tool_environment())
-
-    def on_progress(done: float, rows: int) -> None:
-        progress.show("Verifying", done, f"{rows} rows read back")
-
     with contextlib.closing(OpenFile.open(dump, os.O_RDONLY)) as file:
-        examination = examine_dump(pg_restore, file, metadata, on_progress)
+        examination = examine_dump(pg_restore, file, metadata, progress)
         check_restore_fits(pg_restore, metadata, examination)
         return VerificationReport(dump, file.size_bytes, metadata, examination)
 
@@ -3493,9 +3486,9 @@ def shrinkage_lines(report: CreationReport) -> list[str]:
 
 def failure_lines(headline: str, failure: Failure) -> list[str]:
     """`✗ Backup failed: …`, the tool's own words, and what to do."""
-    lines = [f"✗ {headline}: {failure.code.category}", ""]
-    if failure.report:  # the verification itself has failed: as the contract has it
-        lines = [f"✗ {headline}", "", *failure.report, ""]
+    lines = [f"✗ {headline}", ""]
+    if failure.report:
+        lines += [*failure.report, ""]
     lines.append(f"Error: {failure.detail}")
     if failure.steps:
         lines += ["", "Troubleshooting:"]
@@ -3705,7 +3698,10 @@ def main(words: Sequence[str] | None = None) -> int:
         code = mode.default_code
         failure = error if isinstance(error, Failure) else file_failure(error, code)
         progress.clear()
-        lines = failure_lines(mode.headline, failure)
+        # That a verification failed by verification is said once.
+        is_verdict = failure.code is code is ExitCode.VERIFICATION
+        category = "" if is_verdict else f": {failure.code.category}"
+        lines = failure_lines(mode.headline + category, failure)
         if mode.run is run_creation:  # for the log of a nightly run
             place = failure.place or f"--env {arguments.environment}"
             lines += ["", f"{iso_timestamp(datetime.now(timezone.utc))} {place}"]
