@@ -3526,6 +3526,17 @@ class Parser(argparse.ArgumentParser):
         super().error(printable(message))
 
 
+def typed_path(text: str) -> Path:
+    """A path as it was typed; the shell leaves the ~ of `--output-dir=~/backups` to us."""
+    if text == "":
+        raise argparse.ArgumentTypeError("expected a path, not an empty text")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        problem = "no such user, or one without a home directory; if the name begins with ~"
+        raise argparse.ArgumentTypeError(f"{text}: {problem}: {shell_words('./' + text)}")
+    return Path(expanded)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The contract's options, and nothing else."""
     parser = Parser(
@@ -3545,12 +3556,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output-dir",
+        type=typed_path,
+        default=DEFAULT_OUTPUT_DIR,
         metavar="DIR",
         help="where the backups are (default: db/backups/ beside this script)",
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--verify",
+        type=typed_path,
         metavar="FILE",
         help="verify this .dump: its checksum, its structure and every row in it",
     )
@@ -3560,29 +3574,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_arguments(words: Sequence[str] | None) -> Arguments:
     """The command line; argparse's own words and exit for what is none."""
-    parser = build_parser()
-    options = parser.parse_args(words)
-
-    def path(option: str, text: str) -> Path:
-        # The shell leaves the ~ of `--output-dir=~/backups` to us.
-        expanded = os.path.expanduser(text)
-        if text == "":
-            parser.error(f"argument {option}: expected a path, not an empty text")
-        if expanded.startswith("~"):
-            parser.error(
-                f"argument {option}: {printable(text)}: no such user, or one without a home "
-                f"directory; if the name begins with ~: {shell_words('./' + text)}"
-            )
-        return Path(expanded)
-
-    return Arguments(
-        mode="list" if options.list else "create" if options.verify is None else "verify",
-        environment=options.env,
-        output_dir=DEFAULT_OUTPUT_DIR
-        if options.output_dir is None
-        else path("--output-dir", options.output_dir),
-        dump=None if options.verify is None else path("--verify", options.verify),
-    )
+    options = build_parser().parse_args(words)
+    mode = "list" if options.list else "create" if options.verify is None else "verify"
+    return Arguments(mode, options.env, options.output_dir, options.verify)
 
 
 def run_creation(arguments: Arguments, progress: Progress) -> None:
