@@ -124,6 +124,11 @@ def directory_to_list_is_missing(stage: Stage) -> Result:
     return stage.project().run("--list", "--output-dir", "nowhere")
 
 
+@situation(ExitCode.GENERAL, "the output could not be written: No space left on", "Free space")
+def output_does_not_fit(stage: Stage) -> Result:
+    return stage.project().run("--list", prefix=("sh", "-c", 'exec "$@" >/dev/full', "sh"))
+
+
 def run_without_packages(project: Project, env: Mapping[str, str]) -> Result:
     return finish(
         subprocess.Popen(
@@ -572,6 +577,24 @@ def metadata_is_missing(stage: Stage) -> Result:
     (dump,) = project.dumps()
     backup_db.metadata_path(dump).unlink()
     return project.run("--verify", dump)
+
+
+@situation(ExitCode.VERIFICATION, "describes another backup: project_chat_", "own metadata file")
+def metadata_is_another_backups(stage: Stage) -> Result:
+    project = stage.project()
+    (dump,) = project.dumps()
+    other = dump.with_name("other.dump")
+    other.write_bytes(dump.read_bytes()[:-1])
+    shutil.copy(backup_db.metadata_path(dump), backup_db.metadata_path(other))
+    return project.run("--verify", other)
+
+
+@situation(ExitCode.VERIFICATION, "is no custom-format archive of pg_dump", "--file=/dev/null")
+def dump_is_plain_sql(stage: Stage) -> Result:
+    project = stage.project()
+    script = project.backups / "script.dump"
+    script.write_text("SELECT 1;\n")
+    return project.run("--verify", script)
 
 
 @situation(ExitCode.VERIFICATION, 'the key "table_counts" is missing', "metadata file back")
