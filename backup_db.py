@@ -3624,12 +3624,11 @@ def run_verification(arguments: Arguments, progress: Progress) -> None:
         write_result(["✓ Backup verification passed", "", *lines])
         return
     steps = ["Do not rely on this dump alone: restore it into an empty database and compare"]
-    if report.examination.checksum.problem:
-        first = "Do not rely on this dump: its bytes have changed since it was made"
-        if not report.metadata.names(report.dump):
-            first = "Bring back this dump's own metadata file, or the name that it was made with"
+    if report.examination.checksum.problem and not report.metadata.names(report.dump):
+        steps = ["Bring back this dump's own metadata file, or, if both were renamed, their names"]
+    elif report.examination.checksum.problem:
         steps = [
-            first,
+            "Do not rely on this dump: its bytes have changed since it was made",
             "Compare it with a copy elsewhere, and check the disk: sudo dmesg | tail -50",
         ]
     if older := newest_older(report.dump, report.metadata):
