@@ -176,7 +176,8 @@ class DumpFailed(Exception):
         self.stderr_text = stderr_text
 
 
-# Every failure with steps of its own, in the order of their exit codes.
+# Every failure with steps of its own, in the order of their exit codes. What follows the last ": "
+# of a step is to be typed: shell commands, SQL (it ends in ";"), an option (--…), or a setting.
 
 AGAIN = "Run the backup again; earlier backups are untouched"
 CALM_HOUR = "Run the backup again, at an hour without migrations"
@@ -212,47 +213,79 @@ def held_failure(pid: str, started: str) -> Failure:
     )
 
 
-# The first row with one of its words (between |) in the error: libpq's own, which are never
-# translated, and the server's in the C locale. The first three are what its catalog tells.
+# The first row whose pattern is in the error: libpq's own words, which are never translated, and
+# the server's in the C locale. In parentheses is what its catalog tells, or what PGSSLMODE is.
 CONNECTION_REMEDIES = {
-    "(missing)": """
+    r"\(missing\)|database \".*\" does not exist": """
 Verify database exists: psql -l {options}
 Check database name {name_place}
 Create database if needed: createdb {database} {options}""",
-    "(closed)": """
+    r"\(closed\)|is not currently accepting connections": """
 The database does not allow connections; check its name {name_place}
-Or allow them, as its owner: ALTER DATABASE {sql_database} ALLOW_CONNECTIONS true;""",
-    "User does not have CONNECT privilege.": """
-Grant it, as the owner of the database: GRANT CONNECT ON DATABASE {sql_database} TO {sql_user};
+Or allow them, as its owner in another database: ALTER DATABASE {sql_database} \
+ALLOW_CONNECTIONS true;""",
+    r"User does not have CONNECT privilege\.": """
+Grant it, as its owner in any database: GRANT CONNECT ON DATABASE {sql_database} TO {sql_user};
 Or back up as another role, set {user_place}""",
-    "no password supplied|password authentication failed": """
-Check the user {user_place}, and the password {password_place}
-Or keep the password in ~/.pgpass, a file of mode 0600: HOST:PORT:DATABASE:USER:PASSWORD
+    r"no password supplied": """
+Set the password {password_place}
+Or keep it in ~/.pgpass: add this line, then put the password into it: {pgpass}
+A line there counts only with this very host, port, database and user, and mode 0600: {pgpass_mode}
+""",
+    r"password retrieved from file": """
+The password in ~/.pgpass is wrong for this host and user: correct it there, or set the one \
+{password_place}
+Try it by hand: psql {options} -d {database}""",
+    r"password authentication failed": """
+Check the password {password_place}
+The server says the same of a user that is missing; check it {user_place}
 Try both by hand: psql {options} -d {database}""",
-    "eer authentication failed": """
-This socket lets a user in only as the role of the same name; set {user_place}
-Or connect by TCP with a password: set {host_place} to 127.0.0.1""",
-    "pg_hba.conf": """
-The server's pg_hba.conf does not let in this host, user and database: add a line there and reload
-Where it has a hostssl line for them: PGSSLMODE=require {libpq_place}""",
-    "FATAL: role": """
+    r"[Pp]eer authentication failed": """
+This socket lets a user in only as the role of the same name; set the user {user_place}
+Or connect by TCP with a password: set the host to 127.0.0.1 {host_place}""",
+    r"server does not support SSL": """
+The server has no TLS; set to prefer {libpq_place}""",
+    r"\(PGSSLMODE=disable\)[\s\S]*(no encryption|SSL off)": """
+The server demands TLS; set to require {libpq_place}""",
+    r"no pg_hba\.conf entry|pg_hba\.conf rejects": """
+See where the server has its pg_hba.conf, as a superuser in any database: SHOW hba_file;
+Let this client in by the first line there: {add_to_hba}
+Then, as a superuser in any database: SELECT pg_reload_conf();""",
+    r"role \".*\" does not exist": """
 Check the user {user_place}
-Or, as a superuser, create the role or let it log in: CREATE or ALTER ROLE {sql_user} LOGIN;""",
-    "certificate verify failed": """
+Or create it, as a superuser in any database: CREATE ROLE {sql_user} LOGIN;""",
+    r"is not permitted to log in": """
+Allow it, as a superuser in any database: ALTER ROLE {sql_user} LOGIN;
+Or back up as another role, set {user_place}""",
+    r"certificate verify failed|root certificate file": """
 Name the file of the certificate authority: PGSSLROOTCERT=/path/to/ca.crt {libpq_place}
 PGSSLROOTCERT=system needs SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt beside it""",
-    "could not translate host name": """
-Check the host {host_place}, and whether this machine knows it: getent hosts {host}""",
-    "Connection refused|No such file or directory": """
+    r"does not match host name": """
+Use the host name that is in the certificate; set it {host_place}""",
+    r"could not translate host name": """
+Check the host {host_place}
+See whether this machine knows it: {look_up} {host}""",
+    r"Connection refused|No such file or directory": """
 See whether the server answers: pg_isready {options}
-Check the host {host_place}, and the port {port_place}
-Start it, where it is on this machine: sudo systemctl start postgresql""",
-    "the database system is": """
+Start it, where it is on this machine: {start}
+Or correct the address: the host {host_place}, and the port {port_place}""",
+    r"timeout expired|keeps us waiting|timed out|No route to host|Network is unreachable": """
+Let this machine in: a firewall, or a managed server's list of allowed addresses, drops packets
+See whether the server answers: pg_isready {options}
+Or correct the address: the host {host_place}, and the port {port_place}""",
+    r"the database system is": """
 Run the backup again when the server accepts connections: pg_isready {options}""",
-    "too many|remaining connection slots": """
-A backup needs two connections at once, one of them for pg_dump: run it when there is room
-Where the error names the server's limit, raise max_connections
-Where it names the role's, or likewise the database's: ALTER ROLE {sql_user} CONNECTION LIMIT 3;""",
+    r"too many connections for role": """
+A backup needs two connections at once, and the role has a limit; -1 is none
+Raise it, as a superuser in any database: ALTER ROLE {sql_user} CONNECTION LIMIT -1;""",
+    r"too many connections for database": """
+A backup needs two connections at once, and the database has a limit; -1 is none
+Raise it, as its owner in any database: ALTER DATABASE {sql_database} CONNECTION LIMIT -1;""",
+    r"too many clients already|remaining connection slots": """
+A backup needs two connections at once: run it when there is room
+Or raise the limit, as a superuser, and restart the server: ALTER SYSTEM SET max_connections = 200;
+See who is connected, as a superuser: SELECT datname, usename, count(*) FROM pg_stat_activity \
+GROUP BY 1, 2;""",
     "": """
 See whether the server answers: pg_isready {options}
 Check the host {host_place}, and the port {port_place}
@@ -267,16 +300,28 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     lets us in; the server's words are shown as they are, in whatever language."""
     # Where there was no answer in time, there is no other database to ask either.
     text = ("" if error.lost else look_up_database(config)) or error.text
-    causes = CONNECTION_REMEDIES
-    cause = next(cause for cause in causes if any(words in text for words in cause.split("|")))
+    is_mac = sys.platform == "darwin"
+    asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) {text}"
+    cause = next(cause for cause in CONNECTION_REMEDIES if re.search(cause, asked))
+    user = config.user or current_user()
+    fields = (config.host, str(config.port), config.name, user)
+    line = ":".join(re.sub(r"([:\\])", r"\\\1", field) for field in fields)
+    hba = f"{sql_identifier(config.name)} {sql_identifier(user)}"
+    client = re.search(r'for host "([\w.:]+)"', error.text)
+    hba = f"host {hba} {client[1]}/{128 if ':' in client[1] else 32}" if client else f"local {hba}"
     steps = fill_steps(
-        causes[cause],
+        CONNECTION_REMEDIES[cause],
         **{f"{name}_place": place for name, place in config.places.items()},
         host=shell_words(config.host),
         database=shell_words(config.name),
         sql_database=sql_identifier(config.name),
-        sql_user=sql_identifier(config.user or current_user()),
+        sql_user=sql_identifier(user),
         options=client_options(config),
+        pgpass=f"echo {shell_words(line + ':PASSWORD')} >> ~/.pgpass",
+        pgpass_mode="chmod 600 ~/.pgpass",
+        add_to_hba=shell_words("sudo", "sed", "-i", f"1i {hba} scram-sha-256", "pg_hba.conf"),
+        look_up="ping -c 1" if is_mac else "getent hosts",
+        start="brew services start postgresql" if is_mac else "sudo systemctl start postgresql",
     )
     code = ExitCode.PERMISSION if "CONNECT privilege" in cause else ExitCode.CONNECTION
     return Failure(code, error.text, *steps)
@@ -289,16 +334,16 @@ See what is full, blocks or inodes: df -h {path}; df -i {path}
 Free space there, or write elsewhere: --output-dir DIR""",
     (ExitCode.PERMISSION, (errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP)): """
 See whether it is mounted read-only, or has no locks: findmnt -T {path}
-Mount it otherwise, or {instead}""",
+Mount it otherwise, or write elsewhere: --output-dir DIR""",
     (ExitCode.PERMISSION, (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)): """
 See what it is: ls -ld {path}
-Move it out of the way, or name another path""",
+Name another path, or move it out of the way: mv -n {path} {path}.old""",
     (ExitCode.PERMISSION, (errno.EACCES, errno.EPERM)): """
 See who may use it (this run is as user {user}): ls -ld {path}
-Give that user access, or {instead}""",
+{instead}""",
     (None, ()): """
 Check the file system: df -h {path}; sudo dmesg | tail
-Check the limits on a file's size, this session's: ulimit -f, and that of FAT32: 4 GB""",
+Check the limit on a file's size, of FAT32 (4 GB) or of this session: ulimit -f""",
 }
 
 
@@ -318,13 +363,22 @@ def errno_failure(
     code, text = next((code, text) for (code, these), text in rows if number in these or not these)
     existing = (str(place) for place in (path, *path.parents) if os.path.lexists(place))
     look_at, user = shell_words(next(existing, ".")), current_user()
+    own = "Give that user access, or"
     instead = {
-        ExitCode.CONFIGURATION: f"make it the owner: {shell_words('chown', user, str(path))}",
-        ExitCode.GENERAL: "list another directory: --output-dir DIR",
-        ExitCode.VERIFICATION: "run this as the user who owns the backup",
-    }.get(default_code, "write elsewhere: --output-dir DIR")
+        ExitCode.CONFIGURATION: f"Make it the owner: sudo {shell_words('chown', user, str(path))}",
+        ExitCode.GENERAL: f"{own} list another directory: --output-dir DIR",
+        ExitCode.VERIFICATION: f"{own} run this as the user who owns the backup",
+    }.get(default_code, f"{own} write elsewhere: --output-dir DIR")
     steps = fill_steps(text, path=look_at, user=user, instead=instead)
     return Failure(code or default_code, detail, *steps)
+
+
+def unmade_directory_failure(directory: Path, error: OSError) -> Failure:
+    """The output directory is not there, and this user may not make it."""
+    path, user = shell_words(str(directory)), shell_words(current_user())
+    failure = file_failure(error)
+    make = f"Make it for this user: sudo mkdir -p {path}; sudo chown {user} {path}"
+    return Failure(failure.code, failure.detail, make, "Or write elsewhere: --output-dir DIR")
 
 
 @contextlib.contextmanager
@@ -380,11 +434,19 @@ def path_hint(name: str, *at_least: int) -> list[str]:
 
 
 def install_hint(major: int = 17) -> str:
-    """What to install, on the systems that people have."""
+    """What to install, by this system's own package manager."""
+    import shutil
+
+    command = {
+        "apt-get": f"sudo apt-get install postgresql-client-{major}",
+        "dnf": f"sudo dnf install postgresql{major}",
+        "brew": f"brew install postgresql@{major}",
+    }
+    folders = "/usr/bin:/opt/homebrew/bin:/usr/local/bin"
+    manager = next((name for name in command if shutil.which(name, path=folders)), "apt-get")
     return (
-        f"Install PostgreSQL's client tools, version {major} or newer: "
-        f"apt-get install postgresql-client-{major} (Debian, Ubuntu, from apt.postgresql.org), "
-        f"dnf install postgresql{major} (Red Hat), brew install postgresql@{major} (macOS)"
+        f"Install PostgreSQL's client tools, version {major} or newer (Debian and Ubuntu have "
+        f"newer ones from apt.postgresql.org): {command[manager]}"
     )
 
 
@@ -458,7 +520,8 @@ def server_failure(error: ServerError, doing: str) -> Failure:
 def stalled_failure(what: str, blocker: Blocker | None) -> Failure:
     """Nothing has moved for STALL_SECONDS."""
     detail = f"gave up after {format_age(STALL_SECONDS)}: {what}"
-    look = "See what waits: psql -c 'SELECT pid, state, wait_event, query FROM pg_stat_activity'"
+    activity = "SELECT pid, state, wait_event, query FROM pg_stat_activity;"
+    look = f"See what waits: psql {libpq_options()} -c {shell_words(activity)}"
     return Failure(ExitCode.CREATION, detail, blocker.remedy if blocker else look, CALM_HOUR)
 
 
@@ -471,6 +534,34 @@ def lock_table_failure(tables: int, room: int) -> Failure:
     """The server has fewer places for locks than there are tables."""
     detail = f"{plural(tables, 'table')} to lock, and room for {room} in the server's lock table"
     return Failure(ExitCode.CREATION, detail, SERVER_REMEDIES["53200"])
+
+
+# Damage to the server's own data, which no repetition heals, and a value too large for its own text
+# form. XX001 is data_corrupted, XX002 index_corrupted.
+DAMAGE_SQLSTATES = {"XX001", "XX002"}
+DAMAGE = re.compile(
+    r"missing chunk number|unexpected chunk|invalid page in block|could not (read|open) .*\bbase/"
+    r"|could not read block|could not access status of transaction|data is corrupt"
+    r"|invalid memory alloc request size|schema with OID \d+ does not exist"
+)
+# Behind pg_dump's own error, as it quotes names for the server.
+COPIED_TABLE = re.compile(
+    r'Command was: COPY ((?:"(?:[^"]|"")+"|[^". ])+\.(?:"(?:[^"]|"")+"|[^" ])+)'
+)
+
+
+def damage_failure(detail: str, table: str) -> Failure:
+    """The server cannot read its own data; `table` is quoted for SQL, empty where none is named."""
+    without = shell_words(f"--exclude-table-data={table or 'TABLE'}", "--file=rescued.dump")
+    return Failure(
+        ExitCode.CREATION,
+        f"the server cannot read its own data{f' of table {printable(table)}' if table else ''}; "
+        f"no repetition of the backup heals that\n{detail}",
+        f"Save all other rows now: pg_dump {libpq_options()} --format=custom {without}",
+        "Then take that table's rows from the newest earlier backup that has them",
+        f"See what else is damaged, as a superuser: pg_amcheck {libpq_options()}",
+        "Check the server's disk and memory, on its machine: sudo dmesg | tail -50",
+    )
 
 
 def dump_failure(failed: DumpFailed) -> Failure:
@@ -771,6 +862,16 @@ def client_options(config: DatabaseConfig, user: bool = True) -> str:
     """The options by which psql reaches the configured server."""
     options = shell_words("-h", config.host, "-p", str(config.port))
     return f"{options} {shell_words('-U', config.user)}" if user and config.user else options
+
+
+def libpq_options(user: str | None = None) -> str:
+    """The options by which PostgreSQL's programs reach the configured database: what this process's
+    libpq settings are, see load_configuration."""
+    host, port, name = (
+        decode_os_text(os.environ[f"PG{key}"]) for key in ("HOST", "PORT", "DATABASE")
+    )
+    user = user or decode_os_text(os.environ.get("PGUSER", "")) or current_user()
+    return shell_words("-h", host, "-p", port, "-U", user, "-d", name)
 
 
 def sql_identifier(name: str) -> str:
@@ -1903,12 +2004,13 @@ ORDER BY 1, 3
 """
 
 GRANTS = {
-    "schema": "Or let it use the schemas{more}: GRANT USAGE ON SCHEMA {names} TO {role};",
-    "table": "Or let it read the tables{more}: GRANT SELECT ON TABLE {names} TO {role};",
-    "sequence": "Or let it read the sequences{more}: GRANT SELECT ON SEQUENCE {names} TO {role};",
-    "large object": "Let it read the large objects{more}: GRANT SELECT ON LARGE OBJECT {names} "
+    "schema": "Or let it use the schemas{more}, {who}: GRANT USAGE ON SCHEMA {names} TO {role};",
+    "table": "Or let it read the tables{more}, {who}: GRANT SELECT ON TABLE {names} TO {role};",
+    "sequence": "Or let it read the sequences{more}, {who}: GRANT SELECT ON SEQUENCE {names} "
     "TO {role};",
-    "row security": "Let it see every row, as a superuser: ALTER ROLE {role} BYPASSRLS;",
+    "large object": "Let it read the large objects{more}, {who}: GRANT SELECT ON LARGE OBJECT "
+    "{names} TO {role};",
+    "row security": "Let it see every row, {who}: ALTER ROLE {role} BYPASSRLS;",
 }
 
 
@@ -1918,18 +2020,20 @@ def check_privileges(session: Session) -> None:
     unreadable = session.query(UNREADABLE)
     if not unreadable:
         return
-    role = printable(session.query("SELECT quote_ident(current_user)")[0][0])
+    current = "SELECT quote_ident(current_user), quote_ident(current_database())"
+    role, database = map(printable, session.query(current)[0])
+    who = f"as a superuser in database {database}"
     names: dict[str, list[str]] = {}
     for kind, name, _oid in unreadable:
         names.setdefault(kind, []).append(name)
     steps = []
     if names.keys() - {"large object", "row security"}:
-        steps.append(f"Let it read all tables, as a superuser: GRANT pg_read_all_data TO {role};")
+        steps.append(f"Let it read all tables, {who}: GRANT pg_read_all_data TO {role};")
     for kind, grant in GRANTS.items():
         if found := names.get(kind):
             listed = ", ".join(map(printable, found[:MOST_NAMES]))
             more = ", and so on" if len(found) > MOST_NAMES else ""
-            steps.append(grant.format(names=listed, more=more, role=role))
+            steps.append(grant.format(names=listed, more=more, role=role, who=who))
     detail = f"role {role} cannot read all of the database; a backup would be incomplete"
     lines = [f"{kind}: {list_names(found)}" for kind, found in names.items()]
     raise Failure(ExitCode.PERMISSION, "\n".join([detail, *lines]), *steps)
@@ -2205,9 +2309,10 @@ class Blocker(NamedTuple):
         """How to end it."""
         if self.pid is None:
             gid = printable("'" + (self.gid or "").replace("'", "''") + "'")
-            return f"End it, in this database: ROLLBACK PREPARED {gid}; or COMMIT PREPARED {gid};"
-        end = shell_words("psql", "-c", f"SELECT pg_terminate_backend({self.pid})")
-        return f"Let that session finish, or end it: {end}"
+            whose = "as its owner or a superuser in this database"
+            return f"End it, {whose}, by COMMIT PREPARED {gid}; or: ROLLBACK PREPARED {gid};"
+        end = shell_words(f"SELECT pg_terminate_backend({self.pid});")
+        return f"Let that session finish, or end it: psql {libpq_options(self.user)} -c {end}"
 
 
 class Snapshot(NamedTuple):
@@ -2467,7 +2572,13 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[i
         counts[table.oid] = 0
         if table.condition or snapshot.sizes[table.oid]:
             watch.counting = table.key
-            counts[table.oid] = session.copy_rows(table.copy_statement, watch.counter, watch.tick)
+            try:
+                rows = session.copy_rows(table.copy_statement, watch.counter, watch.tick)
+            except ServerError as error:
+                if error.sqlstate in DAMAGE_SQLSTATES or DAMAGE.search(error.text):
+                    raise damage_failure(error.text, table.qualified_name) from None
+                raise
+            counts[table.oid] = rows
             if time.monotonic() - looked_at > TICK_SECONDS:  # a small table is through before one
                 watch.look()
                 looked_at = time.monotonic()
@@ -2630,6 +2741,9 @@ def diagnose_dump(
         return errno_failure(errno.ENOSPC, directory, text)
     if error.status < 0:
         return dump_failure(error)
+    if DAMAGE.search(text):
+        table = COPIED_TABLE.search(text)
+        return damage_failure(text, table[1] if table else "")
     try:
         renamed = ask_again(run, snapshot)
     except Failure as failure:
@@ -2676,6 +2790,8 @@ def make_directory(directory: Path) -> None:
     made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except PermissionError as error:
+        raise unmade_directory_failure(directory, error) from None
     except FileExistsError:  # "File exists" would be no news to who asked for a directory
         number = errno.ENOTDIR
         raise NotADirectoryError(number, os.strerror(number), str(directory)) from None

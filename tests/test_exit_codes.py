@@ -71,6 +71,18 @@ class Stage:
         self.stack.callback(self.cluster.psql, f"DROP ROLE {name}")
         return name
 
+    def hba(self, line: str) -> None:
+        """Put a line before all others in the server's pg_hba.conf, until the end."""
+        path = self.cluster.data_dir / "pg_hba.conf"
+        before = path.read_text()
+
+        def write(text: str) -> None:
+            path.write_text(text)
+            self.cluster.psql("SELECT pg_reload_conf()")
+
+        write(f"{line}\n{before}")
+        self.stack.callback(write, before)
+
     def run_as(self, database: Database, role: str, password: str = "secret") -> Result:
         return self.make_project(settings=database.settings(role, password)).run()
 
@@ -250,7 +262,9 @@ def password_is_wrong(stage: Stage) -> Result:
     return stage.run_as(Database(stage.cluster, DATABASE), USER, PASSWORD + "x")
 
 
-@situation(ExitCode.CONNECTION, "no password supplied", "in .env.local: DEV_DB_PASSWORD")
+@situation(
+    ExitCode.CONNECTION, "no password supplied", "Set the password in .env.local: DEV_DB_PASSWORD"
+)
 def password_is_missing(stage: Stage) -> Result:
     return stage.run_as(Database(stage.cluster, DATABASE), USER, "")
 
@@ -264,7 +278,7 @@ def role_is_missing(stage: Stage) -> Result:
 @situation(
     ExitCode.CONNECTION,
     "server does not support SSL, but SSL was required",
-    "in .env.local: PGSSLMODE",
+    "set to prefer in .env.local: PGSSLMODE",
 )
 def server_has_no_tls(stage: Stage) -> Result:
     return stage.project(settings={"PGSSLMODE": "require"}).run()
@@ -277,9 +291,58 @@ def database_is_closed(stage: Stage) -> Result:
     return stage.make_project(database).run()
 
 
-@situation(ExitCode.CONNECTION, 'too many connections for role "role_', "CONNECTION LIMIT 3")
+@situation(ExitCode.CONNECTION, 'too many connections for role "role_', "CONNECTION LIMIT -1;")
 def role_may_connect_once(stage: Stage) -> Result:
     return stage.run_as(stage.database(), stage.role("CONNECTION LIMIT 1"))
+
+
+@situation(ExitCode.CONNECTION, "too many connections for database", "CONNECTION LIMIT -1;")
+def database_is_full(stage: Stage) -> Result:
+    role, database = stage.role(), stage.database()
+    stage.cluster.psql(f"ALTER DATABASE {database.name} CONNECTION LIMIT 0")
+    return stage.run_as(database, role)
+
+
+@situation(ExitCode.CONNECTION, "is not permitted to log in", "LOGIN;")
+def role_may_not_log_in(stage: Stage) -> Result:
+    role = stage.role()
+    stage.cluster.psql(f"ALTER ROLE {role} NOLOGIN")
+    socket_directory = {"DEV_DB_HOST": str(stage.cluster.directory), "DEV_DB_USER": role}
+    return stage.project(settings=socket_directory).run()
+
+
+@situation(
+    ExitCode.CONNECTION, "password retrieved from file", "The password in ~/.pgpass is wrong"
+)
+def password_in_pgpass_is_wrong(stage: Stage) -> Result:
+    project = stage.make_project(settings=Database(stage.cluster, DATABASE).settings(USER))
+    pgpass = project.directory / "home" / ".pgpass"
+    pgpass.write_text("*:*:*:*:wrong\n")
+    pgpass.chmod(0o600)
+    return project.run(env={"PGPASSFILE": str(pgpass)})
+
+
+@situation(ExitCode.CONNECTION, "Peer authentication failed", "set the host to 127.0.0.1 in ")
+def socket_is_for_the_role_of_the_same_name(stage: Stage) -> Result:
+    role = stage.role()
+    stage.hba(f"local all {role} peer")
+    socket_directory = {"DEV_DB_HOST": str(stage.cluster.directory), "DEV_DB_USER": role}
+    return stage.project(settings=socket_directory).run()
+
+
+@situation(ExitCode.CONNECTION, "pg_hba.conf rejects connection", "sudo sed -i '1i host ")
+def client_is_not_let_in(stage: Stage) -> Result:
+    role = stage.role()
+    stage.hba(f"host all {role} all reject")
+    return stage.run_as(Database(stage.cluster, DATABASE), role)
+
+
+@situation(ExitCode.CONNECTION, "no encryption", "set to require in .env.local: PGSSLMODE")
+def server_demands_tls(stage: Stage) -> Result:
+    role = stage.role()
+    stage.hba(f"hostnossl all {role} all reject")
+    settings = Database(stage.cluster, DATABASE).settings(role, "secret")
+    return stage.make_project(settings={**settings, "PGSSLMODE": "disable"}).run()
 
 
 # -- 4: permission error --------------------------------------------------------------------------
