@@ -270,7 +270,7 @@ See whether the server answers: pg_isready {options}
 Start it, where it is on this machine: {start}
 Or correct the address: the host {host_place}, and the port {port_place}""",
     r"timeout expired|keeps us waiting|timed out|No route to host|Network is unreachable": """
-Let this machine in: a firewall, or a managed server's list of allowed addresses, drops packets
+Let this machine in, where a firewall or a managed server's list of allowed addresses does not
 See whether the server answers: pg_isready {options}
 Or correct the address: the host {host_place}, and the port {port_place}""",
     r"the database system is": """
@@ -1321,7 +1321,7 @@ def find_tools(config: DatabaseConfig) -> Tools:
             f"BACKUP_COMPRESS is {config.compress!r}, which pg_dump {pg_dump.version} "
             f"does not take:\n{refusal}",
             f"Correct it {config.places['compress']}",
-            "Or leave it out: then zstd:3 is used where pg_dump has it, else gzip:4",
+            "Or leave it out; then zstd:3 is used where pg_dump has it, else gzip:4",
         )
     return tools._replace(compression="gzip:4") if refusal else tools
 
@@ -1956,8 +1956,8 @@ def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
         " it would break the application's queries, and could be wrong itself",
         f"Set the server's own address: the host {config.places['host']}, and the port "
         f"{config.places['port']}",
-        "Neon: the host name without -pooler. Supabase: port 5432 in place of 6543. pgbouncer: "
-        "the server's own port, or an entry with pool_mode=session",
+        "Neon has it under the host name without -pooler, Supabase on port 5432 in place of 6543, "
+        "pgbouncer on the server's own port, or in an entry with pool_mode=session",
     )
 
 
@@ -3739,12 +3739,12 @@ def run_verification(arguments: Arguments, progress: Progress) -> None:
     if not report.examination.problem:
         write_result(["✓ Backup verification passed", "", *lines])
         return
-    steps = ["Do not rely on this dump alone: restore it into an empty database and compare"]
+    steps = ["Do not rely on this dump alone; restore it into an empty database and compare"]
     if report.examination.checksum.problem and not report.metadata.names(report.dump):
         steps = ["Bring back this dump's own metadata file, or, if both were renamed, their names"]
     elif report.examination.checksum.problem:
         steps = [
-            "Do not rely on this dump: its bytes have changed since it was made",
+            "Do not rely on this dump; its bytes have changed since it was made",
             "Compare it with a copy elsewhere, and check the disk: sudo dmesg | tail -50",
         ]
     if older := newest_older(report.dump, report.metadata):

@@ -298,7 +298,7 @@ def _parse_connect_timeout(settings: Settings) -> int:
     raise ConfigurationError(
         f"PGCONNECT_TIMEOUT is {text!r}; it must be a number of seconds",
         f"Correct it {settings.place('PGCONNECT_TIMEOUT')}",
-        f"Or leave it out: then it is {DEFAULT_CONNECT_SECONDS}",
+        f"Or leave it out; then it is {DEFAULT_CONNECT_SECONDS}",
     )
 
 
@@ -314,5 +314,5 @@ def _parse_retention(settings: Settings) -> Retention | None:
         f"BACKUP_KEEP is {text!r}; it must be a number of backups (14), or numbers of days, weeks,"
         " months and years (7d,4w,6m,2y), or both (3,7d,4w): each 1 or more, and each once",
         f"Correct it {settings.place('BACKUP_KEEP')}",
-        "Or leave it out: then every backup is kept",
+        "Or leave it out; then every backup is kept",
     )

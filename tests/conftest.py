@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +17,7 @@ from cluster import Cluster, installation
 from environment import PROJECT
 from faults import WIDE
 from sample import DATABASE, load_sample
-from support import SERVERS, Database, Project, new_database
+from support import SERVERS, Database, Project, Result, metadata_path, new_database
 
 # -- servers and databases ------------------------------------------------------------------------
 
@@ -150,6 +152,64 @@ def sample_dump(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> P
 def project(make_project: MakeProject, sample_database: Database) -> Project:
     """A private copy of the script, set up for the sample database."""
     return make_project(sample_database)
+
+
+# -- a stage for failures -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a situation is made of, and how the script is run in it."""
+
+    cluster: Cluster
+    make_project: MakeProject
+    sample_dump: Path
+    stack: contextlib.ExitStack
+
+    def project(
+        self,
+        *,
+        settings: Mapping[str, str] | None = None,
+        constants: Mapping[str, object] | None = None,
+    ) -> Project:
+        """For the sample database, with one earlier backup of it."""
+        database = Database(self.cluster, DATABASE)
+        project = self.make_project(database, settings=settings, constants=constants)
+        project.backups.mkdir(parents=True)
+        for path in (self.sample_dump, metadata_path(self.sample_dump)):
+            shutil.copy(path, project.backups)
+        return project
+
+    def database(self) -> Database:
+        return self.stack.enter_context(new_database(self.cluster))
+
+    def role(self, attributes: str = "") -> str:
+        """A role that may do nothing; make it before the database that grants it something."""
+        name = f"role_{uuid.uuid4().hex[:12]}"
+        self.cluster.psql(f"CREATE ROLE {name} LOGIN PASSWORD 'secret' {attributes}")
+        self.stack.callback(self.cluster.psql, f"DROP ROLE {name}")
+        return name
+
+    def hba(self, line: str) -> None:
+        """Put a line before all others in the server's pg_hba.conf, until the end."""
+        path = self.cluster.data_dir / "pg_hba.conf"
+        before = path.read_text()
+
+        def write(text: str) -> None:
+            path.write_text(text)
+            self.cluster.psql("SELECT pg_reload_conf()")
+
+        write(f"{line}\n{before}")
+        self.stack.callback(write, before)
+
+    def run_as(self, database: Database, role: str, password: str = "secret") -> Result:
+        return self.make_project(settings=database.settings(role, password)).run()
+
+
+@pytest.fixture
+def stage(cluster: Cluster, make_project: MakeProject, sample_dump: Path) -> Iterator[Stage]:
+    with contextlib.ExitStack() as stack:
+        yield Stage(cluster, make_project, sample_dump, stack)
 
 
 # -- for the tests of faults ----------------------------------------------------------------------

@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import stat
 import struct
@@ -429,6 +430,50 @@ def assert_restores(dump: Path, original: Database) -> None:
     with restored(dump, original.cluster, original.encoding()) as copy:
         assert copy.schema() == original.schema()
         assert copy.contents() == original.contents()
+
+
+# -- what a person is told to type ----------------------------------------------------------------
+
+# They belong to a system, not to PostgreSQL; not every machine that runs tests has each.
+OF_THE_SYSTEM = {"sudo", "systemctl", "service", "brew", "dnf", "apt-get", "dmesg", "findmnt"}
+
+
+def typed(step: str) -> str:
+    """What follows the last ": " of a step; nothing where it only explains."""
+    return step.rpartition(": ")[2] if ": " in step else ""
+
+
+def shell_commands(line: str) -> list[list[str]]:
+    """The words of each command of a line, `sudo` left out."""
+    words = list(shlex.shlex(line, posix=True, punctuation_chars=";|&<>"))
+    commands: list[list[str]] = [[]]
+    for word in words:
+        if set(word) <= set(";|&"):
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    return [command[1:] if command[0] == "sudo" else command for command in commands if command]
+
+
+def assert_typeable(step: str, project: Project) -> None:
+    """What the step tells to type is SQL with its role, a setting, an option of ours, or commands
+    that parse, whose programs are here and whose psql finds the database."""
+    text = typed(step)
+    if text.endswith(";"):
+        assert re.match(r"(GRANT|ALTER|CREATE|SELECT|SHOW|ROLLBACK|COMMIT) ", text), step
+        assert re.search(r"\bas (a superuser|its owner|the owner)\b", step), step
+    elif text.startswith("--"):
+        assert text.split()[0] in {"--output-dir", "--env"}, step
+    elif text and not re.fullmatch(r"[A-Z_]+(=\S*)?|/\S+", text):
+        subprocess.run(["sh", "-n", "-c", text], check=True)
+        assert "…" not in text, step
+        for command in shell_commands(text):
+            known = {"PATH": f"{project.bin_dir}:{os.environ['PATH']}:/usr/sbin:/sbin"}
+            here = subprocess.run(["sh", "-c", 'command -v "$0"', command[0]], env=known)
+            is_example = command[0].startswith("/path/to/")
+            assert here.returncode == 0 or is_example or command[0] in OF_THE_SYSTEM, step
+            if command[0] == "psql" and "-l" not in command:
+                assert {"-h", "-p", "-U", "-d"} <= set(command), step
 
 
 # -- files ----------------------------------------------------------------------------------------

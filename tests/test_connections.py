@@ -57,7 +57,7 @@ def test_role_without_a_second_connection(
             result = project.run().failed_with(3, "Database connection error")
             assert 'too many connections for role "plain"' in result.stderr
             assert "two connections at once" in result.stderr
-            assert 'ALTER ROLE "plain" CONNECTION LIMIT 3' in result.stderr
+            assert 'ALTER ROLE "plain" CONNECTION LIMIT -1;' in result.stderr
             assert not project.dumps()
     finally:
         sample_database.psql(f"ALTER ROLE {role} CONNECTION LIMIT -1")
@@ -191,14 +191,23 @@ def test_server_that_cannot_be_verified(
     authority.cert_pem.write_to_path(right)
     trustme.CA().cert_pem.write_to_path(wrong)
     way = {**Database(tls_cluster, "postgres").settings(), "PGSSLMODE": "verify-full"}
-    for settings, words in (
-        ({"PGSSLROOTCERT": wrong}, "certificate verify failed"),
-        ({"PGSSLROOTCERT": right, "DEV_DB_HOST": "localhost"}, "does not match host name"),
-        ({"PGSSLROOTCERT": f"{right}.none"}, "does not exist"),
-        ({"PGSSLMODE": "disable"}, "pg_hba.conf rejects connection"),
+    for settings, words, step in (
+        ({"PGSSLROOTCERT": wrong}, "certificate verify failed", "certificate authority"),
+        (
+            {"PGSSLROOTCERT": right, "DEV_DB_HOST": "localhost"},
+            "does not match host name",
+            "in the",
+        ),
+        ({"PGSSLROOTCERT": f"{right}.none"}, "does not exist", "certificate authority"),
+        (
+            {"PGSSLMODE": "disable"},
+            "pg_hba.conf rejects connection",
+            "set to require in .env.local",
+        ),
     ):
         result = make_project(settings={**way, **settings}).run()
         assert words in result.failed_with(3, "Database connection error").stderr
+        assert step in result.stderr.partition("Troubleshooting:")[2], result
 
 
 def test_certificates_of_the_system_are_not_those_of_psycopg2(

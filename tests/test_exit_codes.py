@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, installation
-from conftest import MakeProject
+from cluster import installation
+from conftest import Stage
 from environment import PROJECT
 from sample import DATABASE, PASSWORD, USER
 from support import (
@@ -25,72 +22,15 @@ from support import (
     Database,
     Project,
     Result,
+    assert_typeable,
     contents_of,
     finish,
-    new_database,
     readme_section,
     small_disk,
 )
 
 import backup_db
 from backup_db import ExitCode
-
-# -- the stage ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a situation is made of, and how the script is run in it."""
-
-    cluster: Cluster
-    make_project: MakeProject
-    sample_dump: Path
-    stack: contextlib.ExitStack
-
-    def project(
-        self,
-        *,
-        settings: Mapping[str, str] | None = None,
-        constants: Mapping[str, object] | None = None,
-    ) -> Project:
-        """For the sample database, with one earlier backup of it."""
-        database = Database(self.cluster, DATABASE)
-        project = self.make_project(database, settings=settings, constants=constants)
-        project.backups.mkdir(parents=True)
-        for path in (self.sample_dump, backup_db.metadata_path(self.sample_dump)):
-            shutil.copy(path, project.backups)
-        return project
-
-    def database(self) -> Database:
-        return self.stack.enter_context(new_database(self.cluster))
-
-    def role(self, attributes: str = "") -> str:
-        """A role that may do nothing; make it before the database that grants it something."""
-        name = f"role_{uuid.uuid4().hex[:12]}"
-        self.cluster.psql(f"CREATE ROLE {name} LOGIN PASSWORD 'secret' {attributes}")
-        self.stack.callback(self.cluster.psql, f"DROP ROLE {name}")
-        return name
-
-    def hba(self, line: str) -> None:
-        """Put a line before all others in the server's pg_hba.conf, until the end."""
-        path = self.cluster.data_dir / "pg_hba.conf"
-        before = path.read_text()
-
-        def write(text: str) -> None:
-            path.write_text(text)
-            self.cluster.psql("SELECT pg_reload_conf()")
-
-        write(f"{line}\n{before}")
-        self.stack.callback(write, before)
-
-    def run_as(self, database: Database, role: str, password: str = "secret") -> Result:
-        return self.make_project(settings=database.settings(role, password)).run()
-
-
-@pytest.fixture
-def stage(cluster: Cluster, make_project: MakeProject, sample_dump: Path) -> Iterator[Stage]:
-    with contextlib.ExitStack() as stack:
-        yield Stage(cluster, make_project, sample_dump, stack)
 
 
 @dataclass(frozen=True)
@@ -696,6 +636,7 @@ def test_situation_has_its_code_its_words_and_its_steps(case: Situation, stage: 
     assert title == "Troubleshooting:"
     for number, step in enumerate(numbered, 1):
         assert step.startswith(f"  {number}. "), f"not step {number}:{result}"
+        assert_typeable(step, stage.make_project())
     assert any(case.step in step for step in numbered), f"no step says {case.step!r}:{result}"
     # Written for a file as well as for a terminal.
     assert not re.search(r"[\r\x1b]", result.stderr)

@@ -224,7 +224,7 @@ def test_older_tools_are_refused(
     result = project.run().failed_with(6, "Tool error")
     assert f"is version {tools}." in result.stderr
     assert f"too old for the server, which is version {server}" in result.stderr
-    assert f"apt-get install postgresql-client-{server} " in result.stderr
+    assert f"apt-get install postgresql-client-{server}\n" in result.stderr
     assert not list(project.backups.glob("*.dump"))
 
 

@@ -469,7 +469,7 @@ def test_pg_dump_that_waits_for_ever_is_ended_and_the_blocker_named(
         result = project.run().failed_with(7, "Backup creation error")
         pid = session.info.backend_pid
         assert f"session {pid} (postgres: BEGIN …) blocks it" in result.stderr, result
-        assert f"psql -c 'SELECT pg_terminate_backend({pid})'" in result.stderr, result
+        assert f"-c 'SELECT pg_terminate_backend({pid});'" in result.stderr, result
         assert not project.dumps()
         wait_until(lambda: not waiting(observer, PG_DUMP))
         execute(session, "COMMIT")
