@@ -229,9 +229,9 @@ Grant it, as its owner in any database: GRANT CONNECT ON DATABASE {sql_database}
 Or back up as another role, set {user_place}""",
     r"no password supplied": """
 Set the password {password_place}
-Or keep it in ~/.pgpass: add this line, then put the password into it: {pgpass}
-A line there counts only with this very host, port, database and user, and mode 0600: {pgpass_mode}
-""",
+Or keep it in ~/.pgpass: add this line, then put the password into it: \
+echo {pgpass_line} >> ~/.pgpass
+A line there counts only with this very host, and in a file of mode 0600: chmod 600 ~/.pgpass""",
     r"password retrieved from file": """
 The password in ~/.pgpass is wrong for this host and user: correct it there, or set the one \
 {password_place}
@@ -249,7 +249,7 @@ The server has no TLS; set to prefer {libpq_place}""",
 The server demands TLS; set to require {libpq_place}""",
     r"no pg_hba\.conf entry|pg_hba\.conf rejects": """
 See where the server has its pg_hba.conf, as a superuser in any database: SHOW hba_file;
-Let this client in by the first line there: {add_to_hba}
+Let this client in by the first line there: sudo sed -i {hba_insert} pg_hba.conf
 Then, as a superuser in any database: SELECT pg_reload_conf();""",
     r"role \".*\" does not exist": """
 Check the user {user_place}
@@ -265,7 +265,7 @@ Use the host name that is in the certificate; set it {host_place}""",
     r"could not translate host name": """
 Check the host {host_place}
 See whether this machine knows it: {look_up} {host}""",
-    r"Connection refused|No such file or directory": """
+    r"Connection refused|on socket .* failed: No such file or directory": """
 See whether the server answers: pg_isready {options}
 Start it, where it is on this machine: {start}
 Or correct the address: the host {host_place}, and the port {port_place}""",
@@ -282,8 +282,7 @@ Raise it, as a superuser in any database: ALTER ROLE {sql_user} CONNECTION LIMIT
 A backup needs two connections at once, and the database has a limit; -1 is none
 Raise it, as its owner in any database: ALTER DATABASE {sql_database} CONNECTION LIMIT -1;""",
     r"too many clients already|remaining connection slots": """
-A backup needs two connections at once: run it when there is room
-Or raise the limit, as a superuser, and restart the server: ALTER SYSTEM SET max_connections = 200;
+A backup needs two connections at once; run it when there is room, or raise max_connections
 See who is connected, as a superuser: SELECT datname, usename, count(*) FROM pg_stat_activity \
 GROUP BY 1, 2;""",
     "": """
@@ -317,9 +316,8 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
         sql_database=sql_identifier(config.name),
         sql_user=sql_identifier(user),
         options=client_options(config),
-        pgpass=f"echo {shell_words(line + ':PASSWORD')} >> ~/.pgpass",
-        pgpass_mode="chmod 600 ~/.pgpass",
-        add_to_hba=shell_words("sudo", "sed", "-i", f"1i {hba} scram-sha-256", "pg_hba.conf"),
+        pgpass_line=shell_words(f"{line}:PASSWORD"),
+        hba_insert=shell_words(f"1i {hba} scram-sha-256"),
         look_up="ping -c 1" if is_mac else "getent hosts",
         start="brew services start postgresql" if is_mac else "sudo systemctl start postgresql",
     )
@@ -544,10 +542,7 @@ DAMAGE = re.compile(
     r"|could not read block|could not access status of transaction|data is corrupt"
     r"|invalid memory alloc request size|schema with OID \d+ does not exist"
 )
-# Behind pg_dump's own error, as it quotes names for the server.
-COPIED_TABLE = re.compile(
-    r'Command was: COPY ((?:"(?:[^"]|"")+"|[^". ])+\.(?:"(?:[^"]|"")+"|[^" ])+)'
-)
+COPIED_TABLE = re.compile(r"Command was: COPY (.+?) (?:\(.*\) )?TO stdout")
 
 
 def damage_failure(detail: str, table: str) -> Failure:
@@ -858,10 +853,10 @@ def list_command(directory: Path) -> str:
     return shell_words(*command)
 
 
-def client_options(config: DatabaseConfig, user: bool = True) -> str:
+def client_options(config: DatabaseConfig) -> str:
     """The options by which psql reaches the configured server."""
-    options = shell_words("-h", config.host, "-p", str(config.port))
-    return f"{options} {shell_words('-U', config.user)}" if user and config.user else options
+    user = ["-U", config.user] if config.user else []
+    return shell_words("-h", config.host, "-p", str(config.port), *user)
 
 
 def libpq_options(user: str | None = None) -> str:
