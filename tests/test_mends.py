@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 from conftest import Stage
 from environment import PROJECT
-from faults import transaction
+from faults import fake_call, transaction
 from sample import DATABASE, PASSWORD, USER
 from support import (
     UNPRIVILEGED,
@@ -266,7 +266,7 @@ def test_orphan_metadata_is_removed_as_the_list_says(stage: Stage) -> None:
 
 
 def invalid_page(database: Database) -> None:
-    """A page of the table itself, in which both fail: the count and pg_dump."""
+    """A page of the table itself, which the count and pg_dump read both."""
     path = database.psql("SELECT pg_relation_filepath('\"Odd table\"')")
     with (database.cluster.data_dir / path).open("r+b") as file:
         file.write(b"\xff" * 100)
@@ -279,6 +279,12 @@ def missing_chunk(database: Database) -> None:
     )
     with (database.cluster.data_dir / path).open("r+b") as file:
         file.write(bytes(8192))
+
+
+# In the place of pg_dump: it begins to write, and comes no further before the count does.
+BEGIN_ALONE = """
+for file; do case "$file" in --file=*) printf x > "${file#--file=}"; exec sleep 100 ;; esac; done
+"""
 
 
 @pytest.mark.parametrize("damage", [invalid_page, missing_chunk])
@@ -297,6 +303,8 @@ def test_damage_on_the_server_is_named_and_the_rest_is_rescued(
     with new_database(stage.cluster, *files) as database:
         damage(database)
         project = stage.make_project(database)
+        if damage is invalid_page:
+            fake_call(project, "pg_dump", "--snapshot", BEGIN_ALONE)
         result = project.run().failed_with(7)
         assert 'cannot read its own data of table public."Odd table"' in result.stderr, result
         assert "Run the backup again" not in result.stderr, result
