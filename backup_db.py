@@ -376,7 +376,7 @@ def unmade_directory_failure(directory: Path, error: OSError) -> Failure:
     path, user = shell_words(str(directory)), shell_words(current_user())
     failure = file_failure(error)
     make = f"Make it for this user: sudo mkdir -p {path}; sudo chown {user} {path}"
-    return Failure(failure.code, failure.detail, make, "Or write elsewhere: --output-dir DIR")
+    return Failure(failure.code, failure.detail, make, *failure.steps)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ Makes the environment first. The tests start the PostgreSQL servers that they ne
 
 Where to look for what:
 
-    what a user sees          test_command_line, test_exit_codes, test_progress, test_text
+    what a user sees          test_command_line, test_progress, test_text
+    failures and their mends  test_exit_codes, test_mends
     settings, passwords       test_config, test_secrets
     the way to the server     test_connections, test_ways, test_server_faults
     versions, tools           test_servers, test_tools, test_earlier
