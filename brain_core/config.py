@@ -11,7 +11,8 @@ from __future__ import annotations
 import enum
 import os
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +28,18 @@ DEFAULT_CONNECT_SECONDS = 10
 OVERRIDING_LIBPQ_VARIABLES = ("PGSERVICE", "PGSERVICEFILE", "PGHOSTADDR", "PGCLIENTENCODING")
 
 SAMPLE_COMMAND = "python3 tests/sample.py"
+
+# A line that does not parse is an error where one of these stands in it.
+OUR_NAMES = re.compile(r"\b(?:(?:DEV_)?DB_|ENV_MODE|BACKUP_|PG)")
+
+# What a value is obviously mistyped by, and what to do: also in what a shell or a container hands
+# on, where no parser of .env files takes quotes and line ends away.
+MISTYPED = (
+    (r"""(['"]).*\1""", "keeps its quotes", "Remove the quotes"),
+    (r".*\r", r"ends in a carriage return (\r), as Windows ends its lines", "Remove it"),
+    (r".* ", "ends in a space", "Remove the space"),
+    (r".*\$\{.*", "still holds ${, and nothing is expanded here", "Write the value itself"),
+)
 
 
 class ConfigurationError(ValueError):
@@ -64,6 +77,7 @@ class Settings:
     values: Mapping[str, str]
     sources: Mapping[str, str]
     folder: Path
+    warnings: Sequence[str] = ()  # lines of other programs that do not parse
 
     def first(self, *names: str) -> tuple[str, str] | None:
         """The first of `names` that is set, as (name, value); None where none is."""
@@ -100,6 +114,7 @@ class DatabaseConfig:
     port: int
     user: str
     password: str = field(repr=False)
+    password_hint: str  # what it is obviously mistyped by, for when it is refused
     compress: str
     retention: Retention | None  # None keeps every backup
     connect_seconds: int
@@ -113,8 +128,8 @@ class DatabaseConfig:
 def read_settings(environ: Mapping[str, str], folder: Path) -> Settings:
     """Merge the environment with the .env files in `folder`; an empty variable counts as unset.
 
-    Raises ConfigurationError for a file that cannot be parsed, OSError for one that cannot be
-    read, ModuleNotFoundError where there is a file but no python-dotenv to read it.
+    Raises ConfigurationError for a file in which a setting of ours cannot be parsed, OSError for
+    one that cannot be read, ModuleNotFoundError where there is a file but no python-dotenv.
     """
     # Python decodes the environment in the locale's encoding; names and passwords are UTF-8.
     surroundings = {
@@ -122,22 +137,29 @@ def read_settings(environ: Mapping[str, str], folder: Path) -> Settings:
         for name, value in environ.items()
     }
     layers = [("the environment", surroundings)]
-    layers += [(name, _read_env_file(folder / name)) for name in ENV_FILES]
+    warnings: list[str] = []
+    layers += [(name, _read_env_file(folder / name, warnings)) for name in ENV_FILES]
     values: dict[str, str] = {}
     sources: dict[str, str] = {}
     for source, layer in layers:
         for name, value in layer.items():
             if value and name not in values:
                 values[name], sources[name] = value, source
-    return Settings(MappingProxyType(values), MappingProxyType(sources), folder)
+    return Settings(MappingProxyType(values), MappingProxyType(sources), folder, warnings)
 
 
-def _read_env_file(path: Path) -> dict[str, str]:
-    """The variables of one .env file, taken literally; nothing where there is no such file."""
+def _read_env_file(path: Path, warnings: list[str]) -> dict[str, str]:
+    """The variables of one .env file, taken literally; nothing where there is no such file. What
+    does not parse, and is another program's, is added to `warnings`."""
     try:
         # utf-8-sig: an editor's byte order mark is no part of the first name.
         stream = path.open(encoding="utf-8-sig")
     except FileNotFoundError:
+        if path.is_symlink():
+            raise ConfigurationError(
+                f"{path} is a link to {os.readlink(path)}, which is not there",
+                f"Link it to the file that is meant, or remove it: {shlex.join(['rm', str(path)])}",
+            ) from None
         return {}
     except IsADirectoryError:
         raise ConfigurationError(
@@ -160,8 +182,12 @@ def _read_env_file(path: Path) -> dict[str, str]:
             # The line itself is not shown: it may be the one with the password.
             text = binding.original.string
             blank_lines = text[: len(text) - len(text.lstrip())].count("\n")
+            problem = f"line {binding.original.line + blank_lines} of {path} cannot be parsed"
+            if not OUR_NAMES.search(text):
+                warnings.append(f"{problem}, and is left out")
+                continue
             raise ConfigurationError(
-                f"line {binding.original.line + blank_lines} of {path} cannot be parsed",
+                problem,
                 f"Write it as NAME=value, a value with spaces or quotes in single quotes: {path}",
                 "See .env.example for every variable",
             )
@@ -184,11 +210,16 @@ def detect_environment(settings: Settings) -> Environment:
     for environment in Environment:
         if f"{environment.variable_prefix}DB_NAME" in settings.values:
             return environment
+    there = [name for name in ENV_FILES if (settings.folder / name).exists()]
+    example = settings.folder / ".env.example"
+    own = shlex.quote(str(settings.folder / ENV_FILES[0]))
+    copy = f"cp -n {shlex.quote(str(example))} {own} && chmod 600 {own}"
     raise ConfigurationError(
-        "no database is configured: none of ENV_MODE, DEV_DB_NAME and DB_NAME is set",
-        f"Copy the example: cp {settings.folder / '.env.example'} {settings.folder / ENV_FILES[0]}",
+        "no database is configured: none of ENV_MODE, DEV_DB_NAME and DB_NAME is set"
+        + "".join(f"; {name} is there, but lacks DEV_DB_NAME or DB_NAME" for name in there),
+        *([f"Copy the example: {copy}"] if not there and example.exists() else []),
         f"Set DEV_DB_NAME (development) or DB_NAME (production), and DB_HOST, DB_PORT, DB_USER, "
-        f"DB_PASSWORD, in {settings.folder / ENV_FILES[0]}",
+        f"DB_PASSWORD, in {settings.folder / (there or ENV_FILES)[0]}",
         f"Or see it work on a throw-away server first: {SAMPLE_COMMAND}",
     )
 
@@ -208,7 +239,7 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
         found = settings.first(*dict.fromkeys([prefix + name, name]), *libpq_names)
         places[field_name] = settings.place(found[0] if found else prefix + name)
         if found and field_name != "password":
-            _refuse_address(settings, *found)
+            _require_plain(settings, *found)
         return found[1] if found else ""
 
     places["name"] = settings.place(f"{prefix}DB_NAME")
@@ -218,6 +249,8 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
     port = _parse_port(lookup("port", "PGPORT"), places["port"])
     user = lookup("user", "PGUSER")
     password = lookup("password", "PGPASSWORD")
+    mistake = _find_mistake(password)
+    hint = f"The password {mistake[0]}. {mistake[1]} {places['password']}" if mistake else ""
     own = {"PGHOST": host, "PGPORT": str(port), "PGDATABASE": name}
     own |= {"PGUSER": user} if user else {}
     own |= {"PGPASSWORD": password} if password else {}
@@ -230,6 +263,7 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
         port=port,
         user=user,
         password=password,
+        password_hint=hint,
         compress=settings.values.get("BACKUP_COMPRESS", ""),
         retention=_parse_retention(settings),
         connect_seconds=connect_seconds,
@@ -248,7 +282,7 @@ def _database_name(settings: Settings, environment: Environment) -> str:
             "Or back up the other environment: "
             f"--env {'prod' if environment is Environment.DEV else 'dev'}",
         )
-    _refuse_address(settings, variable, settings.values[variable])
+    _require_plain(settings, variable, settings.values[variable])
     return settings.values[variable]
 
 
@@ -268,13 +302,34 @@ def _libpq_variables(
     return MappingProxyType({**inherited, **own})
 
 
-def _refuse_address(settings: Settings, variable: str, value: str) -> None:
+def _find_mistake(value: str) -> tuple[str, str] | None:
+    """What `value` is obviously mistyped by, and what to do."""
+    for pattern, cause, remedy in MISTYPED:
+        if re.fullmatch(pattern, value, re.DOTALL):
+            return cause, remedy
+    return None
+
+
+def _require_plain(settings: Settings, variable: str, value: str) -> None:
     """A URL or a connection string where a name belongs is never shown: it has a password in it,
     which libpq's words, a file name and the metadata would repeat."""
     if "://" in value or "password=" in value:
         raise ConfigurationError(
             f"{variable} holds a URL or a connection string; it must be one name alone",
             f"Put host, port, name, user and password each into a variable of its own, "
+            f"{settings.place(variable)}",
+        )
+    if mistake := _find_mistake(value):
+        cause, remedy = mistake
+        raise ConfigurationError(
+            f"{variable} is {value!r}: it {cause}", f"{remedy} {settings.place(variable)}"
+        )
+    # Not sockets, nor IPv6 addresses. Not shown: user:password@host is one of these too.
+    hosts = value.split(",") if variable.endswith("HOST") and value[0] not in "/@" else ()
+    if any(host.count(":") == 1 or "]:" in host for host in hosts):
+        raise ConfigurationError(
+            f"{variable} holds a port; it must be the host alone",
+            f"Put the port into {variable.replace('HOST', 'PORT')}, and the host alone "
             f"{settings.place(variable)}",
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -86,16 +87,37 @@ def test_another_env_mode_is_refused_and_named(mode: str, tmp_path: Path) -> Non
 
 
 def test_no_configuration_says_what_to_set_and_names_the_sample(tmp_path: Path) -> None:
+    folder = tmp_path / "it's here"
+    folder.mkdir()
+    (folder / ".env.example").write_text("#DB_NAME=\n")
     with pytest.raises(ConfigurationError, match="none of ENV_MODE, DEV_DB_NAME and DB_NAME") as e:
-        detect_environment(read_settings({}, tmp_path))
+        detect_environment(read_settings({}, folder))
     copy, fill_in, sample = e.value.steps
-    assert copy == f"Copy the example: cp {tmp_path}/.env.example {tmp_path}/.env.local"
+    subprocess.run(["sh", "-e", "-c", copy.removeprefix("Copy the example: ")], check=True)
+    assert (folder / ".env.local").read_text() == "#DB_NAME=\n"
+    assert (folder / ".env.local").stat().st_mode & 0o777 == 0o600
     assert {"DEV_DB_NAME", "DB_NAME", "DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD"} <= set(
         re.findall(r"\w+", fill_in)
     )
-    assert str(tmp_path / ".env.local") in fill_in
+    assert str(folder / ".env.local") in fill_in
     assert SAMPLE_COMMAND in sample
     assert (PROJECT / SAMPLE_COMMAND.split()[1]).is_file()
+
+
+@pytest.mark.parametrize("name", [".env.local", ".env"])
+def test_file_that_names_no_database_is_said_to_be_there(name: str, tmp_path: Path) -> None:
+    for there in (".env.example", name):
+        (tmp_path / there).write_text("DB_USER=u\n")
+    with pytest.raises(ConfigurationError, match=f"; {name} is there, but lacks DEV_DB_NAME") as e:
+        detect_environment(read_settings({}, tmp_path))
+    assert e.value.steps[0].endswith(f", in {tmp_path / name}")
+    assert "cp " not in "".join(e.value.steps)
+
+
+def test_example_that_is_not_there_is_not_copied(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        detect_environment(read_settings({}, tmp_path))
+    assert "cp " not in "".join(caught.value.steps)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +311,62 @@ def test_what_is_no_number_is_refused_and_named(variable: str, text: str, tmp_pa
     assert caught.value.steps[0] == f"Correct it in .env: {variable}"
 
 
+MISTYPED = {
+    "'b'": ("it keeps its quotes", "Remove the quotes"),
+    '"b"': ("it keeps its quotes", "Remove the quotes"),
+    "b\r": (r"it ends in a carriage return (\r)", "Remove it"),
+    "b ": ("it ends in a space", "Remove the space"),
+    "${HOME}": ("it still holds ${", "Write the value itself"),
+    "a${B}c": ("it still holds ${", "Write the value itself"),
+}
+
+
+@pytest.mark.parametrize("variable", ["DB_NAME", "DB_HOST", "DB_PORT", "DB_USER", "PGHOST"])
+@pytest.mark.parametrize("value", MISTYPED)
+def test_value_that_is_mistyped_is_refused_by_its_cause(value: str, variable: str) -> None:
+    cause, remedy = MISTYPED[value]
+    with pytest.raises(ConfigurationError) as caught:
+        config_of("prod", **{"DB_NAME": "b", variable: value})
+    assert str(caught.value).startswith(f"{variable} is {value!r}: {cause}")
+    assert caught.value.steps == (f"{remedy} in the environment: {variable}",)
+
+
+@pytest.mark.parametrize("value", MISTYPED)
+def test_password_that_looks_mistyped_is_taken_with_a_hint(value: str) -> None:
+    cause, remedy = MISTYPED[value]
+    config = config_of(DB_NAME="b", DB_PASSWORD=value)
+    assert config.libpq["PGPASSWORD"] == config.password == value
+    assert config.password_hint.startswith(cause.replace("it ", "The password ", 1))
+    assert config.password_hint.endswith(f". {remedy} in the environment: DB_PASSWORD")
+
+
+def test_password_that_looks_right_has_no_hint() -> None:
+    assert not config_of(DB_NAME="b", DB_PASSWORD="it's $HOME 'x' y").password_hint
+
+
+@pytest.mark.parametrize(
+    "host", ["db:5432", "db:", f"u:{SECRET}@db", "[::1]:5432", "a,b:5432", "127.0.0.1:x"]
+)
+def test_host_with_a_port_is_refused_and_not_shown(host: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^DB_HOST holds a port") as caught:
+        config_of(DB_NAME="b", DB_HOST=host)
+    (step,) = caught.value.steps
+    assert step == "Put the port into DB_PORT, and the host alone in the environment: DB_HOST"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("host", host) for host in ("::1", "fe80::1%eth0", "a,b", "a,::1", "/run/x:1", "@x:1")),
+        *(("name", name) for name in ("my chat", " b", "it's", "'b", "a:1", "$b", "b'")),
+        *(("user", user) for user in ("me@server", "a b", "a:1")),
+    ],
+)
+def test_value_that_is_odd_and_valid_is_taken(field: str, value: str) -> None:
+    config = config_of("prod", **{"DB_NAME": "b", f"DB_{field.upper()}": value})
+    assert getattr(config, field) == value
+
+
 def test_form_that_is_named_for_a_retention_is_one_that_is_read() -> None:
     with pytest.raises(ConfigurationError) as caught:
         config_of(DB_NAME="b", BACKUP_KEEP="weekly")
@@ -366,7 +444,11 @@ def test_run_reads_the_first_line_behind_a_byte_order_mark(make_project: MakePro
         (f"DB_PASSWORD='{SECRET}' more\n", 1),
         (f"A=1\nDB_PASSWORD={SECRET}\0\n", 2),
         (f"A=1\nPG\0X={SECRET}\n", 2),
-        (f"A=1\n={SECRET}\n", 2),
+        (f"export DEV_DB_PASSWORD {SECRET}\n", 1),
+        (f"ENV_MODE: {SECRET}\n", 1),
+        (f"BACKUP_KEEP: {SECRET}\n", 1),
+        # The quote takes in the lines below, up to the next one: ours among them.
+        (f"GREETING='hello\nDB_NAME=b\nDB_PASSWORD='{SECRET}'\n", 1),
     ],
 )
 def test_line_that_cannot_be_parsed_is_named_but_never_shown(
@@ -375,6 +457,31 @@ def test_line_that_cannot_be_parsed_is_named_but_never_shown(
     said = refusal_of(tmp_path, content)
     assert said.startswith(f"line {line} of {tmp_path}/.env.local cannot be parsed\n")
     assert SECRET not in said
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"npm run {SECRET}",
+        f"={SECRET}",
+        f"app.key: {SECRET}",
+        f"MY_DB_URL: {SECRET}",
+        f"UPGRADE: {SECRET}",
+        f"X='{SECRET}",
+        f"X={SECRET}\0",
+    ],
+)
+def test_line_of_another_program_is_left_out_with_a_warning(line: str, tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, f"\nDB_NAME=b\n\n{line}\nDB_USER=u\n")
+    warning = f"line 4 of {tmp_path}/.env.local cannot be parsed, and is left out"
+    assert settings.warnings == [warning]
+    assert dict(settings.values) == {"DB_NAME": "b", "DB_USER": "u"}
+
+
+def test_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".env.local").symlink_to("../no.env")
+    with pytest.raises(ConfigurationError, match=r"\.env\.local is a link to \.\./no\.env, which"):
+        read_settings({"DB_NAME": "b"}, tmp_path)
 
 
 def test_file_that_is_not_utf_8_is_named_but_never_shown(tmp_path: Path) -> None:
@@ -441,9 +548,9 @@ def test_example_documents_exactly_what_is_read() -> None:
     assert read | OVERRIDING <= set(re.findall(r"\b[A-Z_]{6,}\b", text))
 
 
-def test_example_as_it_is_configures_the_sample_name_alone(tmp_path: Path) -> None:
+def test_example_as_it_is_configures_nothing(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, (PROJECT / ".env.example").read_bytes())
-    assert dict(settings.values) == {"DEV_DB_NAME": "project_chat_dev"}
+    assert dict(settings.values) == {}
 
 
 def test_example_parses_with_every_line_switched_on(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_certificates_of_the_system_are_not_those_of_psycopg2(
 # A database and the password of its role: what a shell, a conninfo string, a .env file or a file
 # name would take for something else.
 NAMES = {
-    "spaces": ("  my  data ", "  pass word  "),
+    "spaces": ("  my  data", "  pass word  "),
     "quotes": ('it\'s "it"', "'\"'"),
     "slash": ("a/b/../c", "a/b"),
     "dash": ("-d", "-W"),
@@ -237,7 +237,7 @@ NAMES = {
     "assignment": ("dbname=postgres", "k=v"),
     "addresses": ("postgres:x@h/d", "postgres://u:p@h/d"),
     "percent": ("100%41 %s", "%2F%"),
-    "expansions": ("$HOME ${PATH} `id` \\", "${HOME}\\n$x"),
+    "expansions": ("$HOME $PATH `id` \\", "${HOME}\\n$x"),
     "comment": ("# a #b", "pass #word"),
     "non-ASCII": ("Größe 数据 😀", "пароль 😀ﬁ"),
     "63 bytes": ("ä" * 31 + "x", "y" * 900),
