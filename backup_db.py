@@ -5,7 +5,8 @@ A backup is a pair: DATABASE_ENVIRONMENT_TIMESTAMP.dump, written by pg_dump, and
 .metadata.json beside it. It is published only when pg_restore has read the dump back to its
 last byte and found in it every row that the database held at that moment.
 
-The database is named in .env.local beside this script; .env.example has every variable.
+Settings come from the environment, .env.local and .env beside this script, strongest first:
+DEV_DB_NAME or DB_NAME names the database. .env.example has every variable.
 """
 
 # Where to look for what:
@@ -22,6 +23,11 @@ The database is named in .env.local beside this script; .env.example has every v
 from __future__ import annotations
 
 import signal
+import sys
+
+if __name__ == "__main__" and sys.version_info < (3, 10):
+    version = ".".join(map(str, sys.version_info[:3]))
+    sys.exit(f"backup_db.py needs Python 3.10 or newer; this is {version} ({sys.executable})")
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Until `catch_signals` there is nothing to clean up, and Ctrl-C needs no traceback to end this.
@@ -39,7 +45,6 @@ import select
 import shlex
 import stat
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -192,13 +197,47 @@ def fill_steps(text: str, **values: str) -> list[str]:
 
 def missing_package_failure(error: ImportError) -> Failure:
     """A run-time package is not installed, or does not load."""
-    requirements = display_path(SCRIPT_DIR / "requirements.txt")
-    install = shell_words(sys.executable, "-m", "pip", "install", "-r", requirements)
+    from importlib.util import find_spec
+
+    script, requirements, venv = (
+        display_path(SCRIPT_DIR / name) for name in ("backup_db.py", "requirements.txt", ".venv")
+    )
+    run = shell_words(f"{venv}/bin/python3", script)
+    # Made first, since a system's own pip refuses (Debian, Homebrew); one that is there stays.
+    install = shell_words(sys.executable, "-m", "venv", venv) + " && "
+    install += shell_words(f"{venv}/bin/pip", "install", "-r", requirements)
+    steps = [f"Install what the script needs: {install}", f"Then run it from there: {run}"]
+    if sys.prefix != sys.base_prefix:
+        install = shell_words(sys.executable, "-m", "pip", "install", "-r", requirements)
+        steps = [f"Install what the script needs: {install}"]
+    elif os.path.exists(SCRIPT_DIR / ".venv" / "bin" / "python3"):
+        steps = [f"Run it by the python beside it: {run}", f"If that lacks it too: {install}"]
+    if sys.prefix == sys.base_prefix and not find_spec("ensurepip"):
+        steps.insert(0, "Install Debian's part of python3 for this: sudo apt install python3-venv")
+    detail = f"a package is missing: {error} (python is {printable(sys.executable)})"
+    return Failure(ExitCode.GENERAL, detail, *steps)
+
+
+def foreign_config_failure(error: BaseException) -> Failure:
+    """brain_core/config.py is missing, or another project's, whose import may end in anything."""
+    import traceback
+
+    path = SCRIPT_DIR / "brain_core" / "config.py"
+    words = " ".join(traceback.format_exception_only(type(error), error)[-1].split())
+    readme = 'All of it is in README.md, "Into an existing project"'
+    if not path.exists():
+        detail = f"{display_path(path)} is missing: {printable(words)}"
+        copy = "Copy brain_core/, beside backup_db.py, from where that came from"
+        return Failure(ExitCode.GENERAL, detail, copy, readme)
+    script, folder = (display_path(SCRIPT_DIR / name) for name in ("backup_db.py", "backup"))
+    move = f"{shell_words('mkdir', folder)} && {shell_words('mv', script, folder)}"
+    link = shell_words("ln", "-s", "../.env.local", folder)
     return Failure(
         ExitCode.GENERAL,
-        f"a package is missing: {error} (python is {printable(sys.executable)})",
-        f"Install what the script needs: {install}",
-        "In cron, name the python that has it: /path/to/venv/bin/python3 backup_db.py",
+        f"{display_path(path)} is not the one that backup_db.py came with: {printable(words)}",
+        f"Leave that file as it is, and give backup_db.py a folder of its own: {move}",
+        f"Copy the brain_core/ that it came with into {folder}, and link the settings: {link}",
+        readme,
     )
 
 
@@ -321,6 +360,8 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
         look_up="ping -c 1" if is_mac else "getent hosts",
         start="brew services start postgresql" if is_mac else "sudo systemctl start postgresql",
     )
+    if "password" in cause and config.password_hint:
+        steps.insert(0, printable(config.password_hint))
     code = ExitCode.PERMISSION if "CONNECT privilege" in cause else ExitCode.CONNECTION
     return Failure(code, error.text, *steps)
 
@@ -3291,10 +3332,14 @@ def load_configuration(environment_option: str) -> DatabaseConfig:
     """The settings for `--env`, which from here on are this process's libpq settings too."""
     if str(SCRIPT_DIR) not in sys.path:  # python3 -I, -P, PYTHONSAFEPATH
         sys.path.append(str(SCRIPT_DIR))
-    from brain_core.config import ConfigurationError, load_config, read_settings
-
     try:
-        config = load_config(environment_option, read_settings(os.environ, SCRIPT_DIR))
+        from brain_core.config import ConfigurationError, load_config, read_settings
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - another project's may raise anything
+        raise foreign_config_failure(error) from None
+    try:
+        settings = read_settings(os.environ, SCRIPT_DIR)
+        warn(map(printable, settings.warnings))
+        config = load_config(environment_option, settings)
     except ConfigurationError as error:
         raise Failure(
             ExitCode.CONFIGURATION, printable(str(error)), *map(printable, error.steps)
@@ -3648,12 +3693,23 @@ def typed_path(text: str) -> Path:
     return Path(expanded)
 
 
+EXAMPLES = """\
+examples:
+  python3 backup_db.py --env prod --output-dir /backups/production
+  python3 backup_db.py --verify db/backups/project_chat_dev_2025-01-27T14-30-00Z.dump
+
+exit codes:
+"""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The contract's options, and nothing else."""
+    codes = [(0, "Success"), *((int(code), code.category) for code in ExitCode)]
     parser = Parser(
         prog="backup_db.py",
         usage="%(prog)s [--env ENV] [--output-dir DIR] [--verify FILE] [--list] [--help]",
         description=__doc__,
+        epilog=EXAMPLES + "".join(f"  {code}  {words}\n" for code, words in codes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -647,6 +648,11 @@ def test_help_is_the_docstring_and_the_options(make_project: MakeProject) -> Non
     assert backup_db.__doc__.strip() in result.stdout
     for default in ("auto", "db/backups/"):
         assert f"default: {default}" in " ".join(result.stdout.split())
+    lines = result.stdout.splitlines()
+    assert len(lines) <= 45
+    assert sum(line.startswith("  python3 backup_db.py ") for line in lines) == 2
+    codes = [f"  {int(code)}  {code.category}" for code in backup_db.ExitCode]
+    assert lines[lines.index("exit codes:") + 1 :] == ["  0  Success", *codes]
 
 
 def test_options_of_the_contract_are_the_only_ones() -> None:
@@ -696,6 +702,20 @@ def test_nothing_newer_than_python_3_10_is_used() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_older_python_gets_a_plain_line(make_project: MakeProject) -> None:
+    project = make_project()
+    script = project.directory / "backup_db.py"
+    text = script.read_text(encoding="utf-8")
+    ast.parse(text, feature_version=(3, 9))  # or its SyntaxError would come before the line
+    assert text.count("sys.version_info < (3, 10)") == 1
+    script.write_text(text.replace("sys.version_info < (3, 10)", "sys.version_info < (99, 0)"))
+    version = ".".join(map(str, sys.version_info[:3]))
+    for arguments in ([], ["--list"]):
+        assert project.run(*arguments).failed_with(1).stderr == (
+            f"backup_db.py needs Python 3.10 or newer; this is {version} ({sys.executable})\n"
+        )
 
 
 # -- how the interpreter is started, and where ----------------------------------------------------

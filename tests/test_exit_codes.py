@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -105,6 +106,13 @@ def psycopg2_is_not_installed(stage: Stage) -> Result:
     return run_without_packages(project, Database(stage.cluster, DATABASE).settings())
 
 
+@situation(ExitCode.GENERAL, "brain_core/config.py is missing: ModuleNotFoundError", "README.md")
+def config_is_missing(stage: Stage) -> Result:
+    project = stage.project()
+    (project.directory / "brain_core" / "config.py").unlink()
+    return project.run()
+
+
 # -- 2: configuration error -----------------------------------------------------------------------
 
 
@@ -149,6 +157,11 @@ def line_does_not_parse(stage: Stage) -> Result:
     result = project.run()
     assert "secret-0815" not in result.stderr
     return result
+
+
+@situation(ExitCode.CONFIGURATION, r"DEV_DB_HOST is 'h\x1b\r': it ends in a", "DEV_DB_HOST")
+def host_ends_in_a_carriage_return(stage: Stage) -> Result:
+    return stage.project().run(env={"DEV_DB_HOST": "h\x1b\r"})
 
 
 # -- 3: database connection error -----------------------------------------------------------------
@@ -200,6 +213,15 @@ def database_is_missing(stage: Stage) -> Result:
 )
 def password_is_wrong(stage: Stage) -> Result:
     return stage.run_as(Database(stage.cluster, DATABASE), USER, PASSWORD + "x")
+
+
+@situation(
+    ExitCode.CONNECTION,
+    "FATAL: password authentication failed",
+    "The password keeps its quotes. Remove the quotes in .env.local: DEV_DB_PASSWORD",
+)
+def password_keeps_its_quotes(stage: Stage) -> Result:
+    return stage.run_as(Database(stage.cluster, DATABASE), USER, f'"{PASSWORD}"')
 
 
 @situation(
