@@ -96,6 +96,9 @@ def test_no_configuration_says_what_to_set_and_names_the_sample(tmp_path: Path) 
     subprocess.run(["sh", "-e", "-c", copy.removeprefix("Copy the example: ")], check=True)
     assert (folder / ".env.local").read_text() == "#DB_NAME=\n"
     assert (folder / ".env.local").stat().st_mode & 0o777 == 0o600
+    (folder / ".env.local").write_text("DB_NAME=mine\n")  # and pasted once more
+    subprocess.run(["sh", "-c", copy.removeprefix("Copy the example: ")], check=False)
+    assert (folder / ".env.local").read_text() == "DB_NAME=mine\n"
     assert {"DEV_DB_NAME", "DB_NAME", "DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD"} <= set(
         re.findall(r"\w+", fill_in)
     )
