@@ -1155,7 +1155,7 @@ class OpenFile(NamedTuple):
         """Bring it to the disk, and out of the page cache: the next reader reads the disk."""
         with with_filename(self.path):
             os.fsync(self.descriptor)
-        if hasattr(os, "posix_fadvise"):  # not on macOS
+        with contextlib.suppress(AttributeError, OSError):  # macOS has it not, nor every kernel
             os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:

@@ -223,10 +223,16 @@ def test_mount_without_locks(error: str, standing: Project, standing_database: D
 
 
 @pytest.mark.parametrize(
-    "answer", ["error=ENOSYS", f"poke_exit=@arg2={'00' * 64}"], ids=["refused", "0 blocks"]
+    ("call", "answer"),
+    [
+        ("/^f?statfs$", "error=ENOSYS"),
+        ("/^f?statfs$", f"poke_exit=@arg2={'00' * 64}"),  # 0 blocks
+        ("/^fadvise64", "error=ENOSYS"),
+    ],
+    ids=["no free space told", "0 blocks", "no advice taken"],
 )
-def test_free_space_that_is_not_known_is_not_checked(answer: str, standing: Project) -> None:
-    standing.run(prefix=injecting("/^f?statfs$", answer)).succeeded()
+def test_what_a_run_can_do_without(call: str, answer: str, standing: Project) -> None:
+    standing.run(prefix=injecting(call, answer)).succeeded()
 
 
 def test_file_system_that_ends_a_file_at_4_gb(standing: Project) -> None:
