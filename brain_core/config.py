@@ -313,7 +313,7 @@ def _find_mistake(value: str) -> tuple[str, str] | None:
 def _require_plain(settings: Settings, variable: str, value: str) -> None:
     """A URL or a connection string where a name belongs is never shown: it has a password in it,
     which libpq's words, a file name and the metadata would repeat."""
-    if "://" in value or "password=" in value:
+    if re.search(r"://|password\s*=", value, re.IGNORECASE):
         raise ConfigurationError(
             f"{variable} holds a URL or a connection string; it must be one name alone",
             f"Put host, port, name, user and password each into a variable of its own, "

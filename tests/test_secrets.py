@@ -117,7 +117,7 @@ def test_programs_get_no_setting_that_is_not_theirs(
 PASTED = (
     "postgres://keeper:s3cret@localhost:5432/chat",
     "host=localhost password=s3cret dbname=chat",
-    "password='s3cret'",
+    "password = 's3cret'",
 )
 
 
