@@ -2044,8 +2044,10 @@ GRANTS = {
     "table": "Or let it read the tables{more}, {who}: GRANT SELECT ON TABLE {names} TO {role};",
     "sequence": "Or let it read the sequences{more}, {who}: GRANT SELECT ON SEQUENCE {names} "
     "TO {role};",
-    "large object": "Let it read the large objects{more}, {who}: GRANT SELECT ON LARGE OBJECT "
-    "{names} TO {role};",
+    "large object": "Let it read the large objects, {who}: GRANT SELECT ON LARGE OBJECT {names} "
+    "TO {role};",
+    "large objects": "Let it read and write every large object, {who}: "
+    "ALTER ROLE {role} SET lo_compat_privileges = on;",
     "row security": "Let it see every row, {who}: ALTER ROLE {role} BYPASSRLS;",
 }
 
@@ -2065,6 +2067,8 @@ def check_privileges(session: Session) -> None:
     steps = []
     if names.keys() - {"large object", "row security"}:
         steps.append(f"Let it read all tables, {who}: GRANT pg_read_all_data TO {role};")
+    if len(names.get("large object", [])) > MOST_NAMES:
+        names["large objects"] = names.pop("large object")
     for kind, grant in GRANTS.items():
         if found := names.get(kind):
             listed = ", ".join(map(printable, found[:MOST_NAMES]))
