@@ -26,7 +26,7 @@ def calls(standing: Project, tmp_path: Path) -> list[str]:
     """Every system call about files of a backup, its programs included, under a umask that lets
     everybody in. It goes into a new directory, below one that is new as well."""
     trace = tmp_path / "trace"
-    kinds = "trace=open,openat,creat,write,fsync,fdatasync,/^rename,/^unlink,/^mkdir,/^chmod"
+    kinds = "trace=/^(open|creat|write|preadv|fadvise|fsync|rename|unlink|mkdir|chmod)"
     umask = ("sh", "-c", 'umask 000; exec "$@"', "sh")
     strace = (
         program("strace", "strace"),
@@ -63,6 +63,10 @@ def test_all_is_on_the_disk_before_it_has_its_name_and_before_it_is_reported(
             number for number, call in enumerate(calls) if re.search(rf"write\(\d+<.*{dump}", call)
         ),
         "the dump is synced": position(calls, rf"fsync\(\d+<.*{dump}"),
+        "whoever reads it now reads the disk": position(calls, rf"fadvise.*{dump}.*DONTNEED"),
+        "the hash begins": min(
+            number for number, call in enumerate(calls) if re.search(rf"preadv.*{dump}", call)
+        ),
         "the metadata is written": position(calls, rf"write\(\d+<.*{metadata}"),
         "the metadata is synced": position(calls, rf"fsync\(\d+<.*{metadata}"),
         "the metadata gets its name": position(calls, r'rename.*, "[^"]*Z\.metadata\.json"'),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from faults import CONTENTS, DUMP, HOLD, fake_call, let_go, paused, published
-from support import Database, Project, finish, program, wait_until
+from support import Database, Project, finish, metadata_path, program, wait_until
 
 STRANGER = 65534
 PRECIOUS = "what nobody but its owner may change\n"
@@ -222,16 +222,23 @@ def test_link_that_is_retired_is_removed_and_not_what_it_leads_to(
 
 
 @pytest.mark.servers(15)
-def test_old_backups_are_removed_under_the_lock(theirs: Project, tmp_path: Path) -> None:
-    """Another run could begin to read past backups, or remove the same ones."""
+def test_past_backups_are_read_and_removed_under_the_lock(theirs: Project, tmp_path: Path) -> None:
+    """Another run could begin to read them, or remove the same ones. And they may be on a slow
+    disk: they are read before any table is locked."""
     (old,) = theirs.dumps()
     trace = tmp_path / "trace"
     strace = (program("strace", "strace"), "-f", "--seccomp-bpf", "-y", "-qq", "-o", str(trace))
-    kinds = ("-e", "trace=/^unlink,close,/^dup")
+    kinds = ("-e", "trace=flock,openat,sendto,/^unlink,close,/^dup")
     theirs.run(prefix=(*strace, *kinds), env={"BACKUP_KEEP": "1"}).succeeded()
     assert not old.exists()
     calls = trace.read_text(errors="replace").splitlines()
-    removed = [n for n, call in enumerate(calls) if re.search(rf'unlink.*/{old.name}"', call)]
-    unlocked = [n for n, call in enumerate(calls) if re.search(r"close\(\d+<.*_dev\.lock>", call)]
-    assert len(removed) == 1
-    assert removed[0] < max(unlocked)
+
+    def moments(pattern: str) -> list[int]:
+        return [number for number, call in enumerate(calls) if re.search(pattern, call)]
+
+    (locked,) = moments(r"flock\(\d+<.*_dev\.lock>, LOCK_EX")
+    (read,) = moments(rf'openat\(.*/{metadata_path(old).name}"')
+    (tables_locked,) = moments(r"sendto\(.*LOCK TABLE ONLY")
+    (removed,) = moments(rf'unlink.*/{old.name}"')
+    unlocked = max(moments(r"close\(\d+<.*_dev\.lock>"))
+    assert locked < read < tables_locked < removed < unlocked
