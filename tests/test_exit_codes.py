@@ -261,7 +261,7 @@ def role_may_connect_once(stage: Stage) -> Result:
 @situation(ExitCode.CONNECTION, "too many connections for database", "CONNECTION LIMIT -1;")
 def database_is_full(stage: Stage) -> Result:
     role, database = stage.role(), stage.database()
-    stage.cluster.psql(f"ALTER DATABASE {database.name} CONNECTION LIMIT 0")
+    stage.cluster.psql(f"ALTER DATABASE {database.name} CONNECTION LIMIT 1")
     return stage.run_as(database, role)
 
 
