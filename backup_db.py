@@ -3760,7 +3760,8 @@ def run_creation(arguments: Arguments, progress: Progress) -> None:
 
     config = load_configuration(arguments.environment)
     try:
-        removed, warnings = create_backup(config, arguments.output_dir, progress, announce)
+        with with_filename(arguments.output_dir):
+            removed, warnings = create_backup(config, arguments.output_dir, progress, announce)
     except (Failure, OSError) as error:
         failure = error if isinstance(error, Failure) else file_failure(error)
         name, host = printable(config.name), printable(config.host)
@@ -3788,7 +3789,8 @@ def write_result(lines: Iterable[str]) -> None:
 def run_verification(arguments: Arguments, progress: Progress) -> None:
     """`--verify`: check a backup and report it. Raises Failure where it is not sound."""
     assert arguments.dump is not None
-    report = verify_backup(arguments.dump, progress)
+    with with_filename(arguments.dump):
+        report = verify_backup(arguments.dump, progress)
     progress.clear()
     lines = verification_lines(report)
     if not report.examination.problem:

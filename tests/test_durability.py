@@ -181,19 +181,34 @@ def test_directory_that_cannot_be_synced(error: str, standing: Project) -> None:
         assert result.stderr == ""
 
 
-@pytest.mark.parametrize("kind", ["dump", "metadata.json"])
-def test_file_that_cannot_be_synced(
-    kind: str, standing: Project, standing_database: Database
+@pytest.mark.parametrize(
+    ("call", "kind", "named"),
+    [
+        ("fsync", "dump", "Z.dump.partial"),
+        ("fsync", "metadata.json", "Z.metadata.json.partial"),
+        ("/^lseek", "dump", "db/backups"),  # any other: where it was is said all the same
+    ],
+)
+def test_call_that_fails_says_for_which_file(
+    call: str, kind: str, named: str, standing: Project, standing_database: Database
 ) -> None:
     fake_call(standing, *DUMP, HOLD)
     with untouched(standing):
         process = standing.start()
         wait_until(lambda: paused(standing))
         (path,) = standing.backups.glob(f".{standing_database.name}_dev_2*Z.{kind}.partial")
-        with failing(process, "fsync", path, "EIO"):
+        with failing(process, call, path, "EIO"):
             let_go(standing)
         result = finish(process).failed_with(7, "Backup creation error")
-    assert f"{path.name}: Input/output error" in result.stderr, result
+    assert f"{named}: Input/output error" in result.stderr, result
+
+
+def test_dump_that_is_gone_while_it_is_verified_is_named(standing: Project) -> None:
+    """On NFS any call may fail so, when the file was removed on the other side."""
+    (dump,) = standing.dumps()
+    fault = injecting("/^lseek", "error=ESTALE", "-P", str(dump))
+    result = standing.run("--verify", dump, prefix=fault).failed_with(8, "Verification error")
+    assert f"{dump.name}: Stale file handle\n" in result.stderr, result
 
 
 @pytest.mark.parametrize("call", ["/^ftruncate", "write"])
