@@ -638,10 +638,9 @@ class Interrupted(BaseException):
 
 
 class SignalNote:
-    """A signal handler that only notes the first signal: `check_signals` raises it, once."""
+    """A signal handler that only notes the first signal, for `check_signals` to raise."""
 
     number = 0
-    is_raised = False
 
     def __call__(self, number: int, _frame: object) -> None:
         self.number = self.number or number
@@ -656,14 +655,13 @@ def catch_signals() -> None:
 
 
 def check_signals() -> None:
-    """Raise Interrupted if a terminating signal has come; a further one is ignored.
+    """Raise Interrupted if a terminating signal has come; of several, it is the first.
 
     Called on each tick of a wait, and before each step that cannot be undone. Between two calls
-    nothing is interrupted: no fork, rename or clean-up needs a guard.
+    nothing is interrupted: no fork or rename needs a guard, nor a clean-up, which never calls it.
     """
     for note in map(signal.getsignal, TERMINATING_SIGNALS):
-        if isinstance(note, SignalNote) and note.number and not note.is_raised:
-            note.is_raised = True
+        if isinstance(note, SignalNote) and note.number:
             raise Interrupted(note.number)
 
 
