@@ -356,6 +356,7 @@ class Report:
     rows: Sequence[Sequence[str]]
     targets: Sequence[Target]
     bars: Sequence[tuple[str, float]] = ()
+    summary: str = ""  # in plain words, for README.md
 
     def lines(self) -> list[str]:
         """For a terminal."""
@@ -533,6 +534,10 @@ def compare(place: ServerWorkplace, size_gb: float, runs: int) -> Report:
             Target(f"{VERIFY}, peak memory of its own process", verify_memory / MB, 64, " MB"),
         ],
         [(name, results[name].median) for name in (OURS, FLOOR, bare.name, PLAIN, USUAL)],
+        f"Back up {data_bytes / GB:.2f} GB, verification included: {ours.median:.1f} s."
+        f" `{PLAIN}` alone takes {base.median:.1f} s, with the same compression"
+        f" {results[bare.name].median:.1f} s. Verify that backup again:"
+        f" {results[VERIFY].median:.1f} s.",
     )
 
 
@@ -560,6 +565,8 @@ def compare_narrow_rows(place: ServerWorkplace, rows: int, runs: int) -> Report:
                 " MB",
             ),
         ],
+        summary=f"Back up {rows / 1e6:g} million narrow rows, the worst case: {ours.median:.1f} s;"
+        f" `{bare.name}` takes {base.median:.1f} s.",
     )
 
 
@@ -582,6 +589,7 @@ def compare_growth(place: ServerWorkplace, runs: int) -> Report:
             place.time_contender(place.backup(OURS), result)
             say(f"  {result.seconds[-1]:7.2f} s  {database}")
     per_gb = [results[database].median / (sizes[database] / GB) for database in sizes]
+    largest = list(sizes)[-1]
     rows = [
         [
             f"{sizes[database] / GB:.2f} GB",
@@ -599,6 +607,8 @@ def compare_growth(place: ServerWorkplace, runs: int) -> Report:
         (OURS, "time", "from–to", "time per GB", "peak memory"),
         rows,
         [Target("time per GB of the larger, of that of the smaller", per_gb[1] / per_gb[0], 1.2)],
+        summary=f"Back up {sizes[largest] / GB:.2f} GB: {results[largest].median:.1f} s, with"
+        f" {memory[largest] / MB:.0f} MB of memory.",
     )
 
 
@@ -646,6 +656,8 @@ def compare_tables(place: ServerWorkplace, runs: int) -> Report:
                 1.5,
             )
         ],
+        summary=f"Back up {MANY_TABLES} small tables: {results[OURS].median:.1f} s;"
+        f" `{PLAIN}` takes {results[PLAIN].median:.1f} s.",
     )
 
 
@@ -741,20 +753,25 @@ def svg_text(x: int, y: int, text: str, *attributes: str) -> str:
 
 
 def update_readme(reports: Sequence[Report], machine: str) -> None:
-    """Put the tables between the two marks, and the chart beside this program."""
+    """Write what was measured between the two marks, and the chart beside this program: first
+    what everybody reads, then the tables, folded away."""
     text = README.read_text(encoding="utf-8") if README.exists() else ""
     before, begin, rest = text.partition(README_MARKS[0])
     _old, end, after = rest.partition(README_MARKS[1])
     if not (begin and end):
         raise BenchmarkFailure(f"{README} does not have the lines {' and '.join(README_MARKS)}.")
-    lines = [f"Measured on {machine}. {MORE_RUNS}", ""]
+    lines = []
     if any(report.bars for report in reports):
         CHART.write_text(draw_chart(reports), encoding="utf-8")
         say(f"Written: {CHART}")
         picture = CHART.relative_to(environment.PROJECT).as_posix()
         lines += [f"![{CHART_TITLE}]({picture})", ""]
+    lines += [*(f"- {report.summary}" for report in reports if report.summary), ""]
+    lines += ["<details><summary>All figures</summary>", ""]
+    lines += [f"Measured on {machine}. {MORE_RUNS}", ""]
     for report in reports:
         lines += [*report.markdown(), ""]
+    lines += ["</details>"]
     README.write_text("\n".join([before + begin, *lines, end + after]), encoding="utf-8")
     say(f"Written: {README}")
 
