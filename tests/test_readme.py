@@ -1,6 +1,7 @@
-"""README.md's sections on restoring and on the nights: every command in them is run as it stands.
+"""README.md's commands, on the first backup, on restoring and on the nights: run as they stand.
 
 What stands there for something of the reader's own (FILE.dump, /path/to/project_chat) is replaced.
+What changes the machine, the installation of packages, is only parsed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import ClassVar
 import pytest
 from cluster import Cluster
 from conftest import MakeProject
+from environment import PROJECT
 from sample import PASSWORD, USER, load_rows
 from support import (
     MOUNTING,
@@ -30,6 +32,7 @@ from support import (
     Result,
     connect,
     metadata_path,
+    new_database,
     program,
     readme_section,
 )
@@ -55,6 +58,11 @@ RESTORES = {
         r"^\| (.+?) \| `(pg_restore .+)` \|$", readme_section("Restore"), re.MULTILINE
     )
 }
+(SUCCESS,) = re.findall(
+    r"^```console\n\$ python3 backup_db\.py\n(.*?)^```$",
+    (PROJECT / "README.md").read_text(encoding="utf-8"),
+    re.MULTILINE | re.DOTALL,
+)
 # The crontab's lines, by what tells them apart.
 CRON = [line for block in blocks("Every night", "cron") for line in block.splitlines()]
 PATH_LINE, LOG, OWN_LOG, MAILTO, MAIL, PING, FRESH, MOUNT, MONTHLY = CRON
@@ -79,6 +87,66 @@ def test_readme_is_read() -> None:
     assert f"0 2 * * * {contract} >> /var/log/backup.log 2>&1" == LOG
     assert all(contract in line for line in (OWN_LOG, MAIL, PING, MOUNT))
     assert list(UNITS) == ["backup-db.service", "backup-db.timer", "backup-db-failed.service"]
+
+
+def test_shell_commands_parse() -> None:
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    install = re.search(r"^\| elsewhere .*?\n\n", text, re.MULTILINE | re.DOTALL)
+    assert install
+    found += re.findall(r"`(.+?)`", install[0])
+    for command in found:
+        done = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), command
+
+
+# -- the first backup -----------------------------------------------------------------------------
+
+
+def without_values(text: str, database: Database) -> str:
+    """Output without what differs from run to run, and between README.md and this test."""
+    for pattern, replacement in (
+        (rf"{database.name}|project_chat(_dev)?", "DATABASE"),
+        (rf"(port|-p) ({database.cluster.port}|5432)", r"\1 PORT"),
+        (r"_(dev|prod)(?=_)", ""),
+        (r"Environment: (dev|prod)", "Environment: ENVIRONMENT"),
+        (r"\d{4}-\d\d-\d\dT\d\d([-:])\d\d\1\d\dZ", r"TIME\1"),
+        (r"\d+\.\d KB", "SIZE"),
+        (r"[0-9a-f]{12}\.\.\.", "CHECKSUM..."),
+    ):
+        text = re.sub(pattern, replacement, text)
+    return text.strip()
+
+
+def test_first_backup(sample_database: Database, make_project: MakeProject) -> None:
+    """The role and the settings of README.md, and what it shows of a success and of a failure."""
+    cluster, project = sample_database.cluster, make_project()
+    env_local = project.directory / ".env.local"
+    env_local.unlink()
+    shutil.copy(PROJECT / ".env.example", project.directory)
+    sample_database.psql(
+        "ALTER TABLE messages ENABLE ROW LEVEL SECURITY;"
+        "CREATE POLICY nobody ON messages USING (false)"
+    )
+    (make_role,) = blocks("Your own database", "sql")
+    (settings,) = blocks("Your own database", "ini")
+    copying = blocks("Your own database", "bash")[1].splitlines()[1]
+    try:
+        # Of a terminal, \password would ask.
+        sample_database.psql(
+            make_role.replace("\\password backup", "ALTER ROLE backup PASSWORD 'your password';")
+        )
+        shell(copying, project)
+        assert stat.S_IMODE(env_local.stat().st_mode) == 0o600
+        env_local.write_text(f"{settings}DB_PORT={cluster.port}\n")
+        failed = project.run("--env", "prod").failed_with(3)
+        there = {"DB_NAME": sample_database.name}
+        succeeded = project.run("--env", "prod", env=there).succeeded()
+    finally:
+        cluster.psql("DROP ROLE IF EXISTS backup")
+    (failure,) = blocks("When a backup fails", "console")
+    for shown, real in ((failure, failed.stderr), (SUCCESS, succeeded.stdout)):
+        assert without_values(shown, sample_database) == without_values(real, sample_database)
 
 
 # -- restoring ------------------------------------------------------------------------------------
@@ -504,9 +572,21 @@ def test_monthly_verification(nightly: Project) -> None:
     assert first.name in result.stderr
 
 
+def test_two_databases_in_one_folder(nightly: Project, sample_database: Database) -> None:
+    (other,) = re.findall(r"`(DB_NAME=other .*?)`", readme_section("Every night"))
+    line = MAIL.replace("python3 backup_db.py --env prod", other)
+    with new_database(sample_database.cluster, f"--template={sample_database.name}") as database:
+        for _ in range(2):
+            for each in (MAIL, line.replace("=other", f"={database.name} BACKUP_KEEP=1")):
+                result = cron(each, nightly).succeeded()
+                assert (result.stdout, result.stderr) == ("", "")
+        names = [dump.name.partition("_prod_")[0] for dump in nightly.dumps()]
+    assert sorted(names) == sorted([sample_database.name] * 2 + [database.name])
+
+
 def test_line_by_hand(nightly: Project) -> None:
     """The way to see what cron sees: here, what is missing with a PATH without our folders."""
-    (command,) = re.findall(r"`(env -i [^`]*'LINE')`", readme_section("Every night"))
+    (command,) = re.findall(r"`(env -i [^`]*'LINE')`", readme_section("When a backup fails"))
     line = as_here(LOG.split(maxsplit=5)[5], nightly).split(" >> ")[0]
     home = {"HOME": str(nightly.directory / "home"), "PATH": "/usr/bin:/bin"}
     bare = nightly.directory / "bare"  # this machine may have tools in /usr/bin
