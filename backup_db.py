@@ -47,11 +47,12 @@ import stat
 import subprocess
 import threading
 import time
+import typing
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from brain_core.config import DatabaseConfig, Retention
@@ -935,14 +936,6 @@ def iso_timestamp(moment: datetime) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def parse_iso_timestamp(text: str) -> datetime:
-    """The inverse of `iso_timestamp`; ValueError for anything else."""
-    moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
-    if iso_timestamp(moment) != text:
-        raise ValueError(f"{text!r} is no UTC time")
-    return moment
-
-
 def metadata_path(dump: Path) -> Path:
     return dump.with_name(dump.name.removesuffix(DUMP_SUFFIX) + METADATA_SUFFIX)
 
@@ -956,10 +949,6 @@ class MetadataError(ValueError):
     """Metadata that is missing, unreadable or ill-typed; the text names the key."""
 
 
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
 def is_count(value: object) -> bool:
     """Whether it is a number of bytes, rows or objects, as PostgreSQL's bigint holds one."""
     return type(value) is int and 0 <= value < 2**63
@@ -967,80 +956,53 @@ def is_count(value: object) -> bool:
 
 def is_utc_time(value: object) -> bool:
     try:
-        return isinstance(value, str) and bool(parse_iso_timestamp(value))
+        return iso_timestamp(datetime.fromisoformat(str(value).replace("Z", "+00:00"))) == value
     except ValueError:
         return False
 
 
-def are_counts(value: object) -> bool:
-    return isinstance(value, dict) and all(map(is_count, value.values()))
+Count = Annotated[int, is_count]
+Sha256 = Annotated[str, lambda value: re.fullmatch("[0-9a-f]{64}", str(value))]
+UtcTime = Annotated[str, is_utc_time]
 
 
-def are_texts(value: object) -> bool:
-    """Whether it is a list of strings."""
-    return isinstance(value, list) and all(map(is_text, value))
-
-
-def are_role_attributes(value: object) -> bool:
-    """Whether it has for each role what `restore_commands` reads."""
-    return isinstance(value, dict) and all(
-        isinstance(attributes, dict)
-        and type(attributes.get("connection_limit", -1)) is int
-        and isinstance(groups := attributes.get("member_of", {}), dict)
-        and all(isinstance(options, dict) for options in groups.values())
-        for attributes in value.values()
-    )
-
-
-# What a reader relies on: whether the value fits, and what it should be.
-REQUIRED_KEYS: dict[str, tuple[Callable[[Any], object], str]] = {
-    "backup_timestamp": (is_utc_time, "a UTC time"),
-    "environment": (is_text, "text"),
-    "database_name": (is_text, "text"),
-    "backup_file": (is_text, "text"),
-    "backup_size_bytes": (is_count, "a size"),
-    "checksum_sha256": (lambda value: re.fullmatch("[0-9a-f]{64}", str(value)), "a SHA-256"),
-    "table_counts": (are_counts, "a number of rows for each table"),
-    "pg_dump_version": (is_text, "text"),
-    "postgresql_version": (is_text, "text"),
-}
-
-# Of the further keys, those that are read; one that does not fit counts as absent.
-OPTIONAL_KEYS: dict[str, Callable[[Any], bool]] = {
-    "system_identifier": is_text,
-    "database_size_bytes": is_count,
-    "compression": is_text,
-    "large_object_count": is_count,
-    "verification": lambda value: isinstance(value, dict),
-    "partition_of": lambda value: isinstance(value, dict) and all(map(is_text, value.values())),
-    "extensions": lambda value: isinstance(value, dict) and all(map(is_text, value.values())),
-    "roles": are_texts,
-    "role_attributes": are_role_attributes,
-    "tablespaces": are_texts,
-    "database_tablespace": is_text,
-}
+def check_for(annotation: Any) -> Callable[[Any], object]:
+    """What tells whether a value read from JSON fits the annotation of its field."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return lambda value: parts[1](value)
+    if type(None) in parts:
+        return check_for(parts[0])
+    if origin is Mapping:
+        fits = check_for(parts[1])
+        return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+    if origin is Sequence:
+        fits = check_for(parts[0])
+        return lambda value: isinstance(value, list) and all(map(fits, value))
+    return lambda value: annotation is Any or isinstance(value, annotation)
 
 
 class Metadata(NamedTuple):
-    """What stands in a `.metadata.json`. The fields with a default are not in every file."""
+    """What stands in a `.metadata.json`. The fields with a default are not in every file; of them,
+    one that does not fit its annotation counts as absent."""
 
-    backup_timestamp: str
+    backup_timestamp: UtcTime
     environment: str
     database_name: str
     backup_file: str
-    backup_size_bytes: int
-    checksum_sha256: str
-    table_counts: Mapping[str, int]
+    backup_size_bytes: Count
+    checksum_sha256: Sha256
+    table_counts: Mapping[str, Count]
     pg_dump_version: str
     postgresql_version: str
-    table_oids: Mapping[str, int] | None = None
+    table_oids: Mapping[str, Count] | None = None
     partition_of: Mapping[str, str] | None = None
     metadata_version: int = METADATA_VERSION
     system_identifier: str | None = None
-    database_size_bytes: int | None = None
+    database_size_bytes: Count | None = None
     compression: str | None = None
     duration_seconds: float | None = None
-    large_object_count: int | None = None
+    large_object_count: Count | None = None
     verification: Mapping[str, Any] | None = None
     not_included: Sequence[str] = ()
     encoding: str | None = None
@@ -1070,23 +1032,20 @@ class Metadata(NamedTuple):
             raise MetadataError(f"it is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise MetadataError("it is not a JSON object")
-        for key, (fits, wanted) in REQUIRED_KEYS.items():
-            if key not in values:
-                raise MetadataError(f'the key "{key}" is missing')
-            if not fits(values[key]):
-                raise MetadataError(f'the key "{key}" is not {wanted}')
-        further = {key: values[key] for key, fits in OPTIONAL_KEYS.items() if fits(values.get(key))}
-        if (oids := values.get("table_oids")) is not None:  # backups made before have none
-            keys = values["table_counts"].keys()
-            if not are_counts(oids) or oids.keys() != keys or len({*oids.values()}) < len(keys):
+        fitting = {key: value for key, value in values.items() if key in FITS and FITS[key](value)}
+        for key in cls._fields:
+            if key not in fitting and key not in cls._field_defaults:
+                raise MetadataError(f'the key "{key}" is missing, or not what it should be')
+        if values.get("table_oids") is not None:  # backups made before have none
+            oids, keys = fitting.get("table_oids", {}), values["table_counts"].keys()
+            if oids.keys() != keys or len({*oids.values()}) < len(keys):
                 raise MetadataError('the key "table_oids" is not an oid for each table')
-            further["table_oids"] = oids
-        return cls(**{key: values[key] for key in REQUIRED_KEYS}, **further)
+        return cls(**fitting)
 
     @property
     def moment(self) -> datetime:
         """The time of the snapshot."""
-        return parse_iso_timestamp(self.backup_timestamp)
+        return datetime.fromisoformat(self.backup_timestamp.replace("Z", "+00:00"))
 
     def names(self, dump: Path) -> bool:
         """Whether the dump is called as it was when it was made."""
@@ -1109,6 +1068,10 @@ class Metadata(NamedTuple):
                 "pg_restore_version": pg_restore.version,
             },
         )
+
+
+HINTS = typing.get_type_hints(Metadata, include_extras=True)
+FITS = {key: check_for(annotation) for key, annotation in HINTS.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2269,7 +2232,7 @@ def role_commands(
         words = [word.upper() for word in ROLE_FLAGS if facts.get(word) and word != "inherit"]
         words += [] if facts.get("inherit", True) else ["NOINHERIT"]
         limit = facts.get("connection_limit", -1)
-        words += [] if limit == -1 else [f"CONNECTION LIMIT {limit}"]
+        words += [] if limit == -1 else [f"CONNECTION LIMIT {limit:d}"]
         yield psql(" ".join(["CREATE ROLE", one_line_identifier(role), *words])) + " || true"
     for role in roles:
         for group, options in attributes.get(role, {}).get("member_of", {}).items():
