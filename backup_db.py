@@ -1218,10 +1218,6 @@ class Tool(NamedTuple):
 
     path: str
     version: str
-    environment: Mapping[str, str]
-
-    def __repr__(self) -> str:  # without the environment, where the password is
-        return f"Tool({self.path!r}, {self.version!r})"
 
     @property
     def major(self) -> int:
@@ -1234,34 +1230,28 @@ def major_version(version: str) -> int:
     return int(digits.group()) if digits else 0
 
 
-def tool_environment(**settings: str) -> dict[str, str]:
-    """The environment of a child: this one's, without any connection setting or secret but
-    `settings`, and with messages in English. PGCLUSTER stays: Debian's wrapper chooses the version
-    of its tools by it."""
+def tool_environment(*settings: str) -> dict[str, str]:
+    """The environment of a tool: this one's, without any connection setting or secret but those
+    that begin so, and with messages in English. What stays is that by which Debian's wrapper
+    chooses the version of its tools."""
+    kept = ("PGCLUSTER", "PGHOST", "PGPORT", *settings)
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if name == "PGCLUSTER" or not name.startswith(("PG", "DB_", "DEV_DB_"))
+        if name.startswith(kept) or not name.startswith(("PG", "DB_", "DEV_DB_"))
     }
-    given = {name: encode_os_text(value) for name, value in settings.items()}
-    return {**inherited, "LC_ALL": "C", **given}
+    return {**inherited, "LC_ALL": "C"}
 
 
-def find_tool(name: str, environment: Mapping[str, str], beside: str | None = None) -> Tool:
-    """The program called `name`, beside another one or on PATH. Raises Failure with the PATH line
-    that would find it."""
+def find_tool(name: str, folder: str | None = None) -> Tool:
+    """The program called `name`, in the folder or on PATH, asked for its version. Raises Failure
+    with the PATH line that would find it."""
     import shutil
 
-    path = shutil.which(name, path=os.path.dirname(beside)) if beside else None
-    path = path or shutil.which(name)
+    path = shutil.which(name, path=folder) or shutil.which(name)
     if path is None:
         raise missing_tool_failure(name)
-    return ask_version(path, environment)
-
-
-def ask_version(path: str, environment: Mapping[str, str]) -> Tool:
-    """Run the tool for its version, in the environment that it will run in later."""
-    with Program([path, "--version"], environment, stdout=subprocess.PIPE) as program:
+    with Program([path, "--version"], tool_environment(), stdout=subprocess.PIPE) as program:
         assert program.process.stdout is not None
         status = program.wait(TOOL_SECONDS)
         if status is None:
@@ -1271,7 +1261,7 @@ def ask_version(path: str, environment: Mapping[str, str]) -> Tool:
             # "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
             match = re.search(r"\) (\d+[.\w]*)", answer)
             if status == 0 and match:
-                return Tool(path, match.group(1), environment)
+                return Tool(path, match.group(1))
             words = program.stderr_text or printable(answer.strip()) or "no output"
             problem = f"does not answer with a version: {words}"
     raise Failure(
@@ -1299,12 +1289,9 @@ class Tools(NamedTuple):
 
 def find_tools(config: DatabaseConfig) -> Tools:
     """Both tools, of versions that fit, with the compression to use."""
-    pg_dump = find_tool("pg_dump", tool_environment(**config.libpq))
-    # Without the password, which pg_restore has no use for; with the host and port, since
-    # Debian's wrapper chooses its version by them. The one beside pg_dump is nearly always built
-    # with the same compressions.
-    place = tool_environment(**{name: config.libpq[name] for name in ("PGHOST", "PGPORT")})
-    pg_restore = find_tool("pg_restore", place, beside=pg_dump.path)
+    pg_dump = find_tool("pg_dump")
+    # The one beside it is nearly always built with the same compressions.
+    pg_restore = find_tool("pg_restore", os.path.dirname(pg_dump.path))
     if pg_restore.major < pg_dump.major:
         because = f"too old for the archives of pg_dump {pg_dump.version}"
         raise older_tool_failure(pg_restore, pg_dump.major, because)
@@ -1327,8 +1314,8 @@ def compression_refusal(pg_dump: Tool, value: str) -> str | None:
     """None where this build of pg_dump can compress so, else its words. It checks the value before
     it connects (15 to 18, tried), here to nowhere: no server is asked, and no file is made."""
     argv = [pg_dump.path, "--format=custom", f"--compress={value}", f"--file={os.devnull}"]
-    nowhere = {name: text for name, text in pg_dump.environment.items() if name[:2] != "PG"}
-    with Program(argv, nowhere | {"PGHOST": "/nowhere", "PGDATABASE": "probe"}) as program:
+    nowhere = {"PGHOST": "/nowhere", "PGDATABASE": "probe"}
+    with Program(argv, tool_environment() | nowhere) as program:
         program.wait(TOOL_SECONDS)
         return program.stderr_text if "compress" in program.stderr_text else None
 
@@ -1451,7 +1438,7 @@ def run_pg_restore(
     os.lseek(dump.descriptor, 0, os.SEEK_SET)  # see OpenFile
     argv = [pg_restore.path, "--format=custom", *options, dump.argument]
     pipe = subprocess.PIPE
-    with Program(argv, pg_restore.environment, stdin=pipe, stdout=pipe, file=dump) as program:
+    with Program(argv, tool_environment(), stdin=pipe, stdout=pipe, file=dump) as program:
         assert program.process.stdin is not None
         assert program.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # one that ended early: its status says why
@@ -2531,7 +2518,7 @@ def dump_snapshot(run: Run, snapshot: Snapshot) -> Dumped:
     tool = run.tools.pg_dump
     with Program(
         dump_argv(run, snapshot),
-        {**tool.environment, "PGAPPNAME": application_name},
+        {**tool_environment("PG"), "PGAPPNAME": application_name},
         file=run.partial.dump,
         lock=run.lock.descriptor,
     ) as pg_dump:
@@ -3388,7 +3375,7 @@ def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
     Raises Failure for what keeps the checks from being made (files, tools), OSError.
     """
     metadata = load_metadata(dump)
-    pg_restore = find_tool("pg_restore", tool_environment())
+    pg_restore = find_tool("pg_restore")
     with contextlib.closing(OpenFile.open(dump, os.O_RDONLY)) as file:
         examination = examine_dump(pg_restore, file, metadata, progress)
         check_restore_fits(pg_restore, metadata, examination)
