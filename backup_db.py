@@ -1107,11 +1107,6 @@ class OpenFile(NamedTuple):
     def size_bytes(self) -> int:
         return os.fstat(self.descriptor).st_size
 
-    @property
-    def has_its_name(self) -> bool:
-        """Whether the path still leads to it. Raises OSError."""
-        return os.path.samestat(os.fstat(self.descriptor), os.lstat(self.path))
-
     def sync(self) -> None:
         """Bring it to the disk, and out of the page cache: the next reader reads the disk."""
         with with_filename(self.path):
@@ -1123,7 +1118,7 @@ class OpenFile(NamedTuple):
         os.close(self.descriptor)
 
 
-class Program:
+class Program(contextlib.AbstractContextManager["Program"]):
     """A PostgreSQL tool while it runs, in a session of its own, and the tail of its stderr. As a
     context manager it leaves no program behind. (Signals need no mask around the fork: they are
     only noted; and a child would inherit the mask.)"""
@@ -1132,17 +1127,14 @@ class Program:
         self,
         argv: Sequence[str],
         environment: Mapping[str, str],
-        *,
+        *files: OpenFile,  # that it inherits
         stdin: int = subprocess.DEVNULL,
         stdout: int = subprocess.DEVNULL,
-        file: OpenFile | None = None,
-        lock: int | None = None,
     ) -> None:
         self.name = Path(argv[0]).name
-        self._file = file
+        self._files = files
         self._tail = b""
         self._drain = threading.Thread(target=self._read_stderr, daemon=True)
-        inherited = (file.descriptor if file else None, lock)
         try:
             self.process = subprocess.Popen(
                 argv,
@@ -1150,7 +1142,7 @@ class Program:
                 stdin=stdin,
                 stdout=stdout,
                 stderr=subprocess.PIPE,
-                pass_fds=[descriptor for descriptor in inherited if descriptor is not None],
+                pass_fds=[file.descriptor for file in files],
                 start_new_session=True,  # Ctrl-C is ours to pass on
             )
         except OSError as error:
@@ -1167,14 +1159,11 @@ class Program:
             while block := os.read(pipe.fileno(), 8192):
                 self._tail = (self._tail + block)[-STDERR_TAIL_BYTES:]
 
-    def __enter__(self) -> Program:
-        return self
-
     def __exit__(self, *_exception: object) -> None:
         """End it, and whatever it started: SIGTERM, by which pg_dump cancels its query, then
         SIGKILL."""
         for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, None)):
-            if self.status() is None:
+            if self.process.poll() is None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):  # it just ended
                     os.killpg(self.process.pid, number)
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -1184,32 +1173,28 @@ class Program:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 
-    def status(self) -> int | None:
-        """The exit status, negative for a signal; None while it runs. Never waits."""
-        return self.process.poll()
-
     def wait(self, seconds: float) -> int | None:
-        """The exit status; None where `seconds` went by first. Raises Interrupted."""
+        """The exit status, negative for a signal; None where `seconds` went by first. Raises
+        Interrupted."""
         deadline = time.monotonic() + seconds
-        while self.status() is None and time.monotonic() < deadline:
+        while self.process.poll() is None and time.monotonic() < deadline:
             check_signals()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(TICK_SECONDS)
         check_signals()
-        return self.status()
+        return self.process.poll()
 
     @property
     def stderr_text(self) -> str:
         """What the program, now ended, wrote to stderr, or how it ended without a word."""
         self._drain.join(STOP_SECONDS)  # something that it started may hold its stderr open
         text = printable_lines(self._tail.decode("utf-8", "backslashreplace"))
-        if self._file is not None:
-            text = text.replace(self._file.argument, display_path(self._file.path))
+        for file in self._files:
+            text = text.replace(file.argument, display_path(file.path))
         status = self.process.returncode or 0
         if status < 0:
-            names = {number.value: number.name for number in signal.Signals}
-            name = names.get(-status, "unknown")
-            return f"{text}\n{self.name} was ended by signal {-status} ({name})".lstrip()
+            cause = signal.strsignal(-status)
+            return f"{text}\n{self.name} was ended by signal {-status}: {cause}".lstrip()
         return text or (f"{self.name} ended with exit status {status}" if status else "")
 
 
@@ -1438,7 +1423,7 @@ def run_pg_restore(
     os.lseek(dump.descriptor, 0, os.SEEK_SET)  # see OpenFile
     argv = [pg_restore.path, "--format=custom", *options, dump.argument]
     pipe = subprocess.PIPE
-    with Program(argv, tool_environment(), stdin=pipe, stdout=pipe, file=dump) as program:
+    with Program(argv, tool_environment(), dump, stdin=pipe, stdout=pipe) as program:
         assert program.process.stdin is not None
         assert program.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # one that ended early: its status says why
@@ -1678,7 +1663,7 @@ class RowCounter:
         self.rows += 1
 
 
-class Session:
+class Session(contextlib.AbstractContextManager["Session"]):
     """One connection to the server. Each call that waits for it is made in a thread, one at a time.
 
     libpq's own blocking calls are the only ones that cope with slow handshakes, lost packets and
@@ -1824,9 +1809,6 @@ class Session:
                 linger = struct.pack("ii", 1, 0)
                 way.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             way.shutdown(socket.SHUT_RDWR)
-
-    def __enter__(self) -> Session:
-        return self
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
@@ -2519,8 +2501,8 @@ def dump_snapshot(run: Run, snapshot: Snapshot) -> Dumped:
     with Program(
         dump_argv(run, snapshot),
         {**tool_environment("PG"), "PGAPPNAME": application_name},
-        file=run.partial.dump,
-        lock=run.lock.descriptor,
+        run.partial.dump,
+        run.lock,
     ) as pg_dump:
         watch = DumpWatch(run, pg_dump, (snapshot.backend_pid, application_name), expected_bytes)
         watch.wait_until(lambda: watch.is_copying)
@@ -2642,7 +2624,7 @@ class DumpWatch:
         self._check_status()
 
     def _check_status(self) -> None:
-        if status := self._pg_dump.status():
+        if status := self._pg_dump.process.poll():
             raise DumpFailed(status, self._pg_dump.stderr_text)
 
     def tick(self) -> None:
@@ -2650,7 +2632,7 @@ class DumpWatch:
         self._check_status()
         patience, written = self._patience, self._run.partial.dump.size_bytes
         self.is_copying |= written > 0
-        if self._pg_dump.status() is None:
+        if self._pg_dump.process.poll() is None:
             self._reserve.check(written)
         if patience.watch(written=written, rows=self.counter.rows):
             self._blocker = None
@@ -2889,7 +2871,7 @@ class PartialBackup:
         for held, name in zip(self._files, (self.published_dump, described), strict=True):
             if os.path.lexists(name):  # not of our making, since we hold the lock
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(name))
-            if not held.has_its_name:
+            if not os.path.samestat(os.fstat(held.descriptor), os.lstat(held.path)):
                 detail = f"{display_path(held.path)} was replaced by somebody else"
                 raise errno_failure(errno.EEXIST, self.directory, detail)
         check_signals()

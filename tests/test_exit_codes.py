@@ -480,7 +480,7 @@ def pg_dump_fails(stage: Stage) -> Result:
     return project.run()
 
 
-@situation(ExitCode.CREATION, "pg_dump was ended by signal 9 (SIGKILL)", "dmesg")
+@situation(ExitCode.CREATION, "pg_dump was ended by signal 9: Killed", "dmesg")
 def pg_dump_is_killed(stage: Stage) -> Result:
     project = stage.project()
     project.fake("pg_dump", INSTEAD_OF_DUMPING.format("kill -9 $$"))

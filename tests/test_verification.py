@@ -470,8 +470,8 @@ LYING_DUMPS = {
 # What a pg_restore may do while it reads the rows, though the archive is whole.
 FAILING_RESTORES = {
     "warns": ('"$real" "$@"; echo "pg_restore: warning: half of it" >&2', "warning: half of it"),
-    "is killed": ('"$real" "$@"; kill -KILL $$', "ended by signal 9 (SIGKILL)"),
-    "crashes at once": ("kill -SEGV $$", "ended by signal 11 (SIGSEGV)"),
+    "is killed": ('"$real" "$@"; kill -KILL $$', "ended by signal 9: Killed"),
+    "crashes at once": ("kill -SEGV $$", "ended by signal 11: Segmentation fault"),
     "fails": ('"$real" "$@"; exit 3', "pg_restore ended with exit status 3"),
     "says nothing": ("cat >/dev/null", "it holds that of 0"),
     "stops early": ('"$real" "$@" | head --lines=100', "it breaks off within a table"),
