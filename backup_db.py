@@ -2050,47 +2050,53 @@ def list_tables(session: Session) -> list[Table]:
     return [Table(*row) for row in session.query(DUMPED_TABLES)]
 
 
-# Columns that only newer servers have come through to_jsonb: absent, they are NULL.
+# What the metadata says of the database, by its keys. Columns that only newer servers have come
+# through to_jsonb; where there is nothing, there is no key. The roles are those that a restore
+# names: owners and grantees of all that is in the database, and of the database, those with
+# settings in it, owners of its subscriptions. The bootstrap superuser (oid 10) is in no dependency
+# but in most archives. What more than one grantor gave of a membership adds up.
 DATABASE_FACTS = """
-SELECT datname, pg_database_size(oid), current_setting('server_encoding'), datcollate, datctype,
-       COALESCE(to_jsonb(d) ->> 'datlocprovider', 'c'),
-       COALESCE(to_jsonb(d) ->> 'datlocale', to_jsonb(d) ->> 'daticulocale'),
-       (SELECT count(*) FROM pg_catalog.pg_largeobject_metadata)
-  FROM pg_catalog.pg_database d WHERE datname = current_database()
-"""
-
-EXTENSIONS = "SELECT extname, extversion FROM pg_catalog.pg_extension ORDER BY extname"
-
-# The roles that a restore names: owners and grantees of all that is in the database, and of the
-# database, those with settings in it, owners of its subscriptions. The bootstrap superuser (oid 10)
-# is in no dependency but in most archives. A row for each membership; what more than one grantor
-# gave adds up.
-ROLES = """
-WITH d AS (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()),
+WITH d AS (SELECT * FROM pg_database WHERE datname = current_database()),
 named (oid) AS (
   SELECT 10::oid
-  UNION SELECT refobjid FROM pg_catalog.pg_shdepend, d
+  UNION SELECT refobjid FROM pg_shdepend s, d
    WHERE refclassid = 'pg_authid'::regclass
      AND (dbid = d.oid OR (classid = 'pg_database'::regclass AND objid = d.oid))
-  UNION SELECT setrole FROM pg_catalog.pg_db_role_setting JOIN d ON setdatabase = d.oid
-  UNION SELECT subowner FROM pg_catalog.pg_subscription JOIN d ON subdbid = d.oid)
-SELECT r.rolname, r.rolsuper, r.rolinherit, r.rolcreaterole, r.rolcreatedb, r.rolcanlogin,
-       r.rolreplication, r.rolbypassrls, r.rolconnlimit, g.rolname, bool_or(m.admin_option),
-       bool_or((to_jsonb(m) ->> 'inherit_option')::boolean),
-       bool_or((to_jsonb(m) ->> 'set_option')::boolean)
-  FROM named JOIN pg_catalog.pg_roles r ON r.oid = named.oid
-  LEFT JOIN pg_catalog.pg_auth_members m ON m.member = r.oid
-  LEFT JOIN pg_catalog.pg_roles g ON g.oid = m.roleid
- GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 ORDER BY r.rolname, g.rolname
-"""
-
-TABLESPACES = """
-SELECT t.spcname, t.oid = d.dattablespace
-  FROM pg_catalog.pg_tablespace t, pg_catalog.pg_database d
- WHERE d.datname = current_database() AND t.spcname !~ '^pg_'
-   AND (t.oid = d.dattablespace
-        OR t.oid IN (SELECT reltablespace FROM pg_catalog.pg_class WHERE relpersistence <> 't'))
- ORDER BY t.spcname
+  UNION SELECT setrole FROM pg_db_role_setting JOIN d ON setdatabase = d.oid
+  UNION SELECT subowner FROM pg_subscription JOIN d ON subdbid = d.oid),
+membership AS (
+  SELECT member, g.rolname AS role, json_build_object(
+           'admin', bool_or(admin_option),
+           'inherit', bool_or((to_jsonb(m) ->> 'inherit_option')::boolean),
+           'set', bool_or((to_jsonb(m) ->> 'set_option')::boolean)) AS options
+    FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid GROUP BY member, g.rolname)
+SELECT json_strip_nulls(json_build_object(
+  'database_name', datname,
+  'database_size_bytes', pg_database_size(oid),
+  'encoding', current_setting('server_encoding'),
+  'locale', json_build_object(
+    'collate', datcollate, 'ctype', datctype,
+    'provider', CASE COALESCE(to_jsonb(d) ->> 'datlocprovider', 'c')
+                WHEN 'c' THEN 'libc' WHEN 'i' THEN 'icu' WHEN 'b' THEN 'builtin' END,
+    'locale', COALESCE(to_jsonb(d) ->> 'datlocale', to_jsonb(d) ->> 'daticulocale')),
+  'extensions', (
+    SELECT COALESCE(json_object_agg(extname, extversion ORDER BY extname), '{}') FROM pg_extension),
+  'role_attributes', (
+    SELECT json_object_agg(rolname, json_build_object(
+             'superuser', rolsuper, 'inherit', rolinherit, 'createrole', rolcreaterole,
+             'createdb', rolcreatedb, 'login', rolcanlogin, 'replication', rolreplication,
+             'bypassrls', rolbypassrls, 'member_of', COALESCE((
+               SELECT json_object_agg(role, options ORDER BY role)
+                 FROM membership WHERE member = r.oid), '{}'),
+             'connection_limit', rolconnlimit) ORDER BY rolname)
+      FROM named JOIN pg_roles r USING (oid)),
+  'tablespaces', (
+    SELECT COALESCE(json_agg(spcname ORDER BY spcname), '[]') FROM pg_tablespace t
+     WHERE spcname !~ '^pg_' AND (t.oid = dattablespace OR t.oid IN (
+             SELECT reltablespace FROM pg_class WHERE relpersistence <> 't'))),
+  'database_tablespace', (
+    SELECT spcname FROM pg_tablespace t WHERE t.oid = dattablespace AND spcname !~ '^pg_'),
+  'large_object_count', (SELECT count(*) FROM pg_largeobject_metadata)))::text FROM d
 """
 
 # What pg_dump leaves out and exits 0: (sentence, name), a row each.
@@ -2126,18 +2132,6 @@ ORDER BY 3
 
 
 ROLE_FLAGS = ("superuser", "inherit", "createrole", "createdb", "login", "replication", "bypassrls")
-
-
-def describe_roles(session: Session) -> dict[str, dict[str, Any]]:
-    """Each role with its attributes and memberships; of both, `restore_commands` knows the SQL."""
-    roles: dict[str, dict[str, Any]] = {}
-    for name, *flags, connection_limit, group, admin, inherit, set_role in session.query(ROLES):
-        attributes = {**dict(zip(ROLE_FLAGS, flags, strict=True)), "member_of": {}}
-        role = roles.setdefault(name, {**attributes, "connection_limit": connection_limit})
-        if group is not None:
-            options = {"admin": admin, "inherit": inherit, "set": set_role}
-            role["member_of"][group] = {k: v for k, v in options.items() if v is not None}
-    return roles
 
 
 def one_line_identifier(name: str) -> str:
@@ -2214,32 +2208,15 @@ def role_commands(
 
 def describe_database(session: Session) -> dict[str, Any]:
     """What the metadata says of the database, by its keys, but for the tables."""
-    facts = session.query(DATABASE_FACTS)[0]
-    name, size_bytes, encoding, collate, ctype, provider, locale, large_objects = facts
-    providers = {"c": "libc", "i": "icu", "b": "builtin"}
+    facts: dict[str, Any] = json.loads(session.query(DATABASE_FACTS)[0][0])
     major, minor = divmod(session.server_version, 10000)
-    roles = describe_roles(session)
-    tablespaces: dict[str, bool] = dict(session.query(TABLESPACES))
     left_out: dict[str, list[str]] = {}
-    for what, left_name, _oid in session.query(NOT_INCLUDED):
-        left_out.setdefault(what, []).append(left_name)
+    for what, name, _oid in session.query(NOT_INCLUDED):
+        left_out.setdefault(what, []).append(name)
     return {
-        "database_name": name,
-        "database_size_bytes": size_bytes,
+        **facts,
         "postgresql_version": f"{major}.{minor}",
-        "encoding": encoding,
-        "locale": {
-            "collate": collate,
-            "ctype": ctype,
-            "provider": providers.get(provider, provider),
-            **({"locale": locale} if locale else {}),
-        },
-        "extensions": dict(session.query(EXTENSIONS)),
-        "roles": list(roles),
-        "role_attributes": roles,
-        "tablespaces": list(tablespaces),
-        "database_tablespace": next((name for name, is_own in tablespaces.items() if is_own), None),
-        "large_object_count": large_objects,
+        "roles": list(facts["role_attributes"]),
         "not_included": [f"{what} ({list_names(names)})" for what, names in left_out.items()],
     }
 
