@@ -2230,6 +2230,7 @@ class Blocker(NamedTuple):
     """Who has a lock that we or pg_dump wait for: a session, with what this role may know of it, or
     a prepared transaction, which has none."""
 
+    relation: int  # the oid
     pid: int | None
     user: str | None
     application: str | None
@@ -2287,36 +2288,39 @@ LOCK_RETRY_SQLSTATES = {LOCK_NOT_AVAILABLE, "57014", "40P01", "42P01", "3F000"}
 
 LARGE_OBJECTS = 2613  # the oid of pg_largeobject, which holds them
 
-DEADLOCK_TIMEOUT_MS = "SELECT setting::int FROM pg_settings WHERE name = 'deadlock_timeout'"
-
-# PostgreSQL documentation, "Lock Management": the lock table is shared by all, and we take one
-# place for each table. Locks by the fast path are not in it.
-LOCK_TABLE_ROOM = """
-SELECT current_setting('max_locks_per_transaction')::int * (1 + sum(setting::int))
-       - (SELECT count(DISTINCT (database, relation)) FROM pg_catalog.pg_locks
+# The server's deadlock_timeout, and for how many tables there is room in its lock table: that is
+# shared by all, and we take one place for each (PostgreSQL documentation, "Lock Management"). Locks
+# by the fast path are not in it.
+LOCK_LIMITS = """
+SELECT (SELECT setting::int FROM pg_settings WHERE name = 'deadlock_timeout'),
+       current_setting('max_locks_per_transaction')::int * (1 + sum(setting::int))
+       - (SELECT count(DISTINCT (database, relation)) FROM pg_locks
            WHERE locktype = 'relation' AND NOT fastpath)
-  FROM pg_catalog.pg_settings
+  FROM pg_settings
  WHERE name IN ('max_connections', 'max_worker_processes', 'max_wal_senders',
                 'max_prepared_transactions', %s)
 """
 
-# The prepared transaction that has the lock l: no session has it, and by its virtual transaction it
-# holds its own transaction id too.
-PREPARED_TRANSACTION = """
-  LEFT JOIN pg_catalog.pg_locks t
+# Who has, or is next to have, the only lock that ACCESS SHARE waits for. No session has the lock of
+# a prepared transaction: by its virtual transaction it holds its own transaction id too.
+BLOCKER = """
+SELECT l.relation::bigint, l.pid, a.usename, a.application_name, a.query,
+       EXISTS (SELECT FROM pg_locks w WHERE w.pid = l.pid AND NOT w.granted), x.gid
+  FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+  LEFT JOIN pg_locks t
     ON l.pid IS NULL AND t.pid IS NULL AND t.virtualtransaction = l.virtualtransaction
    AND t.locktype = 'transactionid' AND t.mode = 'ExclusiveLock'
-  LEFT JOIN pg_catalog.pg_prepared_xacts x ON x.transaction = t.transactionid
-"""
-
-LOCK_HOLDER = f"""
-SELECT l.relation::bigint, l.pid, a.usename, a.application_name, a.query, false, x.gid
-  FROM pg_catalog.pg_locks l LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
-{PREPARED_TRANSACTION}
+  LEFT JOIN pg_prepared_xacts x ON x.transaction = t.transactionid
  WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.relation = ANY (%s::oid[])
-   AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+   AND l.database IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
  ORDER BY l.granted DESC, a.xact_start LIMIT 1
 """
+
+
+def find_blocker(session: Session, relations: Iterable[int]) -> Blocker | None:
+    """Who keeps these relations, by their oids, from being read."""
+    found = session.query(BLOCKER, list(relations))
+    return Blocker(*found[0]) if found else None
 
 
 def take_snapshot(run: Run) -> Snapshot:
@@ -2334,15 +2338,14 @@ def take_snapshot(run: Run) -> Snapshot:
     while True:
         begin_read_only(session)
         tables = list_tables(session)
-        (deadlock_timeout_ms,) = session.query(DEADLOCK_TIMEOUT_MS)[0]
         is_18 = session.server_version >= 180000
         workers = "autovacuum_worker_slots" if is_18 else "autovacuum_max_workers"
-        (room,) = session.query(LOCK_TABLE_ROOM, workers)[0]
+        deadlock_timeout_ms, room = session.query(LOCK_LIMITS, workers)[0]
         session.query("COMMIT")
         if len(tables) > room:
             raise lock_table_failure(len(tables), room)
         run.partial.begin()
-        what, blocker = "the set of tables changes all the time", None
+        what = "the set of tables changes all the time"
         try:
             limit_ms = max(1, min(LOCK_TIMEOUT_MS, deadlock_timeout_ms // 2))
             if snapshot := lock_and_export(session, tables, limit_ms):
@@ -2354,9 +2357,8 @@ def take_snapshot(run: Run) -> Snapshot:
         session.query("ROLLBACK")  # every lock goes
         keys = {LARGE_OBJECTS: "pg_largeobject"} | {table.oid: table.key for table in tables}
         begin_read_only(session)
-        for oid, *who in session.query(LOCK_HOLDER, list(keys)):
-            blocker = Blocker(*who)
-            what = f"{blocker} holds the table {printable(keys[oid])}"
+        if blocker := find_blocker(session, keys):
+            what = f"{blocker} holds the table {printable(keys[blocker.relation])}"
         session.query("COMMIT")
         patience.check(f"the tables could not be locked for reading: {what}", blocker)
         pause(run.progress, what)
@@ -2539,29 +2541,17 @@ def find_renamed_schema(session: Session, snapshot: Snapshot) -> str | None:
     return None
 
 
-# pg_dump's backend, or ours, and who blocks it: a row for each blocker. A prepared transaction has
-# no session: pg_blocking_pids says 0, and pg_locks tells which it is. pg_stat_activity is frozen
-# within a transaction until it is told to look again.
-CLEAR_ACTIVITY_SNAPSHOT = "SELECT pg_catalog.pg_stat_clear_snapshot()"
-ACTIVITY = f"""
+# pg_dump's backend and ours, and the relation that each waits for. Within a transaction
+# pg_stat_activity is frozen until it is told to look again.
+ACTIVITY = """
+SELECT pg_stat_clear_snapshot();
 SELECT a.pid <> %s, starts_with(a.query, 'COPY '),
        concat_ws(' ', a.query_start, a.state_change, p.bytes_processed),
-       b.pid, b.usename, b.application_name, b.query, cardinality(pg_blocking_pids(b.pid)) > 0,
-       x.gid
-  FROM pg_catalog.pg_stat_activity a
-  LEFT JOIN pg_catalog.pg_stat_progress_copy p ON p.pid = a.pid
-  LEFT JOIN LATERAL unnest(pg_blocking_pids(a.pid)) AS blocking (pid) ON true
-  LEFT JOIN pg_catalog.pg_stat_activity b ON b.pid = blocking.pid
-  LEFT JOIN LATERAL (
-       SELECT x.gid FROM pg_catalog.pg_locks w
-         JOIN pg_catalog.pg_locks l
-           ON l.granted AND l.pid IS NULL AND l.locktype = w.locktype
-          AND (l.database, l.relation, l.classid, l.objid, l.transactionid)
-              IS NOT DISTINCT FROM (w.database, w.relation, w.classid, w.objid, w.transactionid)
-         {PREPARED_TRANSACTION}
-        WHERE w.pid = a.pid AND NOT w.granted AND x.gid IS NOT NULL LIMIT 1) x ON blocking.pid = 0
+       CASE a.wait_event_type WHEN 'Lock' THEN (
+         SELECT relation::bigint FROM pg_locks w WHERE w.pid = a.pid AND NOT w.granted LIMIT 1) END
+  FROM pg_stat_activity a LEFT JOIN pg_stat_progress_copy p ON p.pid = a.pid
  WHERE a.application_name = %s OR a.pid = %s
- ORDER BY 1 DESC, b.xact_start
+ ORDER BY 1 DESC
 """
 
 
@@ -2635,14 +2625,12 @@ class DumpWatch:
             self._ask(self._run.session)
 
     def _ask(self, session: Session) -> None:
-        session.query(CLEAR_ACTIVITY_SNAPSHOT)
         self._blocker = None
         ours, application_name = self._backends
         rows = session.query(ACTIVITY, ours, application_name, ours)
-        for is_pg_dump, is_copying, activity, *who in rows:
-            blocker = Blocker(*who)
-            if self._blocker is None and (blocker.pid or blocker.gid):
-                self._blocker = blocker
+        for is_pg_dump, is_copying, activity, relation in rows:
+            if relation and self._blocker is None:
+                self._blocker = find_blocker(session, [relation])
             if is_pg_dump:
                 self._patience.watch(activity=activity)
                 if self._blocker and self._blocker.is_waiting and not self.is_copying:
