@@ -1775,11 +1775,6 @@ class Session(contextlib.AbstractContextManager["Session"]):
         """The server process as libpq knows it; a pooler hands out a number of its own."""
         return int(self._connection.info.backend_pid)
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether it can be asked; not where a call was broken off."""
-        return self._running is None
-
     def close(self) -> None:
         """Leave the server; locks and snapshot go with it, and the query that runs, at once."""
         if self._connection is None:
@@ -2269,6 +2264,11 @@ class Snapshot(NamedTuple):
     facts: Mapping[str, Any]  # what the metadata says of the database
     backend_pid: int  # ours, also behind a pooler, which gives libpq a number of its own
 
+    @property
+    def application_name(self) -> str:
+        """By this pg_dump's backend is found; ASCII, since the server replaces anything else."""
+        return f"backup_db {self.id}"
+
 
 class Run(NamedTuple):
     """What a run works with, from the moment that it may write."""
@@ -2404,16 +2404,9 @@ def lock_and_export(session: Session, tables: list[Table], limit_ms: int) -> Sna
     return snapshot
 
 
-class Dumped(NamedTuple):
-    """A finished dump, not yet read back, and what the database held at that moment."""
-
-    snapshot: Snapshot
-    counts: Mapping[int, int]  # by the table's oid
-    warnings: str
-
-
-def dump_database(run: Run) -> Dumped:
-    """Dump the database into the partial file, and count its rows in the same snapshot.
+def dump_database(run: Run) -> tuple[Snapshot, dict[int, int], str]:
+    """Dump the database into the partial file, and count its rows in the same snapshot, by the
+    table's oid; also what pg_dump warned of.
 
     DDL that slipped in where no lock protects (a view dropped, a schema renamed) makes us let go
     of everything and begin again, three times in all. So does a deadlock that is ahead, before
@@ -2422,12 +2415,12 @@ def dump_database(run: Run) -> Dumped:
     attempts = 0
     patience: Patience | None = None
     while True:
+        doing = "locking the tables"
         try:
             snapshot = take_snapshot(run)
-        except ServerError as error:
-            raise server_failure(error, "locking the tables") from None
-        try:
-            return dump_snapshot(run, snapshot)
+            doing = "dumping and counting the rows"
+            counts, warnings = dump_snapshot(run, snapshot)
+            return snapshot, counts, warnings
         except DeadlockAhead as ahead:
             patience = patience or Patience()
             patience.check(f"pg_dump waits for a lock: {ahead.blocker} blocks it", ahead.blocker)
@@ -2438,21 +2431,30 @@ def dump_database(run: Run) -> Dumped:
                 raise failure from None
             waits_for = "something changed meanwhile"
         except ServerError as error:
-            raise server_failure(error, "dumping and counting the rows") from None
-        run.session.close()
-        pause(run.progress, waits_for)
+            raise server_failure(error, doing) from None
         try:
-            run.session.connect()
+            begin_again(run, waits_for)
         except ServerError as error:
             lost = ServerError(error.text, lost=True)
             raise server_failure(lost, "beginning again") from None
 
 
-def dump_argv(run: Run, snapshot: Snapshot) -> list[str]:
-    """The command that writes the dump. The database, the host and the password stay in the
-    environment; owners and grants stay in the archive."""
-    return [
-        run.tools.pg_dump.path,
+def begin_again(run: Run, waits_for: str) -> None:
+    """A new session, with nothing held meanwhile; the server frees a connection a moment late."""
+    run.session.close()
+    pause(run.progress, waits_for)
+    run.session.connect()
+
+
+def dump_snapshot(run: Run, snapshot: Snapshot) -> tuple[dict[int, int], str]:
+    """Run pg_dump on the snapshot while our session counts in it. Raises DumpFailed, DeadlockAhead,
+    SnapshotLost."""
+    expected_bytes = check_disk_space(run, snapshot)
+    tool, dump = run.tools.pg_dump, run.partial.dump
+    # The database, the host and the password stay in the environment; owners and grants stay in
+    # the archive.
+    argv = [
+        tool.path,
         "--format=custom",
         "--dbname=" + " ".join(f"{name}={value}" for name, value in KEEPALIVES.items()),
         "--no-password",
@@ -2461,25 +2463,11 @@ def dump_argv(run: Run, snapshot: Snapshot) -> list[str]:
         f"--encoding={snapshot.facts['encoding']}",
         f"--lock-wait-timeout={DUMP_LOCK_TIMEOUT}",
         f"--compress={run.tools.compress_value}",
-        f"--file={run.partial.dump.argument}",
+        f"--file={dump.argument}",
     ]
-
-
-def dump_snapshot(run: Run, snapshot: Snapshot) -> Dumped:
-    """Run pg_dump on the snapshot while our session counts in it. Raises DumpFailed, DeadlockAhead,
-    SnapshotLost."""
-    database_bytes = snapshot.facts["database_size_bytes"]
-    expected_bytes = check_disk_space(run, database_bytes, sum(snapshot.sizes.values()))
-    # By this its backend is found; ASCII, since the server replaces anything else.
-    application_name = f"backup_db {os.getpid()} {os.urandom(4).hex()}"
-    tool = run.tools.pg_dump
-    with Program(
-        dump_argv(run, snapshot),
-        {**tool_environment("PG"), "PGAPPNAME": application_name},
-        run.partial.dump,
-        run.lock,
-    ) as pg_dump:
-        watch = DumpWatch(run, pg_dump, (snapshot.backend_pid, application_name), expected_bytes)
+    environment = {**tool_environment("PG"), "PGAPPNAME": snapshot.application_name}
+    with Program(argv, environment, dump, run.lock) as pg_dump:
+        watch = DumpWatch(run, pg_dump, snapshot, expected_bytes)
         watch.wait_until(lambda: watch.is_copying)
         try:
             counts = count_rows(run.session, snapshot, watch)
@@ -2489,13 +2477,13 @@ def dump_snapshot(run: Run, snapshot: Snapshot) -> Dumped:
             raise
         watch.wait_until(lambda: False)
         warnings = pg_dump.stderr_text
-    if not run.partial.dump.size_bytes and not DiskRoom.of(run.partial.directory).is_full:
+    if not dump.size_bytes and not DiskRoom.of(run.partial.directory).is_full:
         raise wrapper_failure(tool, warnings)
     run.session.query("COMMIT")
     begin_read_only(run.session)
     if renamed := find_renamed_schema(run.session, snapshot):
         raise SnapshotLost(f"the {renamed} while it was dumped")
-    return Dumped(snapshot, counts, warnings)
+    return counts, warnings
 
 
 # undefined_table, invalid_schema_name, wrong_object_type, undefined_column, and for a view or a
@@ -2545,12 +2533,13 @@ def find_renamed_schema(session: Session, snapshot: Snapshot) -> str | None:
 # pg_stat_activity is frozen until it is told to look again.
 ACTIVITY = """
 SELECT pg_stat_clear_snapshot();
-SELECT a.pid <> %s, starts_with(a.query, 'COPY '),
+SELECT a.pid <> ours.pid, starts_with(a.query, 'COPY '),
        concat_ws(' ', a.query_start, a.state_change, p.bytes_processed),
        CASE a.wait_event_type WHEN 'Lock' THEN (
          SELECT relation::bigint FROM pg_locks w WHERE w.pid = a.pid AND NOT w.granted LIMIT 1) END
-  FROM pg_stat_activity a LEFT JOIN pg_stat_progress_copy p ON p.pid = a.pid
- WHERE a.application_name = %s OR a.pid = %s
+  FROM (SELECT %s AS pid) ours JOIN pg_stat_activity a
+    ON a.pid = ours.pid OR a.application_name = %s
+  LEFT JOIN pg_stat_progress_copy p ON p.pid = a.pid
  ORDER BY 1 DESC
 """
 
@@ -2565,14 +2554,12 @@ class DumpWatch:
     server sees one after deadlock_timeout, 1 s by default; we look more often and let go.
     """
 
-    def __init__(
-        self, run: Run, pg_dump: Program, backends: tuple[int, str], expected_bytes: int
-    ) -> None:
+    def __init__(self, run: Run, pg_dump: Program, snapshot: Snapshot, expected_bytes: int) -> None:
         self._run = run
         self._pg_dump = pg_dump
-        self._backends = backends  # our pid, pg_dump's application name
+        self._snapshot = snapshot
         self._expected_bytes = expected_bytes
-        self._reserve = DiskReserve(run)
+        self._written = 0
         self._patience = Patience()
         self._blocker: Blocker | None = None
         self._looked_at = 0.0
@@ -2596,7 +2583,8 @@ class DumpWatch:
         patience, written = self._patience, self._run.partial.dump.size_bytes
         self.is_copying |= written > 0
         if self._pg_dump.process.poll() is None:
-            self._reserve.check(written)
+            check_reserve(self._run, written, written - self._written)
+        self._written = written
         if patience.watch(written=written, rows=self.counter.rows):
             self._blocker = None
         still = min(patience.still_seconds, time.monotonic() - self._looked_at)
@@ -2626,9 +2614,8 @@ class DumpWatch:
 
     def _ask(self, session: Session) -> None:
         self._blocker = None
-        ours, application_name = self._backends
-        rows = session.query(ACTIVITY, ours, application_name, ours)
-        for is_pg_dump, is_copying, activity, relation in rows:
+        ours, theirs = self._snapshot.backend_pid, self._snapshot.application_name
+        for is_pg_dump, is_copying, activity, relation in session.query(ACTIVITY, ours, theirs):
             if relation and self._blocker is None:
                 self._blocker = find_blocker(session, [relation])
             if is_pg_dump:
@@ -2691,24 +2678,14 @@ def diagnose_dump(
 def ask_again(run: Run, snapshot: Snapshot) -> str | None:
     """Whether the server is there, allows a connection beside ours, and lets us read everything:
     raises ServerError, Failure. Returns what find_renamed_schema does."""
-    session = run.session
-    if session.is_idle:
-        session.query("ROLLBACK")  # nothing that comes waits while locks are held
-    else:  # pg_dump failed while rows were counted
-        session.close()
-        pause(run.progress, "pg_dump has failed")  # the server frees a connection a moment late
-        session.connect()
+    begin_again(run, "pg_dump has failed")
     try:
         Session(run.config).close()
-    except ServerError:
-        pause(run.progress, "pg_dump has failed")
-        try:
-            Session(run.config).close()
-        except ServerError as refused:
-            raise connection_failure(run.config, refused) from None
-    begin_read_only(session)
-    check_privileges(session)
-    return find_renamed_schema(session, snapshot)
+    except ServerError as refused:
+        raise connection_failure(run.config, refused) from None
+    begin_read_only(run.session)
+    check_privileges(run.session)
+    return find_renamed_schema(run.session, snapshot)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2890,20 +2867,11 @@ class DiskRoom(NamedTuple):
         return cls(sys.maxsize, 0, False)
 
 
-class DiskReserve:
-    """What a dump leaves to others on its file system."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._written = 0
-
-    def check(self, written: int) -> None:
-        """Raise Failure where what comes before the next look may go to the reserve."""
-        directory, last = self._run.partial.directory, self._run.last
-        growth, self._written = written - self._written, written
-        room = DiskRoom.of(directory)
-        if room.free_bytes >= room.reserve_bytes + 2 * growth:
-            return
+def check_reserve(run: Run, written: int, growth: int) -> None:
+    """Raise Failure where what a dump may write before the next look would go to the reserve."""
+    directory, last = run.partial.directory, run.last
+    room = DiskRoom.of(directory)
+    if room.free_bytes < room.reserve_bytes + 2 * growth:
         size = f", the last backup had {format_size(last.backup_size_bytes)}" if last else ""
         detail = (
             f"{display_path(directory)}: {format_size(room.free_bytes)} free, which is left to "
@@ -2912,14 +2880,15 @@ class DiskReserve:
         raise errno_failure(errno.ENOSPC, directory, detail)
 
 
-def check_disk_space(run: Run, database_bytes: int, tables_bytes: int) -> int:
+def check_disk_space(run: Run, snapshot: Snapshot) -> int:
     """About how large the dump will be. Raises Failure only where it can hardly fit: a backup that
-    would have fitted must not be refused, and DiskReserve handles a disk that fills."""
-    directory, last = run.partial.directory, run.last
+    would have fitted must not be refused, and check_reserve handles a disk that fills."""
+    directory, last, tables_bytes = run.partial.directory, run.last, sum(snapshot.sizes.values())
     need, expected = NEED_OF_TABLES * tables_bytes, EXPECTED_OF_TABLES * tables_bytes
     basis = f"{format_size(tables_bytes)} of tables"
     if last is not None and last.database_size_bytes:
-        expected = database_bytes / last.database_size_bytes * last.backup_size_bytes
+        growth = snapshot.facts["database_size_bytes"] / last.database_size_bytes
+        expected = growth * last.backup_size_bytes
         need = NEED_OF_LAST_BACKUP * expected
         basis = f"the last backup had {format_size(last.backup_size_bytes)}"
     room = DiskRoom.of(directory)
@@ -3200,10 +3169,10 @@ def create_backup(
             earlier = verified_backups(output_dir, series)
             last = earlier[0][1] if earlier else None
             run = Run(config, tools, session, lock, partial, progress, last)
-            dumped = dump_database(run)
+            snapshot, counts, dump_warnings = dump_database(run)
             session.close()  # nothing more is asked of the server
             Background(partial.dump.sync).wait()
-            draft = draft_metadata(run, dumped, series)
+            draft = draft_metadata(run, snapshot, counts, series)
             file = partial.dump
             examination = examine_dump(tools.pg_restore, file, draft, progress, begin=DUMP_SHARE)
             check_restore_fits(tools.pg_restore, draft, examination)
@@ -3217,7 +3186,7 @@ def create_backup(
                 if os.path.lexists(partial.published_dump):
                     interrupted.outcome = "The new backup is whole and published."
                 raise
-            warnings = [*filter(None, [dumped.warnings]), *complaints]
+            warnings = [*filter(None, [dump_warnings]), *complaints]
             described = [old for _path, old in earlier]
             announce(CreationReport(partial.published_dump, metadata, described, warnings))
             return retire_backups(metadata, earlier, config.retention)
@@ -3282,23 +3251,25 @@ def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> Ser
     return Series(database, config.environment.value, server)
 
 
-def draft_metadata(run: Run, dumped: Dumped, series: Series) -> Metadata:
+def draft_metadata(
+    run: Run, snapshot: Snapshot, counts: Mapping[int, int], series: Series
+) -> Metadata:
     """What the metadata says of a dump before it is read back: no checksum, no verification."""
-    tables = {table.oid: table for table in dumped.snapshot.tables}
-    counted = [tables[oid] for oid in dumped.counts]
+    tables = {table.oid: table for table in snapshot.tables}
+    counted = [tables[oid] for oid in counts]
     draft = Metadata(
         backup_timestamp=iso_timestamp(run.partial.moment),
         environment=series.environment,
         backup_file=decode_os_text(run.partial.published_dump.name),
         backup_size_bytes=run.partial.dump.size_bytes,
         checksum_sha256="",
-        table_counts={table.key: dumped.counts[table.oid] for table in counted},
+        table_counts={table.key: counts[table.oid] for table in counted},
         table_oids={table.key: table.oid for table in counted},
         partition_of={table.key: tables[table.root].key for table in counted if table.root},
         pg_dump_version=run.tools.pg_dump.version,
         system_identifier=series.server,
         compression=run.tools.compression,
-        **dumped.snapshot.facts,
+        **snapshot.facts,
     )
     return draft._replace(restore=restore_commands(draft))
 
