@@ -12,7 +12,7 @@ DEV_DB_NAME or DB_NAME names the database. .env.example has every variable.
 # Where to look for what:
 #   what happens, in order                create_backup; within it dump_database
 #   why this exit code, and what to do    "What can go wrong"
-#   what programs are run, and how        "Programs"; dump_argv, run_pg_restore
+#   what programs are run, and how        "Programs"; dump_snapshot, run_pg_restore
 #   can half a file be seen               "The directory": PartialBackup.publish
 #   what the server is asked              "The catalog", in the transactions of begin_read_only
 #   how a wait ends                       "Waiting": check_signals, Patience
@@ -2007,36 +2007,30 @@ class Table(NamedTuple):
     qualified_name: str  # with its schema, quoted where SQL needs it
     key: str  # the same in the metadata: bare in schema public
     root: int | None  # of a partition: the oid of its topmost table
-    condition: str  # of an extension's configuration table: the rows that pg_dump takes
-    column: str  # the one that is least work to read, in parentheses; empty where there is none
-    has_rows: bool  # in the dump: those of a partitioned table are in its partitions
-
-    @property
-    def copy_statement(self) -> str:
-        """What yields one line for each of its rows in the dump.
-
-        A COPY of a table reads the heap and is never planned, while planning a SELECT would run
-        what the table's owner put into its indexes and statistics: as us. As in pg_dump, the one
-        exception are the tables of an extension that come with a condition.
-        """
-        if self.condition:
-            return (
-                f"COPY (SELECT {self.column} FROM {self.qualified_name} {self.condition}) TO STDOUT"
-            )
-        return f"COPY {self.qualified_name} {self.column} TO STDOUT"
+    copy: str | None  # the statement; None where its rows, if any, are not in the dump as its own
+    is_filtered: bool  # an extension's configuration table, of which pg_dump takes some rows
 
 
-# The tables that pg_dump locks. Unlogged tables hold nothing on a standby, and pg_dump leaves
-# their rows out there. Object ids grow, so that their order is the order of creation.
+# The tables that pg_dump locks, and what yields one line for each of their rows in the dump.
+# Unlogged tables hold nothing on a standby, and pg_dump leaves their rows out there. Object ids
+# grow, so that their order is the order of creation.
+#
+# A COPY of a table reads the heap and is never planned, while planning a SELECT would run what the
+# table's owner put into its indexes and statistics: as us. As in pg_dump, the one exception are the
+# tables of an extension that come with a condition. One column is enough: the least work to read.
 DUMPED_TABLES = f"""
 {RELATIONS}
-SELECT oid, name, key, NULLIF(pg_partition_root(oid)::oid, oid), COALESCE(condition, ''),
-       COALESCE((SELECT '(' || quote_ident(a.attname) || ')' FROM pg_catalog.pg_attribute a
-                  WHERE a.attrelid = rel.oid AND a.attnum > 0
-                    AND NOT a.attisdropped AND a.attgenerated = ''
-                  ORDER BY a.attlen < 0, a.attlen, a.attnum LIMIT 1), ''),
-       relkind = 'r' AND NOT (relpersistence = 'u' AND pg_is_in_recovery())
-  FROM rel WHERE is_dumped AND relkind IN ('r', 'p') ORDER BY oid
+SELECT oid, name, key, NULLIF(pg_partition_root(oid)::oid, oid),
+       CASE WHEN relkind = 'p' OR relpersistence = 'u' AND pg_is_in_recovery() THEN NULL
+            WHEN condition <> '' THEN format('COPY (SELECT %s FROM %s %s) TO STDOUT',
+                                             attname, name, condition)
+            ELSE format('COPY %s %s TO STDOUT', name, '(' || attname || ')') END,
+       COALESCE(condition, '') <> ''
+  FROM rel LEFT JOIN LATERAL (
+       SELECT quote_ident(attname) AS attname FROM pg_attribute
+        WHERE attrelid = rel.oid AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
+        ORDER BY attlen < 0, attlen, attnum LIMIT 1) a ON true
+ WHERE is_dumped AND relkind IN ('r', 'p') ORDER BY oid
 """
 
 
@@ -2391,7 +2385,7 @@ def lock_and_export(session: Session, tables: list[Table], limit_ms: int) -> Sna
     identifier, pid = session.query("SELECT pg_export_snapshot(), pg_backend_pid()")[0]
     if list_tables(session) != tables:
         return None
-    sized = [LARGE_OBJECTS, *(table.oid for table in tables if table.has_rows)]
+    sized = [LARGE_OBJECTS, *(table.oid for table in tables if table.copy)]
     snapshot = Snapshot(
         id=identifier,
         tables=tables,
@@ -2494,19 +2488,19 @@ SLIPPED_IN_SQLSTATES = {"42P01", "3F000", "42809", "42703", "55000"}
 def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[int, int]:
     """The rows of every table, exactly, in the session's snapshot, by the table's oid.
 
-    A table without a byte is empty, but for one with a condition: its children are read too.
+    A table without a byte is empty, but for a filtered one: its children are read too.
     (Counts taken from the archive alone would prove nothing of what the database held.)
     """
     counts = {}
     looked_at = time.monotonic()
     for table in snapshot.tables:
-        if not table.has_rows:
+        if table.copy is None:
             continue
         counts[table.oid] = 0
-        if table.condition or snapshot.sizes[table.oid]:
+        if table.is_filtered or snapshot.sizes[table.oid]:
             watch.counting = table.key
             try:
-                rows = session.copy_rows(table.copy_statement, watch.counter, watch.tick)
+                rows = session.copy_rows(table.copy, watch.counter, watch.tick)
             except ServerError as error:
                 if error.sqlstate in DAMAGE_SQLSTATES or DAMAGE.search(error.text):
                     raise damage_failure(error.text, table.qualified_name) from None
