@@ -680,10 +680,6 @@ def die_by_signal(number: int) -> int:
 T = TypeVar("T")
 
 
-def do_nothing() -> None:
-    """What is done on a tick when there is nothing to do."""
-
-
 class Background(threading.Thread, Generic[T]):
     """A call that may last, in a daemon thread. The main thread waits for it: it alone hears
     signals, and meanwhile looks after progress and deadlines.
@@ -703,11 +699,9 @@ class Background(threading.Thread, Generic[T]):
         except BaseException as error:  # noqa: BLE001 - raised by `wait`
             self._error = error
 
-    @property
-    def is_done(self) -> bool:
-        return not self.is_alive()
-
-    def wait(self, on_tick: Callable[[], None] = do_nothing, seconds: float | None = None) -> T:
+    def wait(
+        self, on_tick: Callable[[], object] = lambda: None, seconds: float = float("inf")
+    ) -> T:
         """The result of the call. Raises its error; TimeoutError when `seconds` have passed, while
         the call goes on; Interrupted; and whatever `on_tick` raises."""
         started = time.monotonic()
@@ -715,7 +709,7 @@ class Background(threading.Thread, Generic[T]):
         while self.is_alive():
             check_signals()
             on_tick()
-            if seconds is not None and time.monotonic() - started > seconds:
+            if time.monotonic() - started > seconds:
                 raise TimeoutError
             self.join(TICK_SECONDS)
         if self._error is not None:
@@ -750,7 +744,6 @@ class Patience:
 
 def pause(progress: Progress, waits_for: str) -> None:
     """Wait for a moment before the next try, with nothing held."""
-    progress.show(f"Waiting: {waits_for}")
     moment = Background(lambda: time.sleep(LOCK_RETRY_SECONDS))
     moment.wait(lambda: progress.show(f"Waiting: {waits_for}"))
 
@@ -1415,7 +1408,7 @@ def run_pg_restore(
     *options: str,
     stdin: bytes = b"",
     on_block: Callable[[bytes], None],
-    on_tick: Callable[[], None] = do_nothing,
+    on_tick: Callable[[], object] = lambda: None,
 ) -> None:
     """Let pg_restore read the dump to its successful end; `on_block` is called with each piece of
     what it writes, `on_tick` all the while. Raises ArchiveError with its words for any other end,
@@ -1581,7 +1574,7 @@ def examine_dump(
     with contextlib.closing(FileHash(dump)) as hashing:
 
         def on_tick(rows: int) -> None:
-            if hashing.is_done and (problem := check_hash(dump, hashing, expected).problem):
+            if not hashing.is_alive() and (problem := check_hash(dump, hashing, expected).problem):
                 raise ArchiveError(problem)
             hashed = hashing.done_bytes / (expected.backup_size_bytes or 1)
             done = (hashed + rows / (expected.total_rows or 1)) / 2
@@ -1655,8 +1648,7 @@ KEEPALIVES = {
 class RowCounter:
     """Where the rows of a COPY go: psycopg2 writes them one by one."""
 
-    def __init__(self) -> None:
-        self.rows = 0
+    rows = 0
 
     def write(self, _row: bytes) -> None:
         self.rows += 1
@@ -1688,11 +1680,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         hosts = config.host.count(",") + 1
         limit = CONNECT_LIMIT_FACTOR * hosts * config.connect_seconds + CONNECT_LIMIT_SECONDS
         try:
-            self._connection = self._call(self._open, do_nothing, limit)
-        except TimeoutError:
-            place = f'"{config.host}", port {config.port}'
-            text = f"no connection to {place}: its name server or the server keeps us waiting"
-            raise ServerError(text, lost=True) from None
+            self._connection = self._call(self._open, limit)
         except ServerError as error:
             error.lost = time.monotonic() - started >= config.connect_seconds
             raise
@@ -1713,12 +1701,18 @@ class Session(contextlib.AbstractContextManager["Session"]):
         psycopg2.extensions.register_type(psycopg2.extensions.BYTES, connection)
         return connection
 
-    def _call(self, call: Callable[[], T], on_tick: Callable[[], None], seconds: float | None) -> T:
+    def _call(
+        self, call: Callable[[], T], seconds: float, on_tick: Callable[[], object] = lambda: None
+    ) -> T:
         psycopg2 = import_psycopg2()
         assert self._running is None, "one call at a time"
         self._running = Background(call)
         try:
             result: T = self._running.wait(on_tick, seconds)
+        except TimeoutError:
+            place = f'"{self._config.host}", port {self._config.port}'
+            answer = f"no answer from {place} within {format_age(seconds)}"
+            raise ServerError(answer, lost=True) from None
         except UnicodeDecodeError as error:
             raise ServerError(decode_server_text(error.object)) from None
         except (psycopg2.Error, ValueError) as error:
@@ -1729,7 +1723,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
             text = (text or str(error)).strip() or "words in an encoding that Python cannot read"
             raise ServerError(text, sqlstate, bool(lost)) from None
         finally:
-            if self._running.is_done:
+            if not self._running.is_alive():
                 self._running = None
         return result
 
@@ -1742,14 +1736,9 @@ class Session(contextlib.AbstractContextManager["Session"]):
                 cursor.execute(statement.encode("utf-8", "surrogateescape"), values or None)
                 return cursor.fetchall() if cursor.description else []
 
-        silence = STALL_SECONDS + ANSWER_SECONDS
-        try:
-            rows = self._call(execute, do_nothing, silence)
-        except TimeoutError:
-            raise ServerError(f"no answer within {format_age(silence)}", lost=True) from None
         return [
             tuple(v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in row)
-            for row in rows
+            for row in self._call(execute, STALL_SECONDS + ANSWER_SECONDS)
         ]
 
     def copy_rows(self, statement: str, counter: RowCounter, on_tick: Callable[[], None]) -> int:
@@ -1766,7 +1755,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
             finally:
                 sys.excepthook = hook
 
-        return self._call(copy, on_tick, None)
+        return self._call(copy, float("inf"), on_tick)
 
     @property
     def server_version(self) -> int:
@@ -1785,7 +1774,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         if self._running is not None:
             self._reset()
             self._running.join(STOP_SECONDS)
-            if not self._running.is_done:
+            if self._running.is_alive():
                 return  # to the end of the process: a call beside it would block this thread too
         self._connection.close()
 
