@@ -1304,13 +1304,12 @@ def compression_refusal(pg_dump: Tool, value: str) -> str | None:
 
 
 class FileHash(Background[str]):
-    """The SHA-256 of a file, as hexadecimal digits, taken in the background.
-    (hashlib.file_digest is 3.11's, and cannot be stopped.)"""
+    """The SHA-256 of a file, as hexadecimal digits, taken in the background. Where nobody waits for
+    it any longer, it reads on to no effect. (hashlib.file_digest is 3.11's.)"""
 
     def __init__(self, file: OpenFile) -> None:
         self.done_bytes = 0
-        self._file = file
-        self._is_stopping = False
+        self._descriptor = file.descriptor
         super().__init__(self._read)
 
     def _read(self) -> str:
@@ -1318,17 +1317,10 @@ class FileHash(Background[str]):
 
         digest = hashlib.sha256()
         block = memoryview(bytearray(HASH_BLOCK_BYTES))
-        while count := os.preadv(self._file.descriptor, [block], self.done_bytes):
+        while count := os.preadv(self._descriptor, [block], self.done_bytes):
             digest.update(block[:count])
             self.done_bytes += count
-            if self._is_stopping:
-                break
         return digest.hexdigest()
-
-    def close(self) -> None:
-        """Read no more."""
-        self._is_stopping = True
-        self.join(STOP_SECONDS)  # before the descriptor is closed, and may be another file's
 
 
 class ScriptReader:
@@ -1571,25 +1563,25 @@ def examine_dump(
     except ArchiveError as error:
         is_other = is_no_archive(dump.path)
         structure = invalid(f"it {NO_ARCHIVE}\n{error}" if is_other else str(error))
-    with contextlib.closing(FileHash(dump)) as hashing:
+    hashing = FileHash(dump)
 
-        def on_tick(rows: int) -> None:
-            if not hashing.is_alive() and (problem := check_hash(dump, hashing, expected).problem):
-                raise ArchiveError(problem)
-            hashed = hashing.done_bytes / (expected.backup_size_bytes or 1)
-            done = (hashed + rows / (expected.total_rows or 1)) / 2
-            progress.show("Verifying", begin + (1 - begin) * done, f"{rows} rows read back")
+    def on_tick(rows: int) -> None:
+        if not hashing.is_alive() and (problem := check_hash(dump, hashing, expected).problem):
+            raise ArchiveError(problem)
+        hashed = hashing.done_bytes / (expected.backup_size_bytes or 1)
+        done = (hashed + rows / (expected.total_rows or 1)) / 2
+        progress.show("Verifying", begin + (1 - begin) * done, f"{rows} rows read back")
 
-        if not structure.problem and dump.size_bytes == expected.backup_size_bytes:
-            try:
-                found = read_contents(pg_restore, dump, entries, on_tick)
-                contents = compare_contents(*found, expected)
-            except ArchiveError as error:
-                contents = invalid(str(error))
-        checksum = check_hash(dump, hashing, expected)
-        if checksum.problem:
-            return Examination("", checksum, structure, None)
-        return Examination(hashing.wait(), checksum, structure, contents)
+    if not structure.problem and dump.size_bytes == expected.backup_size_bytes:
+        try:
+            found = read_contents(pg_restore, dump, entries, on_tick)
+            contents = compare_contents(*found, expected)
+        except ArchiveError as error:
+            contents = invalid(str(error))
+    checksum = check_hash(dump, hashing, expected)
+    if checksum.problem:
+        return Examination("", checksum, structure, None)
+    return Examination(hashing.wait(), checksum, structure, contents)
 
 
 def check_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check:
