@@ -1345,7 +1345,6 @@ class ScriptReader:
     END_OF_DATA = b"\n\\.\n"
 
     def __init__(self) -> None:
-        self.rows_read = 0
         self.blocks: list[int] = []  # the rows of each COPY, in order
         self.large_objects = 0
         self._unread = b""
@@ -1363,9 +1362,7 @@ class ScriptReader:
                     stop = script.find(self.END_OF_DATA, position)
                 else:  # keep the last bytes: the end of the data may lie across two blocks
                     stop = max(position, len(script) - len(self.END_OF_DATA) + 1)
-                rows = script.count(b"\n", position, stop)
-                self.blocks[-1] += rows
-                self.rows_read += rows
+                self.blocks[-1] += script.count(b"\n", position, stop)
                 position = stop
                 if not ends:
                     break
@@ -1440,18 +1437,18 @@ def run_pg_restore(
 # Dump id; oid of the catalog, oid of the object, kind. For a table's data the object is the table;
 # the data of large objects belongs to no object.
 TOC_DATA_ENTRY = re.compile(rb"^(\d+); \d+ (\d+) (?:TABLE DATA|BLOBS) ", re.MULTILINE)
-DataEntries = Mapping[bytes, int]  # oid, or 0 for large objects, by dump id, in the archive's order
 
 
-def list_data_entries(pg_restore: Tool, dump: OpenFile) -> DataEntries:
-    """The entries of the archive that hold data. Raises ArchiveError."""
+def list_data_entries(pg_restore: Tool, dump: OpenFile) -> dict[bytes, int]:
+    """The entries of the archive that hold data, in its order: the table's oid, or 0 for large
+    objects, by dump id. Raises ArchiveError."""
     listing: list[bytes] = []
     run_pg_restore(pg_restore, dump, "--list", on_block=listing.append)
     return {dump_id: int(oid) for dump_id, oid in TOC_DATA_ENTRY.findall(b"".join(listing))}
 
 
 def read_contents(
-    pg_restore: Tool, dump: OpenFile, entries: DataEntries, on_tick: Callable[[int], None]
+    pg_restore: Tool, dump: OpenFile, entries: Mapping[bytes, int], on_tick: Callable[[int], None]
 ) -> tuple[dict[int, int], int]:
     """Let pg_restore decode every data entry of the archive: the rows by the table's oid, and the
     large objects. It writes the entries in the order in which they are asked for: the k-th COPY is
@@ -1464,7 +1461,7 @@ def read_contents(
         *("--data-only", "--use-list=/dev/stdin", "--file=-"),
         stdin=b"".join(dump_id + b";\n" for dump_id in entries),
         on_block=reader.feed,
-        on_tick=lambda: on_tick(reader.rows_read),
+        on_tick=lambda: on_tick(sum(reader.blocks)),
     )
     reader.finish()
     oids = [oid for oid in entries.values() if oid]
@@ -1486,7 +1483,7 @@ class Check(NamedTuple):
 
 def compare_contents(rows: Mapping[int, int], large_objects: int, expected: Metadata) -> Check:
     """Whether the archive's contents are what was counted; if not, every difference."""
-    counts, counted_objects = expected.table_counts, expected.large_object_count or 0
+    counts, objects = expected.table_counts, expected.large_object_count or 0
     problems = []
     if expected.table_oids is None:  # made before: all that can be compared are the numbers
         found, wanted = Counter(rows.values()), Counter(counts.values())
@@ -1495,21 +1492,17 @@ def compare_contents(rows: Mapping[int, int], large_objects: int, expected: Meta
         problems += [f"a table of {plural(n, 'row')}: not in the dump" for n in less]
     else:
         for key, oid in expected.table_oids.items():
-            if oid not in rows:
-                expectation = f"{plural(counts[key], 'row')} expected"
-                problems.append(f"table {key}: not in the dump, {expectation}")
-            elif rows[oid] != counts[key]:
-                found_rows = f"{plural(rows[oid], 'row')} in the dump"
-                problems.append(f"table {key}: {found_rows}, {counts[key]} expected")
+            if rows.get(oid) != counts[key]:
+                found_rows = f"{plural(rows[oid], 'row')} in" if oid in rows else "not in"
+                problems.append(f"table {key}: {found_rows} the dump, {counts[key]} expected")
         uncounted = rows.keys() - expected.table_oids.values()
         problems += [f"table with the oid {oid}: in the dump, but not counted" for oid in uncounted]
-    if large_objects != counted_objects:
-        found_objects = f"{plural(large_objects, 'large object')} in the dump"
-        problems.append(f"{found_objects}, {counted_objects} expected")
+    if large_objects != objects:
+        problems.append(f"{plural(large_objects, 'large object')} in the dump, {objects} expected")
     summary = row_summary(sum(rows.values()), len(rows), large_objects)
     if not problems:
         return Check(f"✓ Match ({summary})")
-    expectation = row_summary(expected.total_rows, len(counts), counted_objects)
+    expectation = row_summary(expected.total_rows, len(counts), objects)
     verdict = f"✗ Mismatch (expected {expectation}, found {summary})"
     return Check(verdict, list_names(problems, separator="\n"))
 

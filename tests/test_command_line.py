@@ -266,8 +266,8 @@ def test_verify_of_other_counts_names_each_table(bare: Project) -> None:
     )
     assert (
         "Error: table messages: 3420 rows in the dump, 3421 expected\n"
-        "table gone: not in the dump, 1 row expected\n"
-        "table other.x: not in the dump, 0 rows expected\n"
+        "table gone: not in the dump, 1 expected\n"
+        "table other.x: not in the dump, 0 expected\n"
     ) in result.stderr
 
 

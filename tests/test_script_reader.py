@@ -50,7 +50,6 @@ def test_hostile_script_is_read_as_it_is_meant() -> None:
     reader = read(HOSTILE)
     assert reader.blocks == HOSTILE_ROWS
     assert reader.large_objects == 2
-    assert reader.rows_read == sum(HOSTILE_ROWS)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 64, 997])
@@ -115,9 +114,9 @@ def expected(
     [
         ({"a": 2}, {"a": 7}, 1, None),
         ({"a": 3}, {"a": 7}, 1, "table a: 2 rows in the dump, 3 expected"),
-        ({"b": 2}, {"b": 8}, 1, "table b: not in the dump, 2 rows expected"),
+        ({"b": 2}, {"b": 8}, 1, "table b: not in the dump, 2 expected"),
         ({}, {}, 1, "table with the oid 7: in the dump, but not counted"),
-        ({"a": 2, "b": 0}, {"a": 7, "b": 8}, 1, "table b: not in the dump, 0 rows expected"),
+        ({"a": 2, "b": 0}, {"a": 7, "b": 8}, 1, "table b: not in the dump, 0 expected"),
         ({"a": 2}, {"a": 7}, 0, "1 large object in the dump, 0 expected"),
         ({"a": 2}, {"a": 7}, None, "1 large object in the dump, 0 expected"),
         ({"a": 2}, {"a": 7}, 2, "1 large object in the dump, 2 expected"),

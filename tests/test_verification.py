@@ -235,7 +235,7 @@ DAMAGE: dict[str, tuple[Callable[[Backup], object], str, str]] = {
     "table gone": (
         lambda b: b.edit(table_oids={**b.read_metadata()["table_oids"], "empty": 2**32 - 1}),
         CONTENTS,
-        "table empty: not in the dump, 0 rows expected",
+        "table empty: not in the dump, 0 expected",
     ),
     "large object more": (lambda b: b.edit(large_object_count=1), CONTENTS, "1 expected"),
     "large object less": (lambda b: b.edit(large_object_count=3), CONTENTS, "3 expected"),
@@ -261,7 +261,7 @@ OTHERWISE = {
     "no rows of one table": (
         ["--format=custom", "--exclude-table-data=messages"],
         CONTENTS,
-        "table messages: not in the dump, 400 rows expected",
+        "table messages: not in the dump, 400 expected",
     ),
     "no large objects": (
         ["--format=custom", "--no-large-objects"],
