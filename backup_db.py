@@ -1128,22 +1128,15 @@ class Program(contextlib.AbstractContextManager["Program"]):
         self._files = files
         self._tail = b""
         self._drain = threading.Thread(target=self._read_stderr, daemon=True)
-        try:
-            self.process = subprocess.Popen(
-                argv,
-                env=environment,
-                stdin=stdin,
-                stdout=stdout,
-                stderr=subprocess.PIPE,
-                pass_fds=[file.descriptor for file in files],
-                start_new_session=True,  # Ctrl-C is ours to pass on
-            )
-        except OSError as error:
-            raise Failure(
-                ExitCode.TOOL,
-                f"{printable(argv[0])} cannot be run: {error.strerror}",
-                f"See whether it is a working program: {shell_words(argv[0], '--version')}",
-            ) from None
+        self.process = subprocess.Popen(
+            argv,
+            env=environment,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            pass_fds=[file.descriptor for file in files],
+            start_new_session=True,  # Ctrl-C is ours to pass on
+        )
         self._drain.start()
 
     def _read_stderr(self) -> None:
@@ -1229,19 +1222,19 @@ def find_tool(name: str, folder: str | None = None) -> Tool:
     path = shutil.which(name, path=folder) or shutil.which(name)
     if path is None:
         raise missing_tool_failure(name)
-    with Program([path, "--version"], tool_environment(), stdout=subprocess.PIPE) as program:
-        assert program.process.stdout is not None
-        status = program.wait(TOOL_SECONDS)
-        if status is None:
-            problem = f"has not answered within {TOOL_SECONDS} seconds"
-        else:
-            answer = program.process.stdout.read(4096).decode("utf-8", "backslashreplace")
-            # "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
-            match = re.search(r"\) (\d+[.\w]*)", answer)
-            if status == 0 and match:
-                return Tool(path, match.group(1))
-            words = program.stderr_text or printable(answer.strip()) or "no output"
-            problem = f"does not answer with a version: {words}"
+    problem = f"has not answered within {TOOL_SECONDS} seconds"
+    try:
+        with Program([path, "--version"], tool_environment(), stdout=subprocess.PIPE) as program:
+            assert program.process.stdout is not None
+            if program.wait(TOOL_SECONDS) is not None:
+                answer = program.process.stdout.read(4096).decode("utf-8", "backslashreplace")
+                # "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
+                if version := re.search(r"\) (\d+[.\w]*)", answer):
+                    return Tool(path, version.group(1))
+                words = program.stderr_text or printable(answer.strip()) or "no output"
+                problem = f"does not answer with a version: {words}"
+    except OSError as error:
+        problem = f"cannot be run: {error.strerror}"
     raise Failure(
         ExitCode.TOOL,
         f"{printable(path)} --version {problem}",

@@ -94,7 +94,7 @@ def test_tool_that_is_no_program(content: bytes, standing: Project) -> None:
     tool.chmod(0o755)
     with untouched(standing):
         result = standing.run().failed_with(6, "Tool error")
-    assert f"Error: {tool} cannot be run: " in result.stderr, result
+    assert f"Error: {tool} --version cannot be run: " in result.stderr, result
 
 
 @pytest.mark.parametrize(
