@@ -1020,11 +1020,9 @@ class Metadata(NamedTuple):
         if not stat.S_ISREG(status.st_mode) or status.st_size > METADATA_MAX_BYTES:
             raise MetadataError("it is no metadata file")
         try:
-            values = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise MetadataError(f"it is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise MetadataError("it is not a JSON object")
+            values = {**json.loads(path.read_bytes())}
+        except (TypeError, ValueError, RecursionError) as error:
+            raise MetadataError(f"it is not a JSON object: {error}") from None
         fitting = {key: value for key, value in values.items() if key in FITS and FITS[key](value)}
         for key in cls._fields:
             if key not in fitting and key not in cls._field_defaults:
@@ -1155,9 +1153,6 @@ class Program(contextlib.AbstractContextManager["Program"]):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(seconds)
         self._drain.join(STOP_SECONDS)
-        for pipe in filter(None, (self.process.stdin, self.process.stdout)):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
 
     def wait(self, seconds: float) -> int | None:
         """The exit status, negative for a signal; None where `seconds` went by first. Raises
@@ -1406,9 +1401,8 @@ def run_pg_restore(
 
         def read() -> None:
             nonlocal heard_at
-            with contextlib.suppress(BrokenPipeError):  # one that ended early: its status says why
+            with contextlib.suppress(BrokenPipeError), asked:  # ended early: its status says why
                 asked.write(stdin)
-                asked.close()
             with contextlib.suppress(AttributeError, OSError):  # not Linux; a smaller pipe will do
                 fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             while block := os.read(output.fileno(), READ_BYTES):
