@@ -1243,14 +1243,12 @@ class Tools(NamedTuple):
 
     pg_dump: Tool
     pg_restore: Tool
-    compression: str  # as pg_dump 16 writes it: zstd:3, gzip:4, none
+    compression: str  # zstd:3, gzip:4, none
 
     @property
     def compress_value(self) -> str:
-        """The value for `pg_dump --compress`, which before version 16 was a gzip level alone."""
-        if self.pg_dump.major >= 16:
-            return self.compression
-        return "0" if self.compression == "none" else self.compression.removeprefix("gzip:")
+        """The same for `pg_dump --compress`: before version 16 that was a gzip level alone."""
+        return "0" if self.compression == "none" else re.sub(r"^gzip:(?=\d$)", "", self.compression)
 
 
 def find_tools(config: DatabaseConfig) -> Tools:
@@ -1261,9 +1259,7 @@ def find_tools(config: DatabaseConfig) -> Tools:
     if pg_restore.major < pg_dump.major:
         because = f"too old for the archives of pg_dump {pg_dump.version}"
         raise older_tool_failure(pg_restore, pg_dump.major, because)
-    wanted = config.compress or "zstd:3"
-    wanted = {"0": "none"}.get(wanted, f"gzip:{wanted}" if wanted.isdigit() else wanted)
-    tools = Tools(pg_dump, pg_restore, wanted)
+    tools = Tools(pg_dump, pg_restore, config.compress or "zstd:3")
     refusal = compression_refusal(pg_dump, tools.compress_value)
     if refusal and config.compress:
         raise Failure(
