@@ -1259,7 +1259,9 @@ def find_tools(config: DatabaseConfig) -> Tools:
     if pg_restore.major < pg_dump.major:
         because = f"too old for the archives of pg_dump {pg_dump.version}"
         raise older_tool_failure(pg_restore, pg_dump.major, because)
-    tools = Tools(pg_dump, pg_restore, config.compress or "zstd:3")
+    wanted = config.compress or "zstd:3"
+    wanted = {"0": "none"}.get(wanted, f"gzip:{wanted}" if wanted.isdigit() else wanted)
+    tools = Tools(pg_dump, pg_restore, wanted)
     refusal = compression_refusal(pg_dump, tools.compress_value)
     if refusal and config.compress:
         raise Failure(
