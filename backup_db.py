@@ -2220,11 +2220,6 @@ class Snapshot(NamedTuple):
     facts: Mapping[str, Any]  # what the metadata says of the database
     backend_pid: int  # ours, also behind a pooler, which gives libpq a number of its own
 
-    @property
-    def application_name(self) -> str:
-        """By this pg_dump's backend is found; ASCII, since the server replaces anything else."""
-        return f"backup_db {self.id}"
-
 
 class Run(NamedTuple):
     """What a run works with, from the moment that it may write."""
@@ -2348,16 +2343,11 @@ def lock_and_export(session: Session, tables: list[Table], limit_ms: int) -> Sna
     if list_tables(session) != tables:
         return None
     sized = [LARGE_OBJECTS, *(table.oid for table in tables if table.copy)]
-    snapshot = Snapshot(
-        id=identifier,
-        tables=tables,
-        sizes=dict(session.query(TABLE_SIZES, sized)),
-        schemas=dict(session.query(SCHEMAS)),
-        facts=describe_database(session),
-        backend_pid=pid,
-    )
+    sizes = dict(session.query(TABLE_SIZES, sized))
+    schemas = dict(session.query(SCHEMAS))
+    facts = describe_database(session)
     session.query("SET LOCAL lock_timeout = 0")  # from here on Patience ends a wait
-    return snapshot
+    return Snapshot(identifier, tables, sizes, schemas, facts, pid)
 
 
 def dump_database(run: Run) -> tuple[Snapshot, dict[int, int], str]:
@@ -2421,7 +2411,8 @@ def dump_snapshot(run: Run, snapshot: Snapshot) -> tuple[dict[int, int], str]:
         f"--compress={run.tools.compress_value}",
         f"--file={dump.argument}",
     ]
-    environment = {**tool_environment("PG"), "PGAPPNAME": snapshot.application_name}
+    # By this name its backend is found.
+    environment = {**tool_environment("PG"), "PGAPPNAME": f"backup_db {snapshot.id}"}
     with Program(argv, environment, dump, run.lock) as pg_dump:
         watch = DumpWatch(run, pg_dump, snapshot, expected_bytes)
         watch.wait_until(lambda: watch.is_copying)
@@ -2454,7 +2445,6 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[i
     (Counts taken from the archive alone would prove nothing of what the database held.)
     """
     counts = {}
-    looked_at = time.monotonic()
     for table in snapshot.tables:
         if table.copy is None:
             continue
@@ -2468,9 +2458,7 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[i
                     raise damage_failure(error.text, table.qualified_name) from None
                 raise
             counts[table.oid] = rows
-            if time.monotonic() - looked_at > TICK_SECONDS:  # a small table is through before one
-                watch.look()
-                looked_at = time.monotonic()
+            watch.look()  # a small table is through before a tick
     watch.counting = ""
     return counts
 
@@ -2494,7 +2482,7 @@ SELECT a.pid <> ours.pid, starts_with(a.query, 'COPY '),
        CASE a.wait_event_type WHEN 'Lock' THEN (
          SELECT relation::bigint FROM pg_locks w WHERE w.pid = a.pid AND NOT w.granted LIMIT 1) END
   FROM (SELECT %s AS pid) ours JOIN pg_stat_activity a
-    ON a.pid = ours.pid OR a.application_name = %s
+    ON a.pid = ours.pid OR a.application_name = 'backup_db ' || %s
   LEFT JOIN pg_stat_progress_copy p ON p.pid = a.pid
  ORDER BY 1 DESC
 """
@@ -2570,8 +2558,8 @@ class DumpWatch:
 
     def _ask(self, session: Session) -> None:
         self._blocker = None
-        ours, theirs = self._snapshot.backend_pid, self._snapshot.application_name
-        for is_pg_dump, is_copying, activity, relation in session.query(ACTIVITY, ours, theirs):
+        rows = session.query(ACTIVITY, self._snapshot.backend_pid, self._snapshot.id)
+        for is_pg_dump, is_copying, activity, relation in rows:
             if relation and self._blocker is None:
                 self._blocker = find_blocker(session, [relation])
             if is_pg_dump:
@@ -2618,8 +2606,15 @@ def diagnose_dump(
     if DAMAGE.search(text):
         table = COPIED_TABLE.search(text)
         return damage_failure(text, table[1] if table else "")
-    try:
-        renamed = ask_again(run, snapshot)
+    try:  # Is the server there, is there room for two connections, may we read everything?
+        begin_again(run, "pg_dump has failed")
+        try:
+            Session(run.config).close()
+        except ServerError as refused:
+            raise connection_failure(run.config, refused) from None
+        begin_read_only(run.session)
+        check_privileges(run.session)
+        renamed = find_renamed_schema(run.session, snapshot)
     except Failure as failure:
         return Failure(failure.code, f"{text}\n{failure.detail}", *failure.steps)
     except ServerError as gone:
@@ -2629,19 +2624,6 @@ def diagnose_dump(
     if attempts < DUMP_ATTEMPTS and (renamed or run.partial.dump.size_bytes == 0):
         return None
     return changing_failure(f"the {renamed}\n{text}") if renamed else dump_failure(error)
-
-
-def ask_again(run: Run, snapshot: Snapshot) -> str | None:
-    """Whether the server is there, allows a connection beside ours, and lets us read everything:
-    raises ServerError, Failure. Returns what find_renamed_schema does."""
-    begin_again(run, "pg_dump has failed")
-    try:
-        Session(run.config).close()
-    except ServerError as refused:
-        raise connection_failure(run.config, refused) from None
-    begin_read_only(run.session)
-    check_privileges(run.session)
-    return find_renamed_schema(run.session, snapshot)
 
 
 # ---------------------------------------------------------------------------------------------
