@@ -1852,22 +1852,20 @@ def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
     leave search_path = '' on connections that the application is given next, and its own settings
     may land elsewhere than its dump.
 
-    libpq's backend PID is the server's own where nothing is in between: one round trip. Two
-    sessions that share a backend, or one that changes its own, are not in session mode. Alone in
-    autocommit, since in statement mode a BEGIN ends the connection; it finds nothing by
-    search_path.
+    Where nothing is in between, libpq's backend PID is the server's own. Two sessions that share a
+    backend, or one that changes its own, are not in session mode. (In statement mode a BEGIN ends
+    the connection: so this one query has none, and finds nothing by search_path.)
     """
 
     def backend_of(asked: Session) -> int:
         return int(asked.query("SELECT pg_catalog.pg_backend_pid()")[0][0])
 
-    first = backend_of(session)
-    if first == session.backend_pid:
+    if backend_of(session) == session.backend_pid:
         return
     with Session(config) as other:
         pairs = {(backend_of(session), backend_of(other)) for _ in range(POOLER_ROUNDS)}
     (ours, theirs), *changed = pairs
-    if not changed and first == ours != theirs:
+    if ours != theirs and not changed:
         return
     raise Failure(
         ExitCode.CONFIGURATION,
@@ -2082,9 +2080,6 @@ ORDER BY 3
 """
 
 
-ROLE_FLAGS = ("superuser", "inherit", "createrole", "createdb", "login", "replication", "bypassrls")
-
-
 def one_line_identifier(name: str) -> str:
     """A name quoted for SQL; what would not show, such as a newline, in SQL's own escapes."""
     quoted = '"' + name.replace('"', '""') + '"'
@@ -2095,8 +2090,7 @@ def one_line_identifier(name: str) -> str:
 
 def least_major(metadata: Metadata) -> int:
     """The oldest major version whose server, psql and pg_restore take this backup."""
-    versions = (metadata.postgresql_version, metadata.pg_dump_version)
-    return max(int((re.match(r"\d{1,3}", version) or "0")[0]) for version in versions)
+    return max(map(major_version, (metadata.postgresql_version, metadata.pg_dump_version)))
 
 
 def restore_commands(metadata: Metadata) -> list[str]:
@@ -2139,10 +2133,11 @@ def role_commands(
     yield "# A role that is there already says so and stays as it is, the others get no password"
     for role in roles:
         facts = attributes.get(role, {})
-        words = [word.upper() for word in ROLE_FLAGS if facts.get(word) and word != "inherit"]
+        flags = ["superuser", "createrole", "createdb", "login", "replication", "bypassrls"]
+        words = [flag.upper() for flag in flags if facts.get(flag)]
         words += [] if facts.get("inherit", True) else ["NOINHERIT"]
-        limit = facts.get("connection_limit", -1)
-        words += [] if limit == -1 else [f"CONNECTION LIMIT {limit:d}"]
+        if (limit := facts.get("connection_limit", -1)) != -1:
+            words.append(f"CONNECTION LIMIT {limit:d}")
         yield psql(" ".join(["CREATE ROLE", one_line_identifier(role), *words])) + " || true"
     for role in roles:
         for group, options in attributes.get(role, {}).get("member_of", {}).items():
@@ -2744,7 +2739,7 @@ class PartialBackup:
                 file.write(metadata.to_json())
             Background(partial.sync).wait()
         described = metadata_path(self.published_dump)
-        for held, name in zip(self._files, (self.published_dump, described), strict=True):
+        for held, name in ((partial, described), (self.dump, self.published_dump)):
             if os.path.lexists(name):  # not of our making, since we hold the lock
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(name))
             if not os.path.samestat(os.fstat(held.descriptor), os.lstat(held.path)):
@@ -2762,25 +2757,18 @@ class PartialBackup:
         return list(dict.fromkeys(filter(None, complaints)))
 
 
-# Of a directory that is not ours to read, or a network or FUSE file system with nothing to sync.
-CANNOT_SYNC = {errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP}
-
-
 def sync_directory(directory: Path) -> str:
-    """Bring the names in a directory down to the disk, where that can be done. Returns a complaint
-    where it should have been."""
+    """Bring the names in a directory down to the disk. Returns a complaint where the disk fails;
+    network and FUSE file systems have other errors, for that there is nothing to sync."""
 
     def sync() -> None:
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with contextlib.closing(OpenFile.open(directory, os.O_RDONLY)) as opened:
+            os.fsync(opened.descriptor)
 
     try:
         Background(sync).wait()
     except OSError as error:
-        if error.errno not in CANNOT_SYNC:
+        if error.errno == errno.EIO:
             return f"{display_path(directory)} could not be synced: {error.strerror}"
     return ""
 
@@ -2856,9 +2844,8 @@ class Series(NamedTuple):
     def has(self, metadata: Metadata) -> bool:
         """Whether it is of this series; made before there was a server in it, it counts as ours."""
         server = metadata.system_identifier
-        if None not in (server, self.server) and server != self.server:
-            return False
-        return (metadata.database_name, metadata.environment) == self[:2]
+        may_be_ours = server == self.server or None in (server, self.server)
+        return may_be_ours and (metadata.database_name, metadata.environment) == self[:2]
 
 
 class Status(str, enum.Enum):
@@ -2905,28 +2892,23 @@ def read_backup(dump: Path) -> Backup:
     """One backup, from its metadata and the size of its dump."""
     size_bytes: int | None = None
     with contextlib.suppress(OSError):  # unreadable, or a link to nowhere
-        status = dump.stat()
-        size_bytes = status.st_size if stat.S_ISREG(status.st_mode) else None
+        found = dump.stat()
+        size_bytes = found.st_size if stat.S_ISREG(found.st_mode) else None
     try:
         made = Metadata.read(metadata_path(dump))
-    except FileNotFoundError:
-        verdict = Status.NO_METADATA
-    except PermissionError:
-        verdict = Status.NOT_READABLE
-    except (OSError, MetadataError):
-        verdict = Status.BAD_METADATA
-    else:
-        verdict = Status.VERIFIED if made.verification else Status.NOT_VERIFIED
-        if size_bytes != made.backup_size_bytes:
-            verdict = Status.SIZE_MISMATCH
-        described = (made.backup_timestamp, made.environment, made.database_name)
-        return Backup(dump, size_bytes, made, verdict, *described)
-    pattern = rf"(.+?(?:_(dev|prod))?)_({TIMESTAMP_PATTERN}){re.escape(DUMP_SUFFIX)}"
-    if match := re.fullmatch(pattern, dump.name, re.DOTALL):
-        database, environment, stamp = match.groups("-")
+    except (OSError, MetadataError) as error:
+        causes = {"FileNotFoundError": Status.NO_METADATA, "PermissionError": Status.NOT_READABLE}
+        status = causes.get(type(error).__name__, Status.BAD_METADATA)
+        pattern = rf"(.+?(?:_(dev|prod))?)_({TIMESTAMP_PATTERN}){re.escape(DUMP_SUFFIX)}"
+        match = re.fullmatch(pattern, dump.name, re.DOTALL)
+        database, environment, stamp = match.groups("-") if match else "---"
         timestamp = re.sub(r"-(\d\d)-(\d\d)Z$", r":\1:\2Z", stamp)
-        return Backup(dump, size_bytes, None, verdict, timestamp, environment, database)
-    return Backup(dump, size_bytes, None, verdict, "-", "-", "-")
+        return Backup(dump, size_bytes, None, status, timestamp, environment, database)
+    status = Status.VERIFIED if made.verification else Status.NOT_VERIFIED
+    if size_bytes != made.backup_size_bytes:
+        status = Status.SIZE_MISMATCH
+    described = (made.backup_timestamp, made.environment, made.database_name)
+    return Backup(dump, size_bytes, made, status, *described)
 
 
 def verified_backups(directory: Path, series: Series) -> list[tuple[Path, Metadata]]:
