@@ -2976,11 +2976,17 @@ def backups_to_keep(moments: Sequence[datetime], retention: Retention) -> set[in
 def last_full_backup(rows: Sequence[int], kept: Collection[int]) -> int | None:
     """Of backups with so many rows, the newest first, the last full one that would not be kept.
 
-    Full is what has more than twice the rows of every one that is kept. The newest of all that
-    would go is not enough: some nights after the database was emptied, it is an emptied one.
+    Full is what has more than twice the rows of every newer one that is kept. The newest of all
+    that would go is not enough: some nights after the database was emptied, it is an emptied one.
+    Nor is an older full one that the calendar keeps: it lacks what came after it.
     """
-    most_kept = max((rows[index] for index in kept), default=0)
-    return next((index for index, count in enumerate(rows) if count > 2 * most_kept), None)
+    most_kept = 0
+    for index, count in enumerate(rows):
+        if index in kept:
+            most_kept = max(most_kept, count)
+        elif count > 2 * most_kept:
+            return index
+    return None
 
 
 def shrunk_tables(made: Metadata, earlier: Sequence[Metadata]) -> list[tuple[str, int, int]]:
@@ -3034,8 +3040,8 @@ def retire_backups(
         path = others[full - 1][0]
         files = (display_path(path), display_path(metadata_path(path)))
         warnings.append(
-            f"{files[0]} is kept beyond BACKUP_KEEP: it has {plural(rows[full], 'row')}, the kept "
-            f"ones at most {max(rows[index] for index in kept)}. If that is meant: "
+            f"{files[0]} is kept beyond BACKUP_KEEP: it has {plural(rows[full], 'row')}, the newer "
+            f"ones at most {max(rows[index] for index in kept if index < full)}. If that is meant: "
             + shell_words("rm", "--", *files)
         )
     for index, (dump, _metadata) in enumerate(others, 1):

@@ -153,7 +153,7 @@ def test_night_after_night_as_many_stay(keep: str, count: int) -> None:
 # -- databases that shrank ------------------------------------------------------------------------
 
 # The rows of every backup, the newest first; BACKUP_KEEP; and the one that is held back beside
-# those that are kept.
+# those that are kept. The first is of 5 November.
 HELD_BACK: dict[str, tuple[list[int], str, int | None]] = {
     "nothing would go": ([10, 1000], "2", None),
     "an ordinary day": ([1010, 1000, 990, 980], "2", None),
@@ -166,6 +166,7 @@ HELD_BACK: dict[str, tuple[list[int], str, int | None]] = {
     "one row left": ([1, 1, 2, 3], "2", 3),
     "never any row": ([0, 0, 0, 0], "2", None),
     "an older one of the calendar is full": ([0, 0, 0, 0, 0, 990, 990], "1,2m", None),
+    "full, and newer than a full one of the calendar": ([0, 0, 0, 990, 980, 970], "1,2m", 3),
 }
 
 
