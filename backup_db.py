@@ -1125,7 +1125,6 @@ class Program(contextlib.AbstractContextManager["Program"]):
         self.name = Path(argv[0]).name
         self._files = files
         self._tail = b""
-        self._drain = threading.Thread(target=self._read_stderr, daemon=True)
         self.process = subprocess.Popen(
             argv,
             env=environment,
@@ -1135,7 +1134,7 @@ class Program(contextlib.AbstractContextManager["Program"]):
             pass_fds=[file.descriptor for file in files],
             start_new_session=True,  # Ctrl-C is ours to pass on
         )
-        self._drain.start()
+        self._drain = Background(self._read_stderr)
 
     def _read_stderr(self) -> None:
         assert self.process.stderr is not None
@@ -1184,10 +1183,7 @@ class Tool(NamedTuple):
 
     path: str
     version: str
-
-    @property
-    def major(self) -> int:
-        return major_version(self.version)
+    major: int
 
 
 def major_version(version: str) -> int:
@@ -1224,8 +1220,8 @@ def find_tool(name: str, folder: str | None = None) -> Tool:
             if program.wait(TOOL_SECONDS) is not None:
                 answer = program.process.stdout.read(4096).decode("utf-8", "backslashreplace")
                 # "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
-                if version := re.search(r"\) (\d+[.\w]*)", answer):
-                    return Tool(path, version.group(1))
+                if version := re.search(r"\) ((\d+)[.\w]*)", answer):
+                    return Tool(path, version[1], int(version[2]))
                 words = program.stderr_text or printable(answer.strip()) or "no output"
                 problem = f"does not answer with a version: {words}"
     except OSError as error:
@@ -1262,26 +1258,24 @@ def find_tools(config: DatabaseConfig) -> Tools:
     wanted = config.compress or "zstd:3"
     wanted = {"0": "none"}.get(wanted, f"gzip:{wanted}" if wanted.isdigit() else wanted)
     tools = Tools(pg_dump, pg_restore, wanted)
-    refusal = compression_refusal(pg_dump, tools.compress_value)
-    if refusal and config.compress:
+    # pg_dump checks the value before it connects (15 to 18, tried), here to nowhere: no server is
+    # asked, and no file is made.
+    options = ("--format=custom", f"--compress={tools.compress_value}", f"--file={os.devnull}")
+    nowhere = {"PGHOST": "/nowhere", "PGDATABASE": "probe"}
+    with Program([pg_dump.path, *options], tool_environment() | nowhere) as program:
+        program.wait(TOOL_SECONDS)
+        words = program.stderr_text
+    if "compress" not in words:
+        return tools
+    if config.compress:
         raise Failure(
             ExitCode.CONFIGURATION,
             f"BACKUP_COMPRESS is {config.compress!r}, which pg_dump {pg_dump.version} "
-            f"does not take:\n{refusal}",
+            f"does not take:\n{words}",
             f"Correct it {config.places['compress']}",
             "Or leave it out; then zstd:3 is used where pg_dump has it, else gzip:4",
         )
-    return tools._replace(compression="gzip:4") if refusal else tools
-
-
-def compression_refusal(pg_dump: Tool, value: str) -> str | None:
-    """None where this build of pg_dump can compress so, else its words. It checks the value before
-    it connects (15 to 18, tried), here to nowhere: no server is asked, and no file is made."""
-    argv = [pg_dump.path, "--format=custom", f"--compress={value}", f"--file={os.devnull}"]
-    nowhere = {"PGHOST": "/nowhere", "PGDATABASE": "probe"}
-    with Program(argv, tool_environment() | nowhere) as program:
-        program.wait(TOOL_SECONDS)
-        return program.stderr_text if "compress" in program.stderr_text else None
+    return tools._replace(compression="gzip:4")
 
 
 # ---------------------------------------------------------------------------------------------
