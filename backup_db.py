@@ -1465,10 +1465,8 @@ def compare_contents(rows: Mapping[int, int], large_objects: int, expected: Meta
     counts, objects = expected.table_counts, expected.large_object_count or 0
     problems = []
     if expected.table_oids is None:  # made before: all that can be compared are the numbers
-        found, wanted = Counter(rows.values()), Counter(counts.values())
-        more, less = (found - wanted).elements(), (wanted - found).elements()
-        problems += [f"a table of {plural(n, 'row')}: not expected" for n in more]
-        problems += [f"a table of {plural(n, 'row')}: not in the dump" for n in less]
+        if sorted(rows.values()) != sorted(counts.values()):
+            problems.append("the tables in the dump have other numbers of rows than were counted")
     else:
         for key, oid in expected.table_oids.items():
             if rows.get(oid) != counts[key]:

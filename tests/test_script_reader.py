@@ -101,6 +101,9 @@ def test_statement_without_end_does_not_fill_the_memory(start: bytes) -> None:
         reader.feed(b"-")
 
 
+OTHER_NUMBERS = "the tables in the dump have other numbers of rows than were counted"
+
+
 def expected(
     counts: dict[str, int], oids: dict[str, int] | None, large_objects: int | None
 ) -> Metadata:
@@ -122,10 +125,9 @@ def expected(
         ({"a": 2}, {"a": 7}, 2, "1 large object in the dump, 2 expected"),
         # Made before there were oids.
         ({"a": 2}, None, 1, None),
-        ({"a": 3}, None, 1, "a table of 2 rows: not expected"),
-        ({"a": 3}, None, 1, "a table of 3 rows: not in the dump"),
-        ({"a": 2, "b": 2}, None, 1, "a table of 2 rows: not in the dump"),
-        ({}, None, 1, "a table of 2 rows: not expected"),
+        ({"a": 3}, None, 1, OTHER_NUMBERS),
+        ({"a": 2, "b": 2}, None, 1, OTHER_NUMBERS),
+        ({}, None, 1, OTHER_NUMBERS),
     ],
 )
 def test_every_difference_to_the_counts_is_said(
