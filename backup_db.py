@@ -284,12 +284,12 @@ Try both by hand: psql {options} -d {database}""",
 This socket lets a user in only as the role of the same name; set the user {user_place}
 Or connect by TCP with a password: set the host to 127.0.0.1 {host_place}""",
     r"server does not support SSL": """
-The server has no TLS; set to prefer {libpq_place}""",
+The server has no TLS; set to prefer {sslmode_place}""",
     r"\(PGSSLMODE=disable\)[\s\S]*(no encryption|SSL off)": """
-The server demands TLS; set to require {libpq_place}""",
+The server demands TLS; set to require {sslmode_place}""",
     r"no pg_hba\.conf entry|pg_hba\.conf rejects": """
-See where the server has its pg_hba.conf, as a superuser in any database: SHOW hba_file;
-Let this client in by the first line there: sudo sed -i {hba_insert} pg_hba.conf
+Let this client in, above the other lines of the server's pg_hba.conf: {hba_line}
+See where that file is, as a superuser in any database: SHOW hba_file;
 Then, as a superuser in any database: SELECT pg_reload_conf();""",
     r"role \".*\" does not exist": """
 Check the user {user_place}
@@ -298,8 +298,8 @@ Or create it, as a superuser in any database: CREATE ROLE {sql_user} LOGIN;""",
 Allow it, as a superuser in any database: ALTER ROLE {sql_user} LOGIN;
 Or back up as another role, set {user_place}""",
     r"certificate verify failed|root certificate file": """
-Name the file of the certificate authority: PGSSLROOTCERT=/path/to/ca.crt {libpq_place}
-PGSSLROOTCERT=system needs SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt beside it""",
+Name the file of the certificate authority {sslrootcert_place}
+With system for that file it needs, beside it: SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt""",
     r"does not match host name": """
 Use the host name that is in the certificate; set it {host_place}""",
     r"could not translate host name": """
@@ -321,7 +321,7 @@ Raise it, as a superuser in any database: ALTER ROLE {sql_user} CONNECTION LIMIT
     r"too many connections for database": """
 A backup needs two connections at once, and the database has a limit; -1 is none
 Raise it, as its owner in any database: ALTER DATABASE {sql_database} CONNECTION LIMIT -1;""",
-    r"too many clients already|remaining connection slots": """
+    r"too many clients already|remaining connection slots|query_wait_timeout": """
 A backup needs two connections at once; run it when there is room, or raise max_connections
 See who is connected, as a superuser: SELECT datname, usename, count(*) FROM pg_stat_activity \
 GROUP BY 1, 2;""",
@@ -357,7 +357,7 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
         sql_user=sql_identifier(user),
         options=client_options(config),
         pgpass_line=shell_words(f"{line}:PASSWORD"),
-        hba_insert=shell_words(f"1i {hba} scram-sha-256"),
+        hba_line=f"{hba} scram-sha-256",
         look_up="ping -c 1" if is_mac else "getent hosts",
         start="brew services start postgresql" if is_mac else "sudo systemctl start postgresql",
     )
@@ -526,7 +526,7 @@ def wrapper_failure(pg_dump: Tool, stderr_text: str) -> Failure:
     return Failure(
         ExitCode.TOOL,
         f"{printable(pg_dump.path)} wrote nothing into the dump: is it a wrapper that runs on "
-        f"another machine or in a container?\n{stderr_text}".rstrip(),
+        f"another machine, in a container or by sudo?\n{stderr_text}".rstrip(),
         f"See what it is: file -L {shell_words(pg_dump.path)}",
         "Put PostgreSQL's own tools first on PATH",
         install_hint(),
@@ -1836,6 +1836,14 @@ def look_up_database(config: DatabaseConfig) -> str:
     return str(found[0][0]) if found else "(missing)"
 
 
+def open_session(config: DatabaseConfig) -> Session:
+    """A session. Raises Failure."""
+    try:
+        return Session(config)
+    except ServerError as error:
+        raise connection_failure(config, error) from None
+
+
 POOLER_ROUNDS = 10
 
 
@@ -1854,7 +1862,7 @@ def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
 
     if backend_of(session) == session.backend_pid:
         return
-    with Session(config) as other:
+    with open_session(config) as other:
         pairs = {(backend_of(session), backend_of(other)) for _ in range(POOLER_ROUNDS)}
     (ours, theirs), *changed = pairs
     if ours != theirs and not changed:
@@ -2595,10 +2603,7 @@ def diagnose_dump(
         return damage_failure(text, table[1] if table else "")
     try:  # Is the server there, is there room for two connections, may we read everything?
         begin_again(run, "pg_dump has failed")
-        try:
-            Session(run.config).close()
-        except ServerError as refused:
-            raise connection_failure(run.config, refused) from None
+        open_session(run.config).close()
         begin_read_only(run.session)
         check_privileges(run.session)
         renamed = find_renamed_schema(run.session, snapshot)
@@ -3135,14 +3140,6 @@ def load_configuration(environment_option: str) -> DatabaseConfig:
     os.environ.update({name: encode_os_text(value) for name, value in config.libpq.items()})
     os.environ["PGDATESTYLE"] = "ISO"  # or psycopg2 sets it, and it stays on a pooled connection
     return config
-
-
-def open_session(config: DatabaseConfig) -> Session:
-    """The session of a run. Raises Failure."""
-    try:
-        return Session(config)
-    except ServerError as error:
-        raise connection_failure(config, error) from None
 
 
 def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> Series:

@@ -299,6 +299,7 @@ def _libpq_variables(
     further = [name for name in inherited.keys() - own.keys() - {"PGDATA"} if name.isalpha()]
     listed = "; ".join(settings.place(variable) for variable in sorted(further))
     places["libpq"] = listed or f"in {ENV_FILES[0]}"
+    places |= {name: settings.place(f"PG{name.upper()}") for name in ("sslmode", "sslrootcert")}
     return MappingProxyType({**inherited, **own})
 
 

@@ -464,7 +464,7 @@ def assert_typeable(step: str, project: Project) -> None:
         assert re.search(r"\bas (a superuser|its owner|the owner)\b", step), step
     elif text.startswith("--"):
         assert text.split()[0] in {"--output-dir", "--env"}, step
-    elif text and not re.fullmatch(r"[A-Z_]+(=\S*)?|/\S+", text):
+    elif text and not re.fullmatch(r"[A-Z_]+(=\S*)?|/\S+|(host|local) .*", text):
         subprocess.run(["sh", "-n", "-c", text], check=True)
         assert "…" not in text, step
         for command in shell_commands(text):

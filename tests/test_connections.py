@@ -219,7 +219,7 @@ def test_certificates_of_the_system_are_not_those_of_psycopg2(
     result.failed_with(3, "Database connection error")
     steps = result.stderr.partition("Troubleshooting:")[2]
     assert "SSL_CERT_FILE" in steps, result
-    assert re.search(r"PGSSLROOTCERT=/\S+", steps), result
+    assert re.search(r"certificate authority in \S+: PGSSLROOTCERT", steps), result
 
 
 # -- names and passwords of every kind ------------------------------------------------------------

@@ -292,7 +292,7 @@ def socket_is_for_the_role_of_the_same_name(stage: Stage) -> Result:
     return stage.project(settings=socket_directory).run()
 
 
-@situation(ExitCode.CONNECTION, "pg_hba.conf rejects connection", "sudo sed -i '1i host ")
+@situation(ExitCode.CONNECTION, "pg_hba.conf rejects connection", "pg_hba.conf: host ")
 def client_is_not_let_in(stage: Stage) -> Result:
     role = stage.role()
     stage.hba(f"host all {role} all reject")

@@ -133,7 +133,7 @@ def server_has_no_tls(stage: Stage) -> Project:
     return stage.project(settings={"PGSSLMODE": "require"})
 
 
-@mend(r"pg_hba\.conf$|pg_reload_conf")
+@mend(r"^host |pg_reload_conf")
 def client_is_not_let_in(stage: Stage) -> Project:
     project = restricted(stage)
     (role,) = re.findall("role_[0-9a-f]+", (project.directory / ".env.local").read_text())
@@ -213,6 +213,8 @@ def paste(step: str, stage: Stage, project: Project, environ: dict[str, str]) ->
     if text.endswith(";"):
         database = re.search(r"in database (\w+): ", step)
         stage.cluster.psql(text, database[1] if database else "postgres")
+    elif text.startswith("host "):
+        stage.hba(text)
     elif text.startswith("PATH="):
         environ["PATH"] = text.removeprefix("PATH=")
     elif text in CHOSEN:
@@ -226,7 +228,7 @@ def shell(command: str, stage: Stage, project: Project) -> None:
     project.fake("sudo", 'exec "$@"')
     subprocess.run(
         ["sh", "-ec", command],
-        cwd=stage.cluster.data_dir if "pg_hba.conf" in command else project.directory,
+        cwd=project.directory,
         env={
             **project.environ,
             "PATH": f"{project.fakes}:{project.bin_dir}:{os.defpath}",
