@@ -1152,6 +1152,8 @@ class Program(contextlib.AbstractContextManager["Program"]):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(seconds)
         self._drain.join(STOP_SECONDS)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
     def wait(self, seconds: float) -> int | None:
         """The exit status, negative for a signal; None where `seconds` went by first. Raises
