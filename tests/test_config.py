@@ -203,6 +203,8 @@ def test_place_names_variable_and_file(tmp_path: Path) -> None:
         "password": "in .env.local: DB_PASSWORD",
         "compress": "in .env.local: BACKUP_COMPRESS",
         "libpq": "in .env.local",
+        "sslmode": "in .env.local: PGSSLMODE",
+        "sslrootcert": "in .env.local: PGSSLROOTCERT",
     }
 
 

@@ -133,7 +133,7 @@ def server_has_no_tls(stage: Stage) -> Project:
     return stage.project(settings={"PGSSLMODE": "require"})
 
 
-@mend(r"^host |pg_reload_conf")
+@mend(r"pg_hba\.conf: host |pg_reload_conf")
 def client_is_not_let_in(stage: Stage) -> Project:
     project = restricted(stage)
     (role,) = re.findall("role_[0-9a-f]+", (project.directory / ".env.local").read_text())
