@@ -779,8 +779,7 @@ class Progress:
             if (gained := self._fraction - self._first[0]) > 0.02:
                 left = (now - self._first[1]) * (1 - self._fraction) / gained
                 parts.append(f"{timedelta(seconds=int(left))} left")
-        elapsed = timedelta(seconds=int(now - self._started))
-        self._draw([*parts, f"{elapsed} elapsed", *details])
+        self._draw([*parts, f"{timedelta(seconds=int(now - self._started))} elapsed", *details])
 
     def _draw(self, parts: list[str]) -> None:
         """The parts that fit on one line, in place of what is there."""
@@ -806,8 +805,7 @@ class Progress:
 def printable(text: str) -> str:
     """`text` on one line: what a terminal would not show as itself is escaped."""
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in decode_os_text(text)
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in decode_os_text(text)
     )
 
 
@@ -1199,12 +1197,11 @@ def tool_environment(*settings: str) -> dict[str, str]:
     that begin so, and with messages in English. What stays is that by which Debian's wrapper
     chooses the version of its tools."""
     kept = ("PGCLUSTER", "PGHOST", "PGPORT", *settings)
-    inherited = {
+    return {
         name: value
         for name, value in os.environ.items()
         if name.startswith(kept) or not name.startswith(("PG", "DB_", "DEV_DB_"))
-    }
-    return {**inherited, "LC_ALL": "C"}
+    } | {"LC_ALL": "C"}
 
 
 def find_tool(name: str, folder: str | None = None) -> Tool:
@@ -1488,8 +1485,7 @@ def compare_contents(rows: Mapping[int, int], large_objects: int, expected: Meta
 
 def invalid(problem: str) -> Check:
     """The check that could not be made, or not to its end."""
-    first_line = problem.partition("\n")[0]
-    return Check(f"✗ Invalid ({first_line})", problem)
+    return Check(f"✗ Invalid ({problem.splitlines()[0]})", problem)
 
 
 NO_ARCHIVE = "is no custom-format archive of pg_dump"
@@ -1648,6 +1644,9 @@ class Session(contextlib.AbstractContextManager["Session"]):
         except ServerError as error:
             error.lost = time.monotonic() - started >= config.connect_seconds
             raise
+        self.server_version = int(self._connection.server_version)  # 170010 for 17.10
+        # As libpq knows it; a pooler hands out a number of its own.
+        self.backend_pid = int(self._connection.info.backend_pid)
 
     def _open(self) -> Any:
         psycopg2 = import_psycopg2()
@@ -1721,16 +1720,6 @@ class Session(contextlib.AbstractContextManager["Session"]):
 
         return self._call(copy, float("inf"), on_tick)
 
-    @property
-    def server_version(self) -> int:
-        """170010 for 17.10."""
-        return int(self._connection.server_version)
-
-    @property
-    def backend_pid(self) -> int:
-        """The server process as libpq knows it; a pooler hands out a number of its own."""
-        return int(self._connection.info.backend_pid)
-
     def close(self) -> None:
         """Leave the server; locks and snapshot go with it, and the query that runs, at once."""
         if self._connection is None:
@@ -1752,9 +1741,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
             contextlib.suppress(OSError, import_psycopg2().Error),  # it is gone already
             socket.socket(fileno=os.dup(self._connection.fileno())) as way,
         ):
-            with contextlib.suppress(OSError):  # a Unix socket has no lingering
-                linger = struct.pack("ii", 1, 0)
-                way.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            way.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             way.shutdown(socket.SHUT_RDWR)
 
     def __exit__(self, *_exception: object) -> None:
