@@ -1186,12 +1186,6 @@ class Tool(NamedTuple):
     major: int
 
 
-def major_version(version: str) -> int:
-    """17 for 17.10 and for 17beta1; 0 for what is no version."""
-    digits = re.match(r"\d{1,4}", version)
-    return int(digits.group()) if digits else 0
-
-
 def tool_environment(*settings: str) -> dict[str, str]:
     """The environment of a tool: this one's, without any connection setting or secret but those
     that begin so, and with messages in English. What stays is that by which Debian's wrapper
@@ -1582,10 +1576,10 @@ def check_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check:
 def check_restore_fits(pg_restore: Tool, metadata: Metadata, examination: Examination) -> None:
     """Raise Failure where it is pg_restore that is unfit for an archive that is intact."""
     problem = "" if examination.checksum.problem else examination.structure.problem
-    version = metadata.pg_dump_version
-    if problem and pg_restore.major < major_version(version):
-        because = f"too old for this backup, which pg_dump {printable(version)} made"
-        raise older_tool_failure(pg_restore, major_version(version), because)
+    if problem and pg_restore.major < least_major(metadata):
+        pg_dump = f"pg_dump {printable(metadata.pg_dump_version)}"
+        because = f"too old for this backup, which {pg_dump} made"
+        raise older_tool_failure(pg_restore, least_major(metadata), because)
     if "does not support compression" in problem:
         compression = metadata.compression or "the method"
         raise unreadable_compression_failure(pg_restore, compression, problem)
