@@ -1872,14 +1872,13 @@ WITH rel AS (
          x.extcondition[array_position(x.extconfig, c.oid)] AS condition,
          c.relkind <> 'f' AND (x.oid IS NOT NULL OR (
            m.objid IS NULL AND n.nspname <> 'information_schema')) AS is_dumped
-    FROM pg_catalog.pg_class c
-    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-    LEFT JOIN pg_catalog.pg_depend m
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    LEFT JOIN pg_depend m
       ON m.classid = 'pg_class'::regclass AND m.objid = c.oid AND m.objsubid = 0
      AND m.deptype = 'e' AND m.refclassid = 'pg_extension'::regclass
-    LEFT JOIN pg_catalog.pg_extension x ON c.oid = ANY (x.extconfig)
+    LEFT JOIN pg_extension x ON c.oid = ANY (x.extconfig)
    WHERE c.relkind IN ('r', 'p', 'S', 'f') AND (x.oid IS NOT NULL OR n.nspname !~ '^pg_')),
-me AS (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
+me AS (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
 """
 
 # What pg_dump would fail on, each row alone enough: tried by granting and revoking one by one.
@@ -1894,7 +1893,7 @@ UNION ALL
 SELECT 'row security', name, oid
   FROM rel WHERE is_dumped AND relkind = 'r' AND row_security_active(oid)
 UNION ALL
-SELECT 'large object', l.oid::text, l.oid FROM pg_catalog.pg_largeobject_metadata l, me
+SELECT 'large object', l.oid::text, l.oid FROM pg_largeobject_metadata l, me
  WHERE NOT EXISTS (
          SELECT FROM aclexplode(COALESCE(l.lomacl, acldefault('L', l.lomowner))) a
           WHERE a.privilege_type = 'SELECT'
@@ -2048,17 +2047,16 @@ SELECT 'rows of tables that belong to an extension', key, oid
 UNION ALL
 SELECT 'invalid indexes, which a failed build has left', quote_ident(c.relname) || ' on ' || key,
        c.oid
-  FROM pg_catalog.pg_index i JOIN rel ON rel.oid = i.indrelid
-  JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
- WHERE NOT i.indisvalid AND c.relkind = 'i'
+  FROM pg_index JOIN rel ON rel.oid = indrelid JOIN pg_class c ON c.oid = indexrelid
+ WHERE NOT indisvalid AND c.relkind = 'i'
 UNION ALL
 SELECT 'subscriptions, which only a superuser can back up', quote_ident(subname), s.oid
-  FROM pg_catalog.pg_subscription s JOIN pg_catalog.pg_database d ON d.oid = s.subdbid, me
+  FROM pg_subscription s JOIN pg_database d ON d.oid = s.subdbid, me
  WHERE d.datname = current_database() AND NOT rolsuper
 UNION ALL
 SELECT 'options of user mappings, which only a superuser can back up',
        COALESCE(quote_ident(usename), 'public') || ' on ' || quote_ident(srvname), umid
-  FROM pg_catalog.pg_user_mappings, me WHERE NOT rolsuper
+  FROM pg_user_mappings, me WHERE NOT rolsuper
 ORDER BY 3
 """
 
@@ -2227,7 +2225,9 @@ SELECT (SELECT setting::int FROM pg_settings WHERE name = 'deadlock_timeout'),
            WHERE locktype = 'relation' AND NOT fastpath)
   FROM pg_settings
  WHERE name IN ('max_connections', 'max_worker_processes', 'max_wal_senders',
-                'max_prepared_transactions', %s)
+                'max_prepared_transactions',
+                CASE WHEN current_setting('server_version_num')::int < 180000
+                THEN 'autovacuum_max_workers' ELSE 'autovacuum_worker_slots' END)
 """
 
 # Who has, or is next to have, the only lock that ACCESS SHARE waits for. No session has the lock of
@@ -2267,9 +2267,7 @@ def take_snapshot(run: Run) -> Snapshot:
     while True:
         begin_read_only(session)
         tables = list_tables(session)
-        is_18 = session.server_version >= 180000
-        workers = "autovacuum_worker_slots" if is_18 else "autovacuum_max_workers"
-        deadlock_timeout_ms, room = session.query(LOCK_LIMITS, workers)[0]
+        deadlock_timeout_ms, room = session.query(LOCK_LIMITS)[0]
         session.query("COMMIT")
         if len(tables) > room:
             raise lock_table_failure(len(tables), room)
@@ -2298,11 +2296,11 @@ def take_snapshot(run: Run) -> Snapshot:
 TABLE_SIZES = """
 SELECT oid::bigint, COALESCE(pg_relation_size(oid), 0)
        + COALESCE(pg_relation_size(NULLIF(reltoastrelid, 0)), 0)
-  FROM pg_catalog.pg_class WHERE oid = ANY (%s::oid[])
+  FROM pg_class WHERE oid = ANY (%s::oid[])
 """
 
 # Not those of temporary tables, which every other session makes.
-SCHEMAS = "SELECT oid::bigint, nspname FROM pg_catalog.pg_namespace WHERE nspname !~ '^pg_'"
+SCHEMAS = "SELECT oid::bigint, nspname FROM pg_namespace WHERE nspname !~ '^pg_'"
 
 
 def lock_and_export(session: Session, tables: list[Table], limit_ms: int) -> Snapshot | None:
@@ -2336,15 +2334,17 @@ def dump_database(run: Run) -> tuple[Snapshot, dict[int, int], str]:
     of everything and begin again, three times in all. So does a deadlock that is ahead, before
     pg_dump has written anything, for as long as Patience lasts.
     """
-    attempts = 0
+    attempts, waits_for = 0, ""
     patience: Patience | None = None
     while True:
-        doing = "locking the tables"
+        doing = "beginning again"
         try:
+            if waits_for:
+                begin_again(run, waits_for)
+            doing = "locking the tables"
             snapshot = take_snapshot(run)
             doing = "dumping and counting the rows"
-            counts, warnings = dump_snapshot(run, snapshot)
-            return snapshot, counts, warnings
+            return snapshot, *dump_snapshot(run, snapshot)
         except DeadlockAhead as ahead:
             patience = patience or Patience()
             patience.check(f"pg_dump waits for a lock: {ahead.blocker} blocks it", ahead.blocker)
@@ -2355,12 +2355,8 @@ def dump_database(run: Run) -> tuple[Snapshot, dict[int, int], str]:
                 raise failure from None
             waits_for = "something changed meanwhile"
         except ServerError as error:
+            error.lost |= doing == "beginning again"  # whatever keeps us from coming back
             raise server_failure(error, doing) from None
-        try:
-            begin_again(run, waits_for)
-        except ServerError as error:
-            lost = ServerError(error.text, lost=True)
-            raise server_failure(lost, "beginning again") from None
 
 
 def begin_again(run: Run, waits_for: str) -> None:
@@ -2703,30 +2699,25 @@ class PartialBackup:
             path = name.with_name(f".{name.name}{PARTIAL_SUFFIX}")
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             self._files.append(OpenFile.open(path, flags))
-
-    @property
-    def dump(self) -> OpenFile:
-        """Where pg_dump writes."""
-        return self._files[0]
+        self.dump, self._metadata = self._files
 
     def publish(self, metadata: Metadata) -> list[str]:
         """Write the metadata and rename both files, the metadata first: a visible dump is always
         described. Returns complaints that leave it whole. Raises OSError; Failure where a partial
         file's name leads elsewhere by now."""
-        partial = self._files[1]
-        with with_filename(partial.path):
-            with open(partial.descriptor, "w", encoding="utf-8", closefd=False) as file:
+        with with_filename(self._metadata.path):
+            with open(self._metadata.descriptor, "w", encoding="utf-8", closefd=False) as file:
                 file.write(metadata.to_json())
-            Background(partial.sync).wait()
+            Background(self._metadata.sync).wait()
         described = metadata_path(self.published_dump)
-        for held, name in ((partial, described), (self.dump, self.published_dump)):
+        for held, name in ((self._metadata, described), (self.dump, self.published_dump)):
             if os.path.lexists(name):  # not of our making, since we hold the lock
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(name))
             if not os.path.samestat(os.fstat(held.descriptor), os.lstat(held.path)):
                 detail = f"{display_path(held.path)} was replaced by somebody else"
                 raise errno_failure(errno.EEXIST, self.directory, detail)
         check_signals()
-        partial.path.rename(described)
+        self._metadata.path.rename(described)
         try:
             complaints = [sync_directory(self.directory)]
             self.dump.path.rename(self.published_dump)

@@ -351,7 +351,7 @@ def test_backup_that_is_the_victim_of_a_deadlock_begins_again(
 ) -> None:
     """It would have let go before the server looks for deadlocks, were it not for its limits."""
     chat.psql(f"ALTER DATABASE {chat.name} SET deadlock_timeout = '1s'")
-    limits = {"LOCK_TIMEOUT_MS": 60_000, "LOCK_LIMITS": "SELECT 120000, 1000 -- %s"}
+    limits = {"LOCK_TIMEOUT_MS": 60_000, "LOCK_LIMITS": "SELECT 120000, 1000"}
     project = make_project(chat, constants=limits)
     with closing(connect(chat)) as migration:
         execute(migration, "SET deadlock_timeout = '60s'")
