@@ -1827,9 +1827,6 @@ def open_session(config: DatabaseConfig) -> Session:
         raise connection_failure(config, error) from None
 
 
-POOLER_ROUNDS = 10
-
-
 def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
     """Raise Failure behind a connection pooler in transaction or statement mode: pg_dump would
     leave search_path = '' on connections that the application is given next, and its own settings
@@ -1839,14 +1836,11 @@ def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
     backend, or one that changes its own, are not in session mode. (In statement mode a BEGIN ends
     the connection: so this one query has none, and finds nothing by search_path.)
     """
-
-    def backend_of(asked: Session) -> int:
-        return int(asked.query("SELECT pg_catalog.pg_backend_pid()")[0][0])
-
-    if backend_of(session) == session.backend_pid:
+    ask = "SELECT pg_catalog.pg_backend_pid()"
+    if session.query(ask) == [(session.backend_pid,)]:
         return
     with open_session(config) as other:
-        pairs = {(backend_of(session), backend_of(other)) for _ in range(POOLER_ROUNDS)}
+        pairs = {(session.query(ask)[0], other.query(ask)[0]) for _round in range(10)}
     (ours, theirs), *changed = pairs
     if ours != theirs and not changed:
         return
@@ -1866,9 +1860,8 @@ def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
 RELATIONS = """
 WITH rel AS (
   SELECT c.oid, c.relkind, c.relpersistence, n.oid AS nsoid, n.nspname, m.objid, x.extname,
-         quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name,
-         CASE n.nspname WHEN 'public' THEN '' ELSE quote_ident(n.nspname) || '.' END
-         || quote_ident(c.relname) AS key,
+         format('%I.%I', nspname, relname) AS name,
+         format(CASE nspname WHEN 'public' THEN '%2$I' ELSE '%I.%I' END, nspname, relname) AS key,
          x.extcondition[array_position(x.extconfig, c.oid)] AS condition,
          c.relkind <> 'f' AND (x.oid IS NOT NULL OR (
            m.objid IS NULL AND n.nspname <> 'information_schema')) AS is_dumped
