@@ -2064,7 +2064,8 @@ def one_line_identifier(name: str) -> str:
 
 def least_major(metadata: Metadata) -> int:
     """The oldest major version whose server, psql and pg_restore take this backup."""
-    return max(map(major_version, (metadata.postgresql_version, metadata.pg_dump_version)))
+    versions = (metadata.postgresql_version, metadata.pg_dump_version)
+    return max(int((re.match(r"\d{1,3}", version) or "0")[0]) for version in versions)
 
 
 def restore_commands(metadata: Metadata) -> list[str]:
