@@ -183,7 +183,7 @@ def replaced(make: Callable[[Path], object]) -> Callable[[Path], object]:
     return replace
 
 
-NOT_JSON = "it is not JSON"
+NOT_JSON = "it is not a JSON object"
 BAD_METADATA: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (text(""), NOT_JSON),
     "binary": (lambda path: path.write_bytes(os.urandom(1000) + b"\xff\0"), NOT_JSON),
