@@ -901,7 +901,11 @@ def libpq_options(user: str | None = None) -> str:
 
 
 def sql_identifier(name: str) -> str:
-    return printable('"' + name.replace('"', '""') + '"')
+    """A name quoted for SQL; what would not show, such as a newline, in SQL's own escapes."""
+    quoted = '"' + name.replace('"', '""') + '"'
+    if quoted.isprintable():
+        return quoted
+    return "U&" + re.sub(r"[^ -~]|\\", lambda found: f"\\+{ord(found.group()):06X}", quoted)
 
 
 TIMESTAMP_PATTERN = r"\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}Z"
@@ -2054,14 +2058,6 @@ ORDER BY 3
 """
 
 
-def one_line_identifier(name: str) -> str:
-    """A name quoted for SQL; what would not show, such as a newline, in SQL's own escapes."""
-    quoted = '"' + name.replace('"', '""') + '"'
-    if quoted.isprintable():
-        return quoted
-    return "U&" + re.sub(r"[^ -~]|\\", lambda found: f"\\+{ord(found.group()):06X}", quoted)
-
-
 def least_major(metadata: Metadata) -> int:
     """The oldest major version whose server, psql and pg_restore take this backup."""
     versions = (metadata.postgresql_version, metadata.pg_dump_version)
@@ -2113,7 +2109,7 @@ def role_commands(
         words += [] if facts.get("inherit", True) else ["NOINHERIT"]
         if (limit := facts.get("connection_limit", -1)) != -1:
             words.append(f"CONNECTION LIMIT {limit:d}")
-        yield psql(" ".join(["CREATE ROLE", one_line_identifier(role), *words])) + " || true"
+        yield psql(" ".join(["CREATE ROLE", sql_identifier(role), *words])) + " || true"
     for role in roles:
         for group, options in attributes.get(role, {}).get("member_of", {}).items():
             if group not in roles and not group.startswith("pg_"):  # PostgreSQL's own are there
@@ -2123,7 +2119,7 @@ def role_commands(
             if "set" in options:  # from 16 on
                 kinds = ("admin", "inherit", "set")
                 words = [f"{kind} {bool(options.get(kind))}".upper() for kind in kinds]
-            grant = f"GRANT {one_line_identifier(group)} TO {one_line_identifier(role)}"
+            grant = f"GRANT {sql_identifier(group)} TO {sql_identifier(role)}"
             yield psql(grant + (f" WITH {', '.join(words)}" if words else ""))
 
 
