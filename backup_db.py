@@ -2223,7 +2223,8 @@ SELECT (SELECT setting::int FROM pg_settings WHERE name = 'deadlock_timeout'),
 # Who has, or is next to have, the only lock that ACCESS SHARE waits for. No session has the lock of
 # a prepared transaction: by its virtual transaction it holds its own transaction id too.
 BLOCKER = """
-SELECT l.relation::bigint, l.pid, a.usename, a.application_name, a.query,
+SELECT l.relation::bigint, l.pid, a.usename, a.application_name,
+       NULLIF(a.query, '<insufficient privilege>'),
        EXISTS (SELECT FROM pg_locks w WHERE w.pid = l.pid AND NOT w.granted), x.gid
   FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
   LEFT JOIN pg_locks t
