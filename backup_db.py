@@ -2438,13 +2438,14 @@ def find_renamed_schema(session: Session, snapshot: Snapshot) -> str | None:
     return None
 
 
-# pg_dump's backend and ours, and the relation that each waits for. Within a transaction
-# pg_stat_activity is frozen until it is told to look again.
+# pg_dump's backend and ours, and the relation that each waits for (that it waits is not looked up
+# in pg_stat_activity: a role's setting "role" hides our own sessions from us there). Within a
+# transaction pg_stat_activity is frozen until it is told to look again.
 ACTIVITY = """
 SELECT pg_stat_clear_snapshot();
 SELECT a.pid <> ours.pid, starts_with(a.query, 'COPY '),
        concat_ws(' ', a.query_start, a.state_change, p.bytes_processed),
-       CASE a.wait_event_type WHEN 'Lock' THEN (
+       CASE WHEN pg_blocking_pids(a.pid) <> '{}' THEN (
          SELECT relation::bigint FROM pg_locks w WHERE w.pid = a.pid AND NOT w.granted LIMIT 1) END
   FROM (SELECT %s AS pid) ours JOIN pg_stat_activity a
     ON a.pid = ours.pid OR a.application_name = 'backup_db ' || %s
