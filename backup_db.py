@@ -2410,6 +2410,7 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[i
     (Counts taken from the archive alone would prove nothing of what the database held.)
     """
     counts = {}
+    looked_at = time.monotonic()
     for table in snapshot.tables:
         if table.copy is None:
             continue
@@ -2423,7 +2424,9 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[i
                     raise damage_failure(error.text, table.qualified_name) from None
                 raise
             counts[table.oid] = rows
-            watch.look()  # a small table is through before a tick
+            if time.monotonic() - looked_at > TICK_SECONDS:  # a small table is through before one
+                watch.look()
+                looked_at = time.monotonic()
     watch.counting = ""
     return counts
 
@@ -2481,6 +2484,8 @@ class DumpWatch:
         """Wait for pg_dump's end, or for the condition before it. Raises as `look` does."""
         while self._pg_dump.wait(TICK_SECONDS) is None and not condition():
             self.look()
+        if self._pg_dump.process.poll():
+            self._run.session.query("ROLLBACK")  # a server that is gone, or was, is the cause
         self._check_status()
 
     def _check_status(self) -> None:
