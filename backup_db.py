@@ -1215,7 +1215,9 @@ def find_tool(name: str, folder: str | None = None) -> Tool:
         with Program([path, "--version"], tool_environment(), stdout=subprocess.PIPE) as program:
             assert program.process.stdout is not None
             if program.wait(TOOL_SECONDS) is not None:
-                answer = program.process.stdout.read(4096).decode("utf-8", "backslashreplace")
+                # Read once: what a wrapper has started may hold it open.
+                output = os.read(program.process.stdout.fileno(), 4096)
+                answer = output.decode("utf-8", "backslashreplace")
                 # "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
                 if version := re.search(r"\) ((\d+)[.\w]*)", answer):
                     return Tool(path, version[1], int(version[2]))

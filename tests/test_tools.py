@@ -88,6 +88,11 @@ def test_tool_that_does_not_tell_a_fit_version(
     assert f"Error: {standing.fakes / tool}{words.format(tool)}" in result.stderr, result
 
 
+def test_tool_that_leaves_a_process_behind_is_not_waited_for(standing: Project) -> None:
+    fake_call(standing, "pg_dump", VERSION, 'sleep 30 & exec "$real" "$@"')
+    finish(standing.start(), 20).succeeded()
+
+
 @pytest.mark.parametrize("content", [b"\x7fELF garbage", b"#!/no/such/interpreter\n"])
 def test_tool_that_is_no_program(content: bytes, standing: Project) -> None:
     tool = standing.fakes / "pg_dump"
