@@ -3508,7 +3508,8 @@ def run_creation(arguments: Arguments, progress: Progress) -> None:
         write_lines(sys.stdout, creation_lines(report))
         warn([*report.warnings, *shrinkage_lines(report)])
 
-    config = load_configuration(arguments.environment)
+    # In a thread: another project's config.py, or an .env that is a pipe, may never come to an end.
+    config = Background(lambda: load_configuration(arguments.environment)).wait()
     try:
         with with_filename(arguments.output_dir):
             removed, warnings = create_backup(config, arguments.output_dir, progress, announce)

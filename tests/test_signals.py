@@ -153,6 +153,14 @@ def test_signal_while_python_loads_the_script_is_no_traceback(
     assert (result.returncode, result.stdout, result.stderr) == (-number, "", "")
 
 
+def test_signal_ends_a_run_whose_settings_do_not_come(standing: Project) -> None:
+    slow_module = "import os, time; open(os.environ['HOME'] + '/paused', 'x'); time.sleep(100)"
+    (standing.directory / "brain_core" / "config.py").write_text(slow_module)
+    process = standing.start()
+    wait_until(lambda: paused(standing))
+    strike(process, signal.SIGINT)
+
+
 def test_ctrl_c_in_a_terminal_prints_one_line(
     standing: Project, standing_database: Database
 ) -> None:
