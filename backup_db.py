@@ -2909,20 +2909,6 @@ def find_orphans(directory: Path) -> list[Path]:
     )
 
 
-def group_series(backups: Sequence[Backup]) -> dict[tuple[str, str, str], list[Backup]]:
-    """The backups of each environment, database and server, the newest first as they came.
-
-    One that does not know its server counts as the oldest server's that is known.
-    """
-    names = [(backup.environment, backup.database) for backup in backups]
-    servers = [backup.metadata and backup.metadata.system_identifier for backup in backups]
-    known = {name: server for name, server in zip(names, servers, strict=True) if server}
-    series: dict[tuple[str, str, str], list[Backup]] = {}
-    for backup, name, server in zip(backups, names, servers, strict=True):
-        series.setdefault((*name, server or known.get(name, "")), []).append(backup)
-    return series
-
-
 def backups_to_keep(moments: Sequence[datetime], retention: Retention) -> set[int]:
     """Which of these moments, in UTC and from the newest on, BACKUP_KEEP keeps: their indexes.
 
@@ -3341,17 +3327,21 @@ def list_lines(
 
 
 def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
-    """For each series how many backups, their size, and the newest verified one.
+    """For each series how many backups, their size, and the newest verified one: so a nightly line
+    that stopped is seen, and what a move or an upgrade left behind.
 
-    So a nightly line that stopped is seen, and what a move or an upgrade left behind.
+    A backup that does not know its server counts as the oldest server's that is known.
     """
-    series = group_series(backups)
-    servers = Counter(key[:2] for key in series)
-    for (environment, database, server), members in series.items():
-        if environment == "-":
-            continue
-        text = f"{printable(environment)} {printable(database)}"
-        if servers[environment, database] > 1:
+    named = [backup for backup in backups if backup.environment != "-"]
+    names = [(backup.environment, backup.database) for backup in named]
+    servers = [backup.metadata and backup.metadata.system_identifier for backup in named]
+    oldest = {name: server for name, server in zip(names, servers, strict=True) if server}
+    series: dict[tuple[tuple[str, str], str], list[Backup]] = {}
+    for backup, name, server in zip(named, names, servers, strict=True):
+        series.setdefault((name, server or oldest.get(name, "")), []).append(backup)
+    for (name, server), members in series.items():
+        text = " ".join(map(printable, name))
+        if [other for other, _server in series].count(name) > 1:
             text += f" of server {printable(server)}"
         size_bytes = sum(backup.size_bytes or 0 for backup in members)
         text += f": {plural(len(members), 'backup')}, {format_size(size_bytes)}; "
