@@ -3278,15 +3278,6 @@ def verification_lines(report: VerificationReport) -> list[str]:
     ]
 
 
-LIST_COLUMNS = (
-    ("Timestamp", 25),
-    ("Environment", 13),
-    ("Database", 20),
-    ("Size", 10),
-    ("Status", 0),
-)
-
-
 def list_lines(
     backups: Sequence[Backup], orphans: Sequence[Path], output_dir: Path, now: datetime
 ) -> list[str]:
@@ -3294,32 +3285,21 @@ def list_lines(
     folder = display_path(output_dir).rstrip("/") + "/"
     if not backups:
         return [f"No backups yet in {folder}", *footer_lines([], orphans, now)]
-    rows = [
-        (
-            backup.timestamp,
-            printable(backup.environment),
-            printable(backup.database),
-            "-" if backup.size_bytes is None else format_size(backup.size_bytes),
-            backup.status.value
-            + (f" ({printable(backup.dump.name)})" if backup.is_renamed else ""),
-        )
-        for backup in backups
-    ]
+    rows = [("Timestamp", "Environment", "Database", "Size", "Status")]
+    for backup in backups:
+        database, environment = printable(backup.database), printable(backup.environment)
+        size = "-" if backup.size_bytes is None else format_size(backup.size_bytes)
+        name = f" ({printable(backup.dump.name)})" if backup.is_renamed else ""
+        rows.append((backup.timestamp, environment, database, size, backup.status.value + name))
     widths = [
-        max(least, *(len(cell) + 2 for cell in set(column)))
-        for column, (_title, least) in zip(zip(*rows, strict=True), LIST_COLUMNS, strict=True)
+        max(least, *(len(cell) + 2 for cell in column))
+        for least, column in zip((25, 13, 20, 10, 0), zip(*rows, strict=True), strict=True)
     ]
-
-    def line(cells: Iterable[str]) -> str:
-        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        return "".join(padded).rstrip()
-
     total = sum(backup.size_bytes or 0 for backup in backups)
     return [
         f"Backup Files ({folder}):",
         "",
-        line(title for title, _width in LIST_COLUMNS),
-        *map(line, rows),
+        *("".join(map(str.ljust, row, widths)).rstrip() for row in rows),
         "",
         f"{plural(len(backups), 'backup')}, {format_size(total)} in all",
         *footer_lines(backups, orphans, now),
