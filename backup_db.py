@@ -3055,8 +3055,7 @@ def create_backup(
             session.close()  # nothing more is asked of the server
             Background(partial.dump.sync).wait()
             draft = draft_metadata(run, snapshot, counts, series)
-            file = partial.dump
-            examination = examine_dump(tools.pg_restore, file, draft, progress, begin=DUMP_SHARE)
+            examination = examine_dump(tools.pg_restore, partial.dump, draft, progress, DUMP_SHARE)
             check_restore_fits(tools.pg_restore, draft, examination)
             if examination.problem:
                 raise unsound_dump_failure(partial, examination.problem)
@@ -3182,10 +3181,9 @@ def newest_older(dump: Path, metadata: Metadata) -> Path | None:
 
 def load_metadata(dump: Path) -> Metadata:
     """The metadata of the dump to verify. Raises Failure where one of the two is missing."""
-    detail = ""
     try:
-        if not stat.S_ISREG(dump.stat().st_mode) or not dump.name.endswith(DUMP_SUFFIX):
-            detail = f"{display_path(dump)} is not a {DUMP_SUFFIX} file"
+        is_dump = stat.S_ISREG(dump.stat().st_mode) and dump.name.endswith(DUMP_SUFFIX)
+        detail = "" if is_dump else f"{display_path(dump)} is not a {DUMP_SUFFIX} file"
     except FileNotFoundError:
         detail = f"there is no file {display_path(dump)}"
     if detail:
@@ -3195,20 +3193,18 @@ def load_metadata(dump: Path) -> Metadata:
             steps.insert(0, f"Name the dump: python3 backup_db.py --verify {shell_words(meant)}")
         raise Failure(ExitCode.VERIFICATION, detail, *steps)
     path = metadata_path(dump)
-    steps = ["Bring the metadata file back from the place that this backup was copied to or from"]
+    back = "Bring the metadata file back from the place that this backup was copied to or from"
+    tell = "What the dump alone can tell: pg_restore --file=/dev/null " + shell_words(str(dump))
     try:
         return Metadata.read(path)
-    except FileNotFoundError:
-        problem = f"there is no metadata file {display_path(path)}"
-        if is_no_archive(dump):
-            problem += f", and {display_path(dump)} {NO_ARCHIVE}"
-            steps = []
     except MetadataError as error:
-        problem = f"{display_path(path)} cannot be used: {printable(str(error))}"
-    steps.append(
-        "What the dump alone can tell: pg_restore --file=/dev/null " + shell_words(str(dump))
-    )
-    raise Failure(ExitCode.VERIFICATION, problem, *steps)
+        detail = f"{display_path(path)} cannot be used: {printable(str(error))}"
+    except FileNotFoundError:
+        detail = f"there is no metadata file {display_path(path)}"
+        if is_no_archive(dump):
+            detail += f", and {display_path(dump)} {NO_ARCHIVE}"
+            raise Failure(ExitCode.VERIFICATION, detail, tell) from None
+    raise Failure(ExitCode.VERIFICATION, detail, back, tell)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3423,17 +3419,17 @@ examples:
   python3 backup_db.py --verify db/backups/project_chat_dev_2025-01-27T14-30-00Z.dump
 
 exit codes:
+  0  Success
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The contract's options, and nothing else."""
-    codes = [(0, "Success"), *((int(code), code.category) for code in ExitCode)]
     parser = Parser(
         prog="backup_db.py",
         usage="%(prog)s [--env ENV] [--output-dir DIR] [--verify FILE] [--list] [--help]",
         description=__doc__,
-        epilog=EXAMPLES + "".join(f"  {code}  {words}\n" for code, words in codes),
+        epilog=EXAMPLES + "".join(f"  {int(code)}  {code.category}\n" for code in ExitCode),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
