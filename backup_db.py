@@ -2978,13 +2978,15 @@ def shrunk_tables(made: Metadata, earlier: Sequence[Metadata]) -> list[tuple[str
 def retire_backups(
     made: Metadata, earlier: Sequence[tuple[Path, Metadata]], retention: Retention | None
 ) -> tuple[list[Path], list[str]]:
-    """Remove the earlier backups of the series that are not to be kept; the dumps that are gone,
-    and warnings. The one just made always stays, even where the clock was set back; and of those
-    that would go, the last full one."""
+    """Remove the earlier backups that BACKUP_KEEP does not keep. Returns the dumps that are gone,
+    and warnings.
+
+    The one just made always stays, even where the clock was set back. So does the last full one.
+    One from the future is neither counted nor removed.
+    """
     removed: list[Path] = []
     warnings: list[str] = []
     latest = latest_credible(datetime.now(timezone.utc))
-    # One from the future is neither counted nor removed.
     others = [backup for backup in earlier if backup[1].backup_timestamp <= latest]
     if retention is None or not others:
         return removed, warnings
