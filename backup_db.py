@@ -2453,7 +2453,7 @@ SELECT a.pid <> ours.pid, starts_with(a.query, 'COPY '),
        CASE WHEN pg_blocking_pids(a.pid) <> '{}' THEN (
          SELECT relation::bigint FROM pg_locks w WHERE w.pid = a.pid AND NOT w.granted LIMIT 1) END
   FROM (SELECT %s AS pid) ours JOIN pg_stat_activity a
-    ON a.pid = ours.pid OR a.application_name = 'backup_db ' || %s
+    ON a.pid = ours.pid OR a.usename = session_user AND a.application_name = 'backup_db ' || %s
   LEFT JOIN pg_stat_progress_copy p ON p.pid = a.pid
  ORDER BY 1 DESC
 """

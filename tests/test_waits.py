@@ -348,6 +348,21 @@ def test_pg_dump_whose_backend_stands_still_is_ended(
     assert not patient.dumps()
 
 
+def test_stranger_by_the_name_of_pg_dump_is_not_taken_for_it(
+    waits: Database, patient: Project
+) -> None:
+    """The name stands in pg_stat_activity, for all to see."""
+    with contextlib.ExitStack() as stack:
+        waits.psql("CREATE ROLE stranger LOGIN")
+        stack.callback(waits.psql, "DROP ROLE stranger")
+        process = stack.enter_context(dumping(patient, waits))
+        wait_until(lambda: sessions_on(waits, PG_DUMP_WAITS))
+        name = waits.psql(f"SELECT application_name FROM pg_stat_activity WHERE {PG_DUMP_WAITS}")
+        borrow = f"SET application_name = '{name.strip()}'"
+        stack.enter_context(transaction(waits, borrow, user="stranger"))
+        gave_up(process)
+
+
 @pytest.mark.parametrize(
     ("phase", "lose"), [(dumping, Proxy.fall_silent), (counting, Proxy.forget)]
 )
