@@ -299,7 +299,7 @@ def test_names_in_failures_of_the_database_are_harmless_too(escaping: Escaping) 
     """What may not be read, and what is in the way."""
     project, database, _ = escaping
     name = identifier(ESCAPES)
-    project.rewrite({"STALL_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.1, "REDRAW_SECONDS": 0})
+    project.rewrite({"STALL_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.4, "REDRAW_SECONDS": 0})
     with transaction(database, f"SET ROLE {name}; LOCK TABLE {name}.{name}") as run:
         run(f"SET application_name = {literal(ESCAPES)}; COMMENT ON TABLE {name} IS 'x'")
         with Terminal(project, columns=300) as terminal:
