@@ -2576,9 +2576,6 @@ def diagnose_dump(
         return errno_failure(errno.ENOSPC, directory, text)
     if error.status < 0:
         return dump_failure(error)
-    if DAMAGE.search(text):
-        table = COPIED_TABLE.search(text)
-        return damage_failure(text, table[1] if table else "")
     try:  # Is the server there, is there room for two connections, may we read everything?
         begin_again(run, "pg_dump has failed")
         open_session(run.config).close()
@@ -2593,7 +2590,12 @@ def diagnose_dump(
         return server_failure(both, "dumping")
     if attempts < DUMP_ATTEMPTS and (renamed or run.partial.dump.size_bytes == 0):
         return None
-    return changing_failure(f"the {renamed}\n{text}") if renamed else dump_failure(error)
+    if renamed:
+        return changing_failure(f"the {renamed}\n{text}")
+    if DAMAGE.search(text):  # after the other tries: a name may have these words
+        table = COPIED_TABLE.search(text)
+        return damage_failure(text, table[1] if table else "")
+    return dump_failure(error)
 
 
 # ---------------------------------------------------------------------------------------------

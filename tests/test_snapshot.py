@@ -34,6 +34,7 @@ CREATE TABLE chat.messages (id int, content text);
 INSERT INTO chat.messages SELECT n, 'old' FROM generate_series(1, {ROWS}) AS n;
 CREATE VIEW chat.recent AS SELECT id FROM chat.messages;
 CREATE SEQUENCE chat.numbers;
+CREATE SEQUENCE chat."data is corrupt";
 CREATE TABLE chat.parted (id int) PARTITION BY RANGE (id);
 CREATE TABLE chat.part PARTITION OF chat.parted DEFAULT;
 """
@@ -53,6 +54,7 @@ MIGRATIONS = {
     "RENAME of the schema": "ALTER SCHEMA chat RENAME TO talk",
     "DROP VIEW": "DROP VIEW chat.recent",
     "DROP SEQUENCE": "DROP SEQUENCE chat.numbers",
+    "DROP SEQUENCE by the name of damage": 'DROP SEQUENCE chat."data is corrupt"',
     "RENAME of a partitioned table": "ALTER TABLE chat.parted RENAME TO divided",
 }
 
