@@ -3489,7 +3489,7 @@ def run_creation(arguments: Arguments, progress: Progress) -> None:
         failure.place = f"{config.environment.value} {name} at {host}, port {config.port}"
         raise failure from None
     if removed:
-        write_lines(sys.stdout, [f"Removed:     {', '.join(map(display_path, removed))}"])
+        write_lines(sys.stdout, [f"Removed:     {list_names(map(display_path, removed))}"])
     warn(warnings)
 
 
