@@ -221,10 +221,8 @@ def missing_package_failure(error: ImportError) -> Failure:
 
 def foreign_config_failure(error: BaseException) -> Failure:
     """brain_core/config.py is missing, or another project's, whose import may end in anything."""
-    import traceback
-
     path = SCRIPT_DIR / "brain_core" / "config.py"
-    words = " ".join(traceback.format_exception_only(type(error), error)[-1].split())
+    words = " ".join(f"{type(error).__name__}: {error}".split())
     readme = 'All of it is in README.md, "Into an existing project"'
     if not path.exists():
         detail = f"{display_path(path)} is missing: {printable(words)}"

@@ -28,7 +28,7 @@ FOREIGN = {
     ),
     "connects at import": (
         "import psycopg2\npsycopg2.connect(host='127.0.0.1', port=1)\n",
-        'psycopg2.OperationalError: connection to server at "127.0.0.1", port 1 failed: ',
+        'OperationalError: connection to server at "127.0.0.1", port 1 failed: ',
     ),
     "raises": ("raise KeyError('a\\nb\\x1b')\n", r"KeyError: 'a\nb\x1b'"),
     "raises many lines": ("raise ValueError('a\\nb\\x1bc')\n", r"ValueError: a b\x1bc"),
