@@ -353,7 +353,7 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
         database=shell_words(config.name),
         sql_database=sql_identifier(config.name),
         sql_user=sql_identifier(user),
-        options=client_options(config),
+        options=shell_words("-h", config.host, "-p", str(config.port), "-U", user),
         pgpass_line=shell_words(f"{line}:PASSWORD"),
         hba_line=f"{hba} scram-sha-256",
         look_up="ping -c 1" if is_mac else "getent hosts",
@@ -880,12 +880,6 @@ def list_command(directory: Path) -> str:
     if not is_usual and os.path.isdir(directory):
         command += ["--output-dir", str(directory)]
     return shell_words(*command)
-
-
-def client_options(config: DatabaseConfig) -> str:
-    """The options by which psql reaches the configured server."""
-    user = ["-U", config.user] if config.user else []
-    return shell_words("-h", config.host, "-p", str(config.port), *user)
 
 
 def libpq_options(user: str | None = None) -> str:
