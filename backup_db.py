@@ -203,17 +203,17 @@ def missing_package_failure(error: ImportError) -> Failure:
     script, requirements, venv = (
         display_path(SCRIPT_DIR / name) for name in ("backup_db.py", "requirements.txt", ".venv")
     )
+    # In an environment of its own, since a system's pip refuses (Debian, Homebrew).
+    make = shell_words(sys.executable, "-m", "venv", venv) + " && "
+    make += shell_words(f"{venv}/bin/pip", "install", "-r", requirements)
     run = shell_words(f"{venv}/bin/python3", script)
-    # Made first, since a system's own pip refuses (Debian, Homebrew); one that is there stays.
-    install = shell_words(sys.executable, "-m", "venv", venv) + " && "
-    install += shell_words(f"{venv}/bin/pip", "install", "-r", requirements)
-    steps = [f"Install what the script needs: {install}", f"Then run it from there: {run}"]
+    steps = [f"Install what the script needs: {make}", f"Run it by the python there: {run}"]
+    if os.path.exists(SCRIPT_DIR / ".venv" / "bin" / "python3"):
+        steps.reverse()
     if sys.prefix != sys.base_prefix:
         install = shell_words(sys.executable, "-m", "pip", "install", "-r", requirements)
         steps = [f"Install what the script needs: {install}"]
-    elif os.path.exists(SCRIPT_DIR / ".venv" / "bin" / "python3"):
-        steps = [f"Run it by the python beside it: {run}", f"If that lacks it too: {install}"]
-    if sys.prefix == sys.base_prefix and not find_spec("ensurepip"):
+    elif not find_spec("ensurepip"):
         steps.insert(0, "Install Debian's part of python3 for this: sudo apt install python3-venv")
     detail = f"a package is missing: {error} (python is {printable(sys.executable)})"
     return Failure(ExitCode.GENERAL, detail, *steps)
@@ -579,7 +579,7 @@ def lock_table_failure(tables: int, room: int) -> Failure:
 DAMAGE_SQLSTATES = {"XX001", "XX002"}
 DAMAGE = re.compile(
     r"missing chunk number|unexpected chunk|invalid page in block|could not (read|open) .*\bbase/"
-    r"|could not read block|could not access status of transaction|data is corrupt"
+    r"|could not access status of transaction|data is corrupt"
     r"|invalid memory alloc request size|schema with OID \d+ does not exist"
 )
 COPIED_TABLE = re.compile(r"Command was: COPY (.+?) (?:\(.*\) )?TO stdout")
