@@ -11,14 +11,14 @@ DEV_DB_NAME or DB_NAME names the database. .env.example has every variable.
 
 # Where to look for what:
 #   what happens, in order                create_backup; within it dump_database
-#   why this exit code, and what to do    "What can go wrong"
-#   what programs are run, and how        "Programs"; dump_snapshot, run_pg_restore
+#   why this exit code, and what to do    "What can go wrong": ExitCode; search the message's words
+#   what programs are run, and how        "Programs"; find_tools, dump_snapshot, run_pg_restore
 #   can half a file be seen               "The directory": PartialBackup.publish
-#   what the server is asked              "The catalog", in the transactions of begin_read_only
-#   how a wait ends                       "Waiting": check_signals, Patience
-#   what verified means                   examine_dump
-#   what is removed, and when             remove_leftovers, remove_backups
-#   what is printed                       "Reports"
+#   what the server is asked              begin_read_only; the SQL of "The catalog", "The snapshot"
+#   how a wait ends                       "Waiting": Background.wait, check_signals, Patience
+#   what verified means                   examine_dump, compare_contents, check_hash
+#   what is removed, and when             PartialBackup.close, remove_leftovers, retire_backups
+#   what is printed                       "Reports"; the progress line: Progress
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if __name__ == "__main__" and sys.version_info < (3, 10):
     sys.exit(f"backup_db.py needs Python 3.10 or newer; this is {version} ({sys.executable})")
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Until `catch_signals` there is nothing to clean up, and Ctrl-C needs no traceback to end this.
+    # Until `catch_signals` there is nothing to clean up: Ctrl-C may end this without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -65,17 +65,15 @@ METADATA_VERSION = 1
 
 # Time limits, in seconds.
 STALL_SECONDS = 600  # without any movement, before a wait is given up
-ANSWER_SECONDS = 10  # beyond it, for a server that waits itself to say so
-LOCK_RETRY_SECONDS = 1.0  # between two tries; nothing is held meanwhile
-STILL_SECONDS = (
-    10  # pg_dump's file and the count both: then another session looks for whom they wait
-)
-CONNECT_LIMIT_FACTOR = 3  # of libpq's own limit for each host: a name may have more addresses
-CONNECT_LIMIT_SECONDS = 5  # beyond it
-TOOL_SECONDS = 30  # for a tool to tell its version
+ANSWER_SECONDS = 10  # added to it, for a server to report that it gave up by the same limit
+LOCK_RETRY_SECONDS = 1.0  # between two attempts; no lock is held meanwhile
+STILL_SECONDS = 10  # without movement, before another session looks for the blocker
+CONNECT_LIMIT_FACTOR = 3  # times libpq's limit for each host: a name may have several addresses
+CONNECT_LIMIT_SECONDS = 5  # added to that
+TOOL_SECONDS = 30  # for a tool to report its version
 STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
-ORPHAN_SECONDS = 1  # for the server to see that this process was killed, and to end its query
-TICK_SECONDS = 0.1  # between two looks at anything that is waited for
+ORPHAN_SECONDS = 1  # for the server to notice that this process was killed, and to end its query
+TICK_SECONDS = 0.1  # between two checks during any wait
 REDRAW_SECONDS = 0.2  # between two states of the progress line
 
 # Our own wait for table locks stays below PostgreSQL's deadlock_timeout (1 s by default, and half
@@ -85,25 +83,25 @@ LOCK_TIMEOUT_MS = 500
 DUMP_LOCK_TIMEOUT = "10s"
 DUMP_ATTEMPTS = 3
 
-# A large pipe lets pg_restore run ahead; reads that malloc need not map anew take a third less of
-# our time than reads of 1 MiB (for 1 GB 0.9 s against 1.4 s; of 64 and 256 KiB 1.0 s).
+# A large pipe lets pg_restore run ahead. Reads of 128 KiB take a third less of our time than reads
+# of 1 MiB, for which malloc maps memory each time (0.9 s against 1.4 s for 1 GB).
 PIPE_BYTES = 1024 * 1024
 READ_BYTES = 128 * 1024
 HASH_BLOCK_BYTES = 1024 * 1024
 STDERR_TAIL_BYTES = 64 * 1024
 METADATA_MAX_BYTES = 256 * 1024 * 1024
 
-# Of the size of the last backup, and of the tables where there is none: the least that a dump
-# can be expected to need. Text compresses to 0.15 to 0.3 of its table, random bytes not at all.
+# The least that a dump can be expected to need: a share of the last backup or, without one, of
+# the tables. Text compresses to 0.15 to 0.3 of its table, random bytes not at all.
 NEED_OF_LAST_BACKUP = 0.8
 NEED_OF_TABLES = 0.03
 EXPECTED_OF_TABLES = 0.3  # for the progress line
 FULL_DISK_BYTES = 64 * 1024
-# What is left to others on the disk: the lesser of the two.
+# The space on the disk that is left to others: the lesser of these two.
 RESERVE_BYTES = 256 * 1024 * 1024
 RESERVE_SHARE = 0.02
 
-MOST_NAMES = 10  # in a message; the rest is a number
+MOST_NAMES = 10  # in a message, which gives the number of the others
 
 
 # ---------------------------------------------------------------------------------------------
@@ -646,7 +644,7 @@ class SignalNote:
 
 
 def catch_signals() -> None:
-    """Note terminating signals; one ignored from the start (nohup) stays so."""
+    """Note terminating signals; one that was ignored at the start (nohup) stays ignored."""
     note = SignalNote()
     for number in TERMINATING_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -656,8 +654,8 @@ def catch_signals() -> None:
 def check_signals() -> None:
     """Raise Interrupted if a terminating signal has come; of several, it is the first.
 
-    Called on each tick of a wait, and before each step that cannot be undone. Between two calls
-    nothing is interrupted: no fork or rename needs a guard, nor a clean-up, which never calls it.
+    Called on each tick of a wait, and before each step that cannot be undone. Nothing is
+    interrupted between two calls: no fork or rename needs a guard. A clean-up never calls it.
     """
     for note in map(signal.getsignal, TERMINATING_SIGNALS):
         if isinstance(note, SignalNote) and note.number:
@@ -665,8 +663,8 @@ def check_signals() -> None:
 
 
 def die_by_signal(number: int) -> int:
-    """End this process by the signal itself, so that a shell or cron sees what happened. It returns
-    only in the first process of a container, which no signal ends: what a shell would report."""
+    """End this process by the signal itself, so that a shell or cron sees what happened. A
+    container's first process survives that: there it returns the status a shell would report."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # SIGQUIT: memory with a password in it
@@ -679,10 +677,10 @@ T = TypeVar("T")
 
 
 class Background(threading.Thread, Generic[T]):
-    """A call that may last, in a daemon thread. The main thread waits for it: it alone hears
-    signals, and meanwhile looks after progress and deadlines.
+    """A call that may take long, in a daemon thread. The main thread waits for it: only the main
+    thread receives signals, and meanwhile it shows progress and checks deadlines.
 
-    (concurrent.futures would join its threads at exit, one that is stuck in libpq too.)
+    (concurrent.futures joins its threads at exit, even one that is stuck in libpq.)
     """
 
     def __init__(self, call: Callable[[], T]) -> None:
@@ -723,7 +721,7 @@ class Patience:
         self._moved_at = time.monotonic()
 
     def watch(self, **seen: object) -> bool:
-        """Whether something is not as it was at the last look: that is movement."""
+        """Whether a value differs from the last call's: that is movement."""
         has_moved = not seen.items() <= self._seen.items()
         if has_moved:
             self._seen |= seen
@@ -735,13 +733,13 @@ class Patience:
         return time.monotonic() - self._moved_at
 
     def check(self, what: str, blocker: Blocker | None = None) -> None:
-        """Raise Failure if it has lasted too long; `what` says what is waited for."""
+        """Raise Failure where nothing has moved for too long; `what` names what is waited for."""
         if self.still_seconds > STALL_SECONDS:
             raise stalled_failure(what, blocker)
 
 
 def pause(progress: Progress, waits_for: str) -> None:
-    """Wait for a moment before the next try, with nothing held."""
+    """Wait for a moment before the next attempt; the caller holds no lock."""
     moment = Background(lambda: time.sleep(LOCK_RETRY_SECONDS))
     moment.wait(lambda: progress.show(f"Waiting: {waits_for}"))
 
@@ -757,12 +755,12 @@ class Progress:
         self._first: tuple[float, float] | None = None  # the first fraction, and when it was known
 
     def clear(self) -> None:
-        """Take the line away, before anything else is printed."""
+        """Erase the line, before anything else is printed."""
         self._draw([])
 
     def show(self, phase: str, fraction: float | None = None, *details: str) -> None:
-        """Draw the line, a few times a second at most. `fraction` is that of the whole run, and
-        never runs backwards. Of the `details` a narrow terminal shows the first."""
+        """Draw the line, a few times a second at most. `fraction` is that of the whole run; the
+        one shown never decreases. A narrow terminal shows only the first of the `details`."""
         now = time.monotonic()
         if now - self._drawn_at < REDRAW_SECONDS:
             return
@@ -772,7 +770,7 @@ class Progress:
             self._fraction = max(self._fraction, min(fraction, 1.0))
             bar = "#" * int(self._fraction * 20)
             parts += [f"[{bar:-<20}]", f"{int(self._fraction * 100):3d} %"]
-            # What came before it, such as a wait for a lock, says nothing of the time left.
+            # The time before it, such as a wait for a lock, must not count for the time left.
             self._first = self._first or (self._fraction, now)
             if (gained := self._fraction - self._first[0]) > 0.02:
                 left = (now - self._first[1]) * (1 - self._fraction) / gained
@@ -780,12 +778,12 @@ class Progress:
         self._draw([*parts, f"{timedelta(seconds=int(now - self._started))} elapsed", *details])
 
     def _draw(self, parts: list[str]) -> None:
-        """The parts that fit on one line, in place of what is there."""
+        """Replace the line by the parts that fit on it."""
         if self._terminal is None:
             return
         try:
             if not select.select([], [self._terminal], [], 0)[1]:
-                return  # held by Ctrl-S, which must not hold up the run
+                return  # Ctrl-S stopped the terminal; that must not stop the run
             room = (os.get_terminal_size(self._terminal.fileno()).columns or 80) - 1
             while len(line := "  ".join(map(printable, parts))) > room and len(parts) > 1:
                 parts.pop()
@@ -808,7 +806,7 @@ def printable(text: str) -> str:
 
 
 def decode_os_text(text: str) -> str:
-    """Text that the system gave us, whatever the locale: UTF-8, and what is none is escaped."""
+    """Text from the system, in any locale: decoded as UTF-8, with all other bytes escaped."""
     with contextlib.suppress(UnicodeEncodeError):  # a surrogate that stands for no byte
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return text
@@ -820,7 +818,7 @@ def encode_os_text(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """A tool's words as they are, but for what would not show; its lines stay lines."""
+    """A tool's words, printable, line by line."""
     return "\n".join(map(printable, text.strip().replace("\t", "    ").splitlines()))
 
 
@@ -874,7 +872,7 @@ def shell_words(*words: str) -> str:
 
 
 def list_command(directory: Path) -> str:
-    """The command that lists the backups in a directory; where there is none, the usual ones."""
+    """The command that lists the backups in a directory; if it does not exist, in the usual one."""
     command = ["python3", "backup_db.py", "--list"]
     is_usual = os.path.realpath(directory) == os.path.realpath(DEFAULT_OUTPUT_DIR)
     if not is_usual and os.path.isdir(directory):
@@ -883,8 +881,8 @@ def list_command(directory: Path) -> str:
 
 
 def libpq_options(user: str | None = None) -> str:
-    """The options by which PostgreSQL's programs reach the configured database: what this process's
-    libpq settings are, see load_configuration."""
+    """The options by which PostgreSQL's programs reach the configured database, from this process's
+    libpq settings (see load_configuration)."""
     host, port, name = (
         decode_os_text(os.environ[f"PG{key}"]) for key in ("HOST", "PORT", "DATABASE")
     )
@@ -893,7 +891,7 @@ def libpq_options(user: str | None = None) -> str:
 
 
 def sql_identifier(name: str) -> str:
-    """A name quoted for SQL; what would not show, such as a newline, in SQL's own escapes."""
+    """A name quoted for SQL; unprintable characters, such as a newline, are in SQL's escapes."""
     quoted = '"' + name.replace('"', '""') + '"'
     if quoted.isprintable():
         return quoted
@@ -907,9 +905,9 @@ PARTIAL_SUFFIX = ".partial"
 
 
 def file_prefix(database: str, environment: str) -> str:
-    """The name of a backup's files up to the timestamp: UTF-8, the same in any locale, and safe on
-    Windows-born file systems too."""
-    encoded = re.sub(  # a byte that is no UTF-8 arrives as a lone surrogate
+    """The name of a backup's files up to the timestamp: the same UTF-8 in any locale, and valid on
+    FAT and NTFS too."""
+    encoded = re.sub(  # a byte that is not UTF-8 arrives as a lone surrogate
         r'^[.-]|[/%\\"*:<>?|\0-\x1f\x7f-\x9f\ud800-\udfff]',
         lambda unsafe: "%" + unsafe[0].encode(errors="surrogateescape").hex("%").upper(),
         database,
@@ -937,7 +935,7 @@ class MetadataError(ValueError):
 
 
 def is_count(value: object) -> bool:
-    """Whether it is a number of bytes, rows or objects, as PostgreSQL's bigint holds one."""
+    """Whether it is a number of bytes, rows or objects that fits into PostgreSQL's bigint."""
     return type(value) is int and 0 <= value < 2**63
 
 
@@ -954,7 +952,7 @@ UtcTime = Annotated[str, is_utc_time]
 
 
 def check_for(annotation: Any) -> Callable[[Any], object]:
-    """What tells whether a value read from JSON fits the annotation of its field."""
+    """A function that tells whether a value from JSON fits the annotation of its field."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return lambda value: parts[1](value)
@@ -970,8 +968,8 @@ def check_for(annotation: Any) -> Callable[[Any], object]:
 
 
 class Metadata(NamedTuple):
-    """What stands in a `.metadata.json`. The fields with a default are not in every file; of them,
-    one that does not fit its annotation counts as absent."""
+    """The content of a `.metadata.json`. Only a field with a default may be missing; where its
+    value does not fit the annotation, it counts as missing."""
 
     backup_timestamp: UtcTime
     environment: str
@@ -1002,8 +1000,8 @@ class Metadata(NamedTuple):
     restore: Sequence[str] | None = None
 
     def to_json(self) -> str:
-        """The text of the file. A byte of a name that is no UTF-8 is a lone surrogate in Python;
-        what backslashreplace makes of it is JSON's escape for it too."""
+        """The text of the file. In Python a byte of a name that is not UTF-8 is a lone surrogate;
+        backslashreplace writes it as JSON's own escape."""
         text = json.dumps(self._asdict(), indent=2, ensure_ascii=False) + "\n"
         return text.encode(errors="backslashreplace").decode()
 
@@ -1021,7 +1019,7 @@ class Metadata(NamedTuple):
         for key in cls._fields:
             if key not in fitting and key not in cls._field_defaults:
                 raise MetadataError(f'the key "{key}" is missing, or not what it should be')
-        if values.get("table_oids") is not None:  # backups made before have none
+        if values.get("table_oids") is not None:  # older backups have none
             oids, keys = fitting.get("table_oids", {}), values["table_counts"].keys()
             if oids.keys() != keys or len({*oids.values()}) < len(keys):
                 raise MetadataError('the key "table_oids" is not an oid for each table')
@@ -1033,7 +1031,7 @@ class Metadata(NamedTuple):
         return datetime.fromisoformat(self.backup_timestamp.replace("Z", "+00:00"))
 
     def names(self, dump: Path) -> bool:
-        """Whether the dump is called as it was when it was made."""
+        """Whether the dump still has the name under which it was made."""
         return self.backup_file == decode_os_text(dump.name)
 
     @property
@@ -1041,7 +1039,7 @@ class Metadata(NamedTuple):
         return sum(self.table_counts.values())
 
     def verified(self, found: Examination, pg_restore: Tool, seconds: float) -> Metadata:
-        """The same, with what the examination of the dump has shown."""
+        """A copy, with the results of the examination of the dump."""
         return self._replace(
             checksum_sha256=found.digest,
             duration_seconds=round(seconds, 3),
@@ -1065,10 +1063,10 @@ FITS = {key: check_for(annotation) for key, annotation in HINTS.items()}
 
 
 class OpenFile(NamedTuple):
-    """A file held open: whatever becomes of its name, this one is meant.
+    """A file held open: it stays the same file, whatever becomes of its name.
 
-    A program gets it as /dev/fd/N, which stays seekable (Linux, tried with 15 to 18; on macOS it
-    shares our offset). N is high, so that it is none of the program's own.
+    A program gets it as /dev/fd/N, which is seekable (tested on Linux with 15 to 18; on macOS it
+    shares our offset). N is high, so that the program has no other use for it.
     """
 
     path: Path
@@ -1076,7 +1074,7 @@ class OpenFile(NamedTuple):
 
     @classmethod
     def open(cls, path: Path, flags: int) -> OpenFile:
-        """Open the file, for its owner alone where it is created. Raises OSError."""
+        """Open the file; a new one is readable only by its owner. Raises OSError."""
         low = os.open(path, flags | os.O_CLOEXEC, 0o600)
         try:
             return cls(path, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100))
@@ -1093,10 +1091,10 @@ class OpenFile(NamedTuple):
         return os.fstat(self.descriptor).st_size
 
     def sync(self) -> None:
-        """Bring it to the disk, and out of the page cache: the next reader reads the disk."""
+        """Write it to the disk and drop it from the page cache: the next reader reads the disk."""
         with with_filename(self.path):
             os.fsync(self.descriptor)
-        with contextlib.suppress(AttributeError, OSError):  # macOS has it not, nor every kernel
+        with contextlib.suppress(AttributeError, OSError):  # not on macOS, nor every kernel
             os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
@@ -1104,9 +1102,9 @@ class OpenFile(NamedTuple):
 
 
 class Program(contextlib.AbstractContextManager["Program"]):
-    """A PostgreSQL tool while it runs, in a session of its own, and the tail of its stderr. As a
-    context manager it leaves no program behind. (Signals need no mask around the fork: they are
-    only noted; and a child would inherit the mask.)"""
+    """A running PostgreSQL tool, in a session of its own, and the tail of its stderr. As a context
+    manager it leaves no program behind. (The fork needs no signal mask, which the child would
+    inherit: signals are only noted.)"""
 
     def __init__(
         self,
@@ -1137,8 +1135,7 @@ class Program(contextlib.AbstractContextManager["Program"]):
                 self._tail = (self._tail + block)[-STDERR_TAIL_BYTES:]
 
     def __exit__(self, *_exception: object) -> None:
-        """End it, and whatever it started: SIGTERM, by which pg_dump cancels its query, then
-        SIGKILL."""
+        """End it and what it started: by SIGTERM (pg_dump cancels its query), then SIGKILL."""
         for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, None)):
             if self.process.poll() is None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):  # it just ended
@@ -1162,7 +1159,7 @@ class Program(contextlib.AbstractContextManager["Program"]):
 
     @property
     def stderr_text(self) -> str:
-        """What the program, now ended, wrote to stderr, or how it ended without a word."""
+        """What the ended program wrote to stderr; if that is nothing, how it failed."""
         self._drain.join(STOP_SECONDS)  # something that it started may hold its stderr open
         text = printable_lines(self._tail.decode("utf-8", "backslashreplace"))
         for file in self._files:
@@ -1183,9 +1180,9 @@ class Tool(NamedTuple):
 
 
 def tool_environment(*settings: str) -> dict[str, str]:
-    """The environment of a tool: this one's, without any connection setting or secret but those
-    that begin so, and with messages in English. What stays is that by which Debian's wrapper
-    chooses the version of its tools."""
+    """The environment of a tool: this process's, with messages in English, and without connection
+    settings and secrets. Kept are those that begin with one of `settings`, and those by which
+    Debian's wrapper chooses the version of its tools."""
     kept = ("PGCLUSTER", "PGHOST", "PGPORT", *settings)
     return {
         name: value
@@ -1234,7 +1231,7 @@ class Tools(NamedTuple):
 
     @property
     def compress_value(self) -> str:
-        """The same for `pg_dump --compress`: before version 16 that was a gzip level alone."""
+        """The value for `pg_dump --compress`, which before version 16 took only a gzip level."""
         return "0" if self.compression == "none" else re.sub(r"^gzip:(?=\d$)", "", self.compression)
 
 
@@ -1249,8 +1246,8 @@ def find_tools(config: DatabaseConfig) -> Tools:
     wanted = config.compress or "zstd:3"
     wanted = {"0": "none"}.get(wanted, f"gzip:{wanted}" if wanted.isdigit() else wanted)
     tools = Tools(pg_dump, pg_restore, wanted)
-    # pg_dump checks the value before it connects (15 to 18, tried), here to nowhere: no server is
-    # asked, and no file is made.
+    # pg_dump checks the value before it connects (tested on 15 to 18). The address leads nowhere:
+    # no server is asked, and no file is made.
     options = ("--format=custom", f"--compress={tools.compress_value}", f"--file={os.devnull}")
     nowhere = {"PGHOST": "/nowhere", "PGDATABASE": "probe"}
     with Program([pg_dump.path, *options], tool_environment() | nowhere) as program:
@@ -1275,8 +1272,8 @@ def find_tools(config: DatabaseConfig) -> Tools:
 
 
 class FileHash(Background[str]):
-    """The SHA-256 of a file, as hexadecimal digits, taken in the background. Where nobody waits for
-    it any longer, it reads on to no effect. (hashlib.file_digest is 3.11's.)"""
+    """The SHA-256 of a file, as hexadecimal digits, taken in the background. When nobody waits for
+    it any longer, it reads on without effect. (hashlib.file_digest needs Python 3.11.)"""
 
     def __init__(self, file: OpenFile) -> None:
         self.done_bytes = 0
@@ -1297,11 +1294,11 @@ class FileHash(Background[str]):
 class ScriptReader:
     """Counts the rows in the SQL script that `pg_restore --data-only` writes, as it goes by.
 
-    Data lines are never looked into: COPY escapes every newline and every backslash within a
+    Data lines are never parsed: COPY escapes every newline and every backslash within a
     value, so that a row is a line and only the end of the data is the line `\\.` (PostgreSQL
-    documentation, "COPY", text format). Names are not escaped: a COPY statement may span lines,
-    within double quotes. They are not looked into either. Whatever else is in the script must be
-    what pg_restore is known to write there (15 to 18), or the archive counts as damaged.
+    documentation, "COPY", text format). Names are not escaped: within double quotes a COPY
+    statement may span lines. They are not parsed either. Everything else in the script must be what
+    pg_restore is known to write there (15 to 18); otherwise the archive counts as damaged.
     """
 
     STATEMENT = re.compile(
@@ -1322,13 +1319,13 @@ class ScriptReader:
         self._is_in_data = False
 
     def feed(self, block: bytes) -> None:
-        """Read on. Raises ArchiveError for what pg_restore never writes."""
+        """Read the next block. Raises ArchiveError for what pg_restore never writes."""
         script = self._unread + block
         position = 0
         while True:
             if self._is_in_data:
-                # Nearly always it does not end here. To see that there is no backslash costs next
-                # to nothing, and rfind finds nothing in less than half of find's time.
+                # The data nearly always goes on. To find no backslash costs next to nothing, and
+                # where rfind finds nothing, it takes less than half of find's time.
                 if ends := b"\\" in script and script.rfind(self.END_OF_DATA, position) >= 0:
                     stop = script.find(self.END_OF_DATA, position)
                 else:  # keep the last bytes: the end of the data may lie across two blocks
@@ -1371,8 +1368,8 @@ def run_pg_restore(
     on_tick: Callable[[], object] = lambda: None,
 ) -> None:
     """Let pg_restore read the dump to its successful end; `on_block` is called with each piece of
-    what it writes, `on_tick` all the while. Raises ArchiveError with its words for any other end,
-    a warning included, and for too long a silence."""
+    what it writes, `on_tick` meanwhile. Raises ArchiveError, with its words, where it fails or
+    warns, and where it is silent for too long."""
     os.lseek(dump.descriptor, 0, os.SEEK_SET)  # see OpenFile
     argv = [pg_restore.path, "--format=custom", *options, dump.argument]
     pipe = subprocess.PIPE
@@ -1384,7 +1381,7 @@ def run_pg_restore(
 
         def read() -> None:
             nonlocal heard_at
-            with contextlib.suppress(BrokenPipeError), asked:  # ended early: its status says why
+            with contextlib.suppress(BrokenPipeError), asked:  # it ended: see stderr_text
                 asked.write(stdin)
             with contextlib.suppress(AttributeError, OSError):  # not Linux; a smaller pipe will do
                 fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -1404,14 +1401,14 @@ def run_pg_restore(
             raise ArchiveError(program.stderr_text)
 
 
-# Dump id; oid of the catalog, oid of the object, kind. For a table's data the object is the table;
+# Dump id; the catalog's oid, the object's oid, the kind. For a table's data the object is the table;
 # the data of large objects belongs to no object.
 TOC_DATA_ENTRY = re.compile(rb"^(\d+); \d+ (\d+) (?:TABLE DATA|BLOBS) ", re.MULTILINE)
 
 
 def list_data_entries(pg_restore: Tool, dump: OpenFile) -> dict[bytes, int]:
-    """The entries of the archive that hold data, in its order: the table's oid, or 0 for large
-    objects, by dump id. Raises ArchiveError."""
+    """The archive's data entries, in its order: the table's oid by dump id, 0 for large objects. Raises
+    ArchiveError."""
     listing: list[bytes] = []
     run_pg_restore(pg_restore, dump, "--list", on_block=listing.append)
     return {dump_id: int(oid) for dump_id, oid in TOC_DATA_ENTRY.findall(b"".join(listing))}
@@ -1420,10 +1417,9 @@ def list_data_entries(pg_restore: Tool, dump: OpenFile) -> dict[bytes, int]:
 def read_contents(
     pg_restore: Tool, dump: OpenFile, entries: Mapping[bytes, int], on_tick: Callable[[int], None]
 ) -> tuple[dict[int, int], int]:
-    """Let pg_restore decode every data entry of the archive: the rows by the table's oid, and the
-    large objects. It writes the entries in the order in which they are asked for: the k-th COPY is
-    the k-th table's data. The memory this takes does not grow with the archive. Raises
-    ArchiveError."""
+    """Let pg_restore decode every data entry. Returns the numbers of rows, by the table's oid, and
+    of large objects. pg_restore writes the entries in the order of `entries`: the k-th COPY is the
+    k-th table's. The memory this takes does not grow with the archive. Raises ArchiveError."""
     reader = ScriptReader()
     run_pg_restore(
         pg_restore,
@@ -1455,7 +1451,7 @@ def compare_contents(rows: Mapping[int, int], large_objects: int, expected: Meta
     """Whether the archive's contents are what was counted; if not, every difference."""
     counts, objects = expected.table_counts, expected.large_object_count or 0
     problems = []
-    if expected.table_oids is None:  # made before: all that can be compared are the numbers
+    if expected.table_oids is None:  # an older backup: only the numbers can be compared
         if sorted(rows.values()) != sorted(counts.values()):
             problems.append("the tables in the dump have other numbers of rows than were counted")
     else:
@@ -1476,7 +1472,7 @@ def compare_contents(rows: Mapping[int, int], large_objects: int, expected: Meta
 
 
 def invalid(problem: str) -> Check:
-    """The check that could not be made, or not to its end."""
+    """The check that could not be completed."""
     return Check(f"✗ Invalid ({problem.splitlines()[0]})", problem)
 
 
@@ -1484,8 +1480,8 @@ NO_ARCHIVE = "is no custom-format archive of pg_dump"
 
 
 def is_no_archive(file: Path) -> bool:
-    """Whether it does not begin as one does; a directory's or tar's toc.dat differs in the last of
-    these bytes."""
+    """Whether it does not begin like one; the toc.dat of the directory and tar formats differs in
+    the last of these bytes."""
     with contextlib.suppress(OSError), file.open("rb") as opened:
         return not re.match(rb"PGDMP.{5}\x01", opened.read(11), re.DOTALL)
     return False
@@ -1494,7 +1490,7 @@ def is_no_archive(file: Path) -> bool:
 class Examination(NamedTuple):
     """What the three checks of a dump found; None for one that was not made."""
 
-    digest: str  # SHA-256, empty where the checksum does not fit
+    digest: str  # SHA-256; empty where the checksum does not match
     checksum: Check
     structure: Check
     contents: Check | None
@@ -1509,12 +1505,12 @@ class Examination(NamedTuple):
 def examine_dump(
     pg_restore: Tool, dump: OpenFile, expected: Metadata, progress: Progress, begin: float = 0.0
 ) -> Examination:
-    """Check that a dump is the file, and holds the rows, that its metadata says: at creation, when
-    there is no checksum yet, and later.
+    """Check that a dump is the file, and holds the rows, that its metadata describes. At creation
+    the metadata has no checksum yet.
 
-    Hash and contents are read at once, which takes as long as the slower of the two. As soon as the
-    checksum is known to differ no more is read, and what was read is discarded. `begin` is the
-    fraction of the whole run that came before. Raises Failure, Interrupted.
+    The hash and the contents are read at the same time. Once the checksum is known to differ, no
+    more is read, and the contents are discarded. `begin` is the fraction of the whole run that came
+    before. Raises Failure, Interrupted.
     """
     contents = None
     try:
@@ -1545,7 +1541,7 @@ def examine_dump(
 
 
 def check_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check:
-    """Whether every byte was hashed, and all are those that were verified when it was made."""
+    """Whether every byte was hashed, and the hash is the one that the metadata has, if any."""
     size_bytes, checksum = expected.backup_size_bytes, expected.checksum_sha256
     found = dump.size_bytes
     difference = f"expected {size_bytes} bytes, found {found}"
@@ -1572,7 +1568,7 @@ def check_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check:
 
 
 def check_restore_fits(pg_restore: Tool, metadata: Metadata, examination: Examination) -> None:
-    """Raise Failure where it is pg_restore that is unfit for an archive that is intact."""
+    """Raise Failure where pg_restore is too old for the archive, or lacks its compression."""
     problem = "" if examination.checksum.problem else examination.structure.problem
     if problem and pg_restore.major < least_major(metadata):
         pg_dump = f"pg_dump {printable(metadata.pg_dump_version)}"
@@ -1587,8 +1583,8 @@ def check_restore_fits(pg_restore: Tool, metadata: Metadata, examination: Examin
 # The session: one connection, waited for in a thread
 # ---------------------------------------------------------------------------------------------
 
-# Keepalives notice a peer that is gone while we only receive; what we sent and nobody confirms is
-# tcp_user_timeout's (libpq documentation, "Parameter Key Words"). For our session and pg_dump's.
+# While we only receive, keepalives notice that the peer is gone; while it confirms nothing that we
+# sent, tcp_user_timeout (libpq documentation, "Parameter Key Words"). For pg_dump's session too.
 KEEPALIVES = {
     "keepalives_idle": 60,
     "keepalives_interval": 10,
@@ -1609,12 +1605,12 @@ class RowCounter:
 class Session(contextlib.AbstractContextManager["Session"]):
     """One connection to the server. Each call that waits for it is made in a thread, one at a time.
 
-    libpq's own blocking calls are the only ones that cope with slow handshakes, lost packets and
-    lists of hosts; here, meanwhile, signals are heard and deadlines kept. Once a wait was broken
-    off, by a signal or whatever `on_tick` raised, the session is only good for `close`.
+    Only libpq's own blocking calls cope with slow handshakes, lost packets and lists of hosts. The
+    main thread checks signals and deadlines meanwhile. Once a signal, or what `on_tick` raised, has
+    broken off a wait, only `close` may be called.
 
-    (psycopg2's set_wait_callback was tried instead: it is global, and an exception in it closes
-    the connection.) Every method may raise ServerError.
+    (psycopg2's set_wait_callback would not do: it is global, and an exception in it closes the
+    connection.) Every method may raise ServerError.
     """
 
     def __init__(self, config: DatabaseConfig, database: str | None = None) -> None:
@@ -1623,12 +1619,12 @@ class Session(contextlib.AbstractContextManager["Session"]):
         self.connect()
 
     def connect(self) -> None:
-        """Begin a session, where there is none or the last one is closed."""
+        """Connect, for the first time or again after `close`."""
         config, started = self._config, time.monotonic()
         self._running: Background[Any] | None = None
         self._connection: Any = None
-        # libpq ends what is silent, by PGCONNECT_TIMEOUT for each address, and says which; not a
-        # resolver that hangs, nor a server that talks without an end.
+        # PGCONNECT_TIMEOUT limits the wait for each address, and libpq names it. It does not limit
+        # a resolver that hangs, or a server that never stops sending.
         hosts = config.host.count(",") + 1
         limit = CONNECT_LIMIT_FACTOR * hosts * config.connect_seconds + CONNECT_LIMIT_SECONDS
         try:
@@ -1643,7 +1639,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
     def _open(self) -> Any:
         psycopg2 = import_psycopg2()
         connection = psycopg2.connect(
-            dbname=self._database,  # None: as all else, it is in the environment, as for pg_dump
+            dbname=self._database,  # None: like all else, it is in the environment
             client_encoding="UTF8",
             fallback_application_name="backup_db",
             **KEEPALIVES,
@@ -1652,7 +1648,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         if connection.get_parameter_status("server_encoding") == "SQL_ASCII":
             # No conversion there: any byte may come, and Latin-1 has a character for each.
             connection.set_client_encoding("LATIN1")
-        # Names are bytes: one from a database of another encoding need not be UTF-8.
+        # Take names as bytes: one from a database of another encoding need not be UTF-8.
         psycopg2.extensions.register_type(psycopg2.extensions.BYTES, connection)
         return connection
 
@@ -1683,8 +1679,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
         return result
 
     def query(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
-        """Run a statement, or several in one string, and return the rows of the last. Text comes as
-        UTF-8, with lone surrogates for bytes that are none, and goes back as the same bytes."""
+        """Run a statement, or several in one string, and return the rows of the last. Text is
+        decoded as UTF-8, with lone surrogates for other bytes, and sent as the same bytes."""
 
         def execute() -> list[tuple[Any, ...]]:
             with self._connection.cursor() as cursor:
@@ -1713,19 +1709,19 @@ class Session(contextlib.AbstractContextManager["Session"]):
         return self._call(copy, float("inf"), on_tick)
 
     def close(self) -> None:
-        """Leave the server; locks and snapshot go with it, and the query that runs, at once."""
+        """Close the connection: its locks, its snapshot and a query that runs end at once."""
         if self._connection is None:
-            return  # it was never made, or a thread is still at it
+            return  # it was never made, or a thread still makes it
         if self._running is not None:
             self._reset()
             self._running.join(STOP_SECONDS)
             if self._running.is_alive():
-                return  # to the end of the process: a call beside it would block this thread too
+                return  # left to the end of the process: to close it would block this thread too
         self._connection.close()
 
     def _reset(self) -> None:
-        """Cut the socket under the call that runs. A reset, and no mere end: behind a full receive
-        window a COPY's backend would wait for us for minutes, with its locks and snapshot."""
+        """Reset the socket under the call that runs. Without a reset, while our receive window is
+        full, a COPY's backend would keep its locks and snapshot for minutes."""
         import socket
         import struct
 
@@ -1741,7 +1737,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
 
 
 def import_psycopg2() -> Any:
-    """psycopg2, where it is used: listing and verifying must work without it."""
+    """Import psycopg2 only where it is used: listing and verifying must work without it."""
     try:
         import psycopg2.extensions
     except ImportError as error:
@@ -1750,14 +1746,14 @@ def import_psycopg2() -> Any:
 
 
 def decode_server_text(raw: bytes) -> str:
-    """What the server says before a login: its own words in an encoding that it does not name,
-    ours within them in UTF-8. A byte that is no UTF-8 is taken as Latin-1."""
+    """A message from before the login: the server's own words are in an encoding that it does not
+    name, what it repeats of ours is UTF-8. A byte that is not UTF-8 is taken as Latin-1."""
     text = raw.decode("utf-8", "surrogateescape")
     return re.sub("[\udc80-\udcff]", lambda found: chr(ord(found[0]) - 0xDC00), text)
 
 
-# PostgreSQL's minor releases from which on a view or foreign table in a table's place can be
-# refused (CVE-2024-7348); every later major release can.
+# For each major version the first minor release that can refuse a view or foreign table in a
+# table's place (CVE-2024-7348); every later major version can.
 RESTRICTING_MINORS = {12: 20, 13: 16, 14: 13, 15: 8, 16: 4}
 
 BEGIN_READ_ONLY = """
@@ -1772,10 +1768,10 @@ SET LOCAL quote_all_identifiers = off;
 
 
 def begin_read_only(session: Session, isolation: str = "READ COMMITTED") -> None:
-    """Begin a transaction that no setting of the role or the database can break or bend, in which
-    no name is found but those of pg_catalog, and which waits for no lock without an end.
+    """Begin a transaction that no setting of the role or the database can disturb. Only names in
+    pg_catalog are found without a schema, and every wait for a lock has a limit.
 
-    Everything that is asked is asked in one: who owns a schema or the database must not become us.
+    Every query runs in one: the owner of a schema or of the database must not run code as us.
     """
     begin = BEGIN_READ_ONLY.format(isolation=isolation, lock_seconds=STALL_SECONDS)
     major, minor = divmod(session.server_version, 10000)
@@ -1789,7 +1785,7 @@ def begin_read_only(session: Session, isolation: str = "READ COMMITTED") -> None
     except ServerError as error:
         if error.lost:
             raise
-        session.query(f"ROLLBACK; {begin}")  # a platform that cannot
+        session.query(f"ROLLBACK; {begin}")  # not every platform can check that
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1806,8 +1802,8 @@ SELECT CASE WHEN NOT datallowconn THEN '(closed)'
 
 
 def look_up_database(config: DatabaseConfig) -> str:
-    """What the catalog says of the configured database, seen from the database `postgres`: the
-    words of CONNECTION_REMEDIES, or nothing."""
+    """Why the configured database refuses us, by the catalog as seen from the database `postgres`:
+    the words of CONNECTION_REMEDIES, or nothing."""
     try:
         with Session(config, "postgres") as session:
             begin_read_only(session)
@@ -1818,7 +1814,7 @@ def look_up_database(config: DatabaseConfig) -> str:
 
 
 def open_session(config: DatabaseConfig) -> Session:
-    """A session. Raises Failure."""
+    """A new session. Raises Failure with the remedy."""
     try:
         return Session(config)
     except ServerError as error:
@@ -1827,12 +1823,12 @@ def open_session(config: DatabaseConfig) -> Session:
 
 def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
     """Raise Failure behind a connection pooler in transaction or statement mode: pg_dump would
-    leave search_path = '' on connections that the application is given next, and its own settings
-    may land elsewhere than its dump.
+    leave search_path = '' on connections that the application is given next, and its settings may
+    reach another backend than its queries.
 
-    Where nothing is in between, libpq's backend PID is the server's own. Two sessions that share a
-    backend, or one that changes its own, are not in session mode. (In statement mode a BEGIN ends
-    the connection: so this one query has none, and finds nothing by search_path.)
+    Without a pooler, libpq's backend PID is the server's own. Two sessions that share a backend,
+    or one whose backend changes, are not in session mode. (In statement mode a BEGIN ends the
+    connection: this one query runs without it, and names its schema.)
     """
     ask = "SELECT pg_catalog.pg_backend_pid()"
     if session.query(ask) == [(session.backend_pid,)]:
@@ -1853,8 +1849,8 @@ def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
     )
 
 
-# What is in the database, and whether pg_dump reads it: not what belongs to an extension, but for
-# its configuration tables (PostgreSQL documentation, "Extension Configuration Tables").
+# The relations of the database, and whether pg_dump reads them: of an extension's only the
+# configuration tables (PostgreSQL documentation, "Extension Configuration Tables").
 RELATIONS = """
 WITH rel AS (
   SELECT c.oid, c.relkind, c.relpersistence, n.oid AS nsoid, n.nspname, m.objid, x.extname,
@@ -1872,7 +1868,7 @@ WITH rel AS (
 me AS (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
 """
 
-# What pg_dump would fail on, each row alone enough: tried by granting and revoking one by one.
+# What pg_dump would fail on; each row alone is enough (tested by granting and revoking each).
 UNREADABLE = f"""
 {RELATIONS}
 SELECT DISTINCT 'schema', quote_ident(nspname), nsoid
@@ -1938,19 +1934,19 @@ class Table(NamedTuple):
 
     oid: int
     qualified_name: str  # with its schema, quoted where SQL needs it
-    key: str  # the same in the metadata: bare in schema public
+    key: str  # its name in the metadata: without the schema where that is public
     root: int | None  # of a partition: the oid of its topmost table
-    copy: str | None  # the statement; None where its rows, if any, are not in the dump as its own
+    copy: str | None  # the statement to count by; None where the dump has no rows of its own
     is_filtered: bool  # an extension's configuration table, of which pg_dump takes some rows
 
 
-# The tables that pg_dump locks, and what yields one line for each of their rows in the dump.
-# Unlogged tables hold nothing on a standby, and pg_dump leaves their rows out there. Object ids
-# grow, so that their order is the order of creation.
+# The tables that pg_dump locks, each with a statement that returns a line for each of its rows in
+# the dump. On a standby unlogged tables are empty, and pg_dump omits their rows. Oids grow: their
+# order is the order of creation.
 #
-# A COPY of a table reads the heap and is never planned, while planning a SELECT would run what the
-# table's owner put into its indexes and statistics: as us. As in pg_dump, the one exception are the
-# tables of an extension that come with a condition. One column is enough: the least work to read.
+# A COPY of a table is never planned. To plan a SELECT would run, as us, what the table's owner put
+# into its indexes and statistics. As in pg_dump, the only exception is an extension's table with a
+# condition. One column is enough: the one that is least work to read.
 DUMPED_TABLES = f"""
 {RELATIONS}
 SELECT oid, name, key, NULLIF(pg_partition_root(oid)::oid, oid),
@@ -1972,11 +1968,11 @@ def list_tables(session: Session) -> list[Table]:
     return [Table(*row) for row in session.query(DUMPED_TABLES)]
 
 
-# What the metadata says of the database, by its keys. Columns that only newer servers have come
-# through to_jsonb; where there is nothing, there is no key. The roles are those that a restore
-# names: owners and grantees of all that is in the database, and of the database, those with
-# settings in it, owners of its subscriptions. The bootstrap superuser (oid 10) is in no dependency
-# but in most archives. What more than one grantor gave of a membership adds up.
+# What the metadata says of the database, by its keys. Columns that older servers lack are read
+# through to_jsonb; a null has no key. The roles are those that a restore names: owners and grantees
+# of the database and of all that is in it, roles with settings in it, owners of its subscriptions.
+# The bootstrap superuser (oid 10) is in most archives, but in no dependency. Where several grantors
+# gave a membership, its options add up.
 DATABASE_FACTS = """
 WITH d AS (SELECT * FROM pg_database WHERE datname = current_database()),
 named (oid) AS (
@@ -2021,7 +2017,7 @@ SELECT json_strip_nulls(json_build_object(
   'large_object_count', (SELECT count(*) FROM pg_largeobject_metadata)))::text FROM d
 """
 
-# What pg_dump leaves out and exits 0: (sentence, name), a row each.
+# What pg_dump silently omits, with exit status 0: (phrase, name, oid), a row each.
 NOT_INCLUDED = f"""
 {RELATIONS}
 SELECT 'data of foreign tables', key, oid FROM rel WHERE relkind = 'f'
@@ -2053,15 +2049,14 @@ ORDER BY 3
 
 
 def least_major(metadata: Metadata) -> int:
-    """The oldest major version whose server, psql and pg_restore take this backup."""
+    """The oldest major version whose server, psql and pg_restore can restore this backup."""
     versions = (metadata.postgresql_version, metadata.pg_dump_version)
     return max(int((re.match(r"\d{1,3}", version) or "0")[0]) for version in versions)
 
 
 def restore_commands(metadata: Metadata) -> list[str]:
-    """The shell commands, one a line, that bring this backup back on a fresh server, made of the
-    metadata's other facts alone. They are typed in the folder of the dump, with libpq's variables
-    leading to the server, and drop nothing.
+    """The shell commands, one a line, that restore this backup on a fresh server. They are made of
+    the metadata's other facts alone, and drop nothing.
 
     Names are quoted in comments too: an interactive zsh takes a pasted comment for a command.
     """
@@ -2082,7 +2077,7 @@ def restore_commands(metadata: Metadata) -> list[str]:
         target = [f"--dbname={metadata.database_name}"]
         lines.append("# Settings, grants and comment of this database itself do not come back")
     command = ["pg_restore", *target, "--exit-on-error", "--jobs=4", metadata.backup_file]
-    # The database may be read-only by its own settings, which come back before its tables.
+    # The database may be read-only by its own settings, which are restored before its tables.
     writable = "PGOPTIONS='-c default_transaction_read_only=off'"
     return [*lines, f"{writable} {shell_words(*command)}"]
 
@@ -2138,8 +2133,8 @@ def describe_database(session: Session) -> dict[str, Any]:
 
 
 class Blocker(NamedTuple):
-    """Who has a lock that we or pg_dump wait for: a session, with what this role may know of it, or
-    a prepared transaction, which has none."""
+    """Who has a lock that we or pg_dump wait for: a session, with what this role may see of it, or
+    a prepared transaction, which has no session."""
 
     relation: int  # the oid
     pid: int | None
@@ -2150,8 +2145,8 @@ class Blocker(NamedTuple):
     gid: str | None
 
     def __str__(self) -> str:
-        """`session 4711 (alice, psql: ALTER TABLE …)`. No more of its query than the first words:
-        there may be a password in it."""
+        """`session 4711 (alice, psql: ALTER TABLE …)`. Only the query's first words: there may be a
+        password in the others."""
         if self.pid is None:
             return f"prepared transaction {shell_words(self.gid or '')}"
         command = re.match(r"\W*([A-Za-z]+(?:\s+[A-Za-z]+)?)", self.query or "")
@@ -2171,7 +2166,7 @@ class Blocker(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A moment of the database that pg_dump can be given, with every table held still."""
+    """An exported snapshot, for pg_dump to import, with every table locked."""
 
     id: str
     tables: Sequence[Table]
@@ -2182,7 +2177,7 @@ class Snapshot(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a run works with, from the moment that it may write."""
+    """What a run works with, from the moment that it holds the lock."""
 
     config: DatabaseConfig
     tools: Tools
@@ -2199,9 +2194,9 @@ LOCK_RETRY_SQLSTATES = {LOCK_NOT_AVAILABLE, "57014", "40P01", "42P01", "3F000"}
 
 LARGE_OBJECTS = 2613  # the oid of pg_largeobject, which holds them
 
-# The server's deadlock_timeout, and for how many tables there is room in its lock table: that is
-# shared by all, and we take one place for each (PostgreSQL documentation, "Lock Management"). Locks
-# by the fast path are not in it.
+# The server's deadlock_timeout, and for how many tables there is room in its lock table. All
+# sessions share that, and we take one place for each table (PostgreSQL documentation, "Lock
+# Management"). Fast-path locks are not in it.
 LOCK_LIMITS = """
 SELECT (SELECT setting::int FROM pg_settings WHERE name = 'deadlock_timeout'),
        current_setting('max_locks_per_transaction')::int * (1 + sum(setting::int))
@@ -2214,8 +2209,8 @@ SELECT (SELECT setting::int FROM pg_settings WHERE name = 'deadlock_timeout'),
                 THEN 'autovacuum_max_workers' ELSE 'autovacuum_worker_slots' END)
 """
 
-# Who has, or is next to have, the only lock that ACCESS SHARE waits for. No session has the lock of
-# a prepared transaction: by its virtual transaction it holds its own transaction id too.
+# Who has, or is next to have, the only lock that ACCESS SHARE waits for. A prepared transaction has
+# no session: its lock on its own transaction id, by the same virtual transaction, identifies it.
 BLOCKER = """
 SELECT l.relation::bigint, l.pid, a.usename, a.application_name,
        NULLIF(a.query, '<insufficient privilege>'),
@@ -2243,10 +2238,10 @@ def take_snapshot(run: Run) -> Snapshot:
     TRUNCATE and an ALTER TABLE that rewrites are not MVCC-safe (PostgreSQL documentation,
     "Caveats" of concurrency control): a table that is locked only after the snapshot can be
     dumped as empty, and counted as empty, with exit status 0. So the locks come before the
-    transaction sees anything, and the list of tables is read again behind them.
+    transaction sees anything, and the list of tables is read again after them.
 
-    Nothing waits while locks are held. Only success is movement: raises Failure, naming who holds a
-    table, when STALL_SECONDS have passed.
+    Nothing waits while locks are held. Raises Failure, naming who holds a table, when no attempt
+    has succeeded for STALL_SECONDS.
     """
     session, patience = run.session, Patience()
     while True:
@@ -2284,15 +2279,15 @@ SELECT oid::bigint, COALESCE(pg_relation_size(oid), 0)
   FROM pg_class WHERE oid = ANY (%s::oid[])
 """
 
-# Not those of temporary tables, which every other session makes.
+# Without those for temporary tables, which any session may create.
 SCHEMAS = "SELECT oid::bigint, nspname FROM pg_namespace WHERE nspname !~ '^pg_'"
 
 
 def lock_and_export(session: Session, tables: list[Table], limit_ms: int) -> Snapshot | None:
-    """One try: everything that is read while locks are held; None where the tables changed.
+    """One attempt: everything that is read while locks are held; None where the tables changed.
 
-    The limit is one for the LOCK as a whole: lock_timeout counts for each table anew. After it
-    lock_timeout is enough, for a pg_largeobject that somebody rewrites.
+    statement_timeout limits the LOCK as a whole; lock_timeout would begin again for each table.
+    After that lock_timeout is enough, for a pg_largeobject that somebody rewrites.
     """
     begin_read_only(session, "REPEATABLE READ")
     session.query(f"SET LOCAL statement_timeout = {limit_ms}")
@@ -2312,12 +2307,12 @@ def lock_and_export(session: Session, tables: list[Table], limit_ms: int) -> Sna
 
 
 def dump_database(run: Run) -> tuple[Snapshot, dict[int, int], str]:
-    """Dump the database into the partial file, and count its rows in the same snapshot, by the
-    table's oid; also what pg_dump warned of.
+    """Dump the database into the partial file, and count its rows in the same snapshot. Returns
+    that, the rows by the table's oid, and pg_dump's warnings.
 
-    DDL that slipped in where no lock protects (a view dropped, a schema renamed) makes us let go
-    of everything and begin again, three times in all. So does a deadlock that is ahead, before
-    pg_dump has written anything, for as long as Patience lasts.
+    After DDL that no lock prevents (a view dropped, a schema renamed) it releases everything and
+    begins again, DUMP_ATTEMPTS times in all. So it does where a deadlock is ahead before pg_dump
+    has written anything, until Patience ends that.
     """
     attempts, waits_for = 0, ""
     patience: Patience | None = None
@@ -2340,12 +2335,12 @@ def dump_database(run: Run) -> tuple[Snapshot, dict[int, int], str]:
                 raise failure from None
             waits_for = "something changed meanwhile"
         except ServerError as error:
-            error.lost |= doing == "beginning again"  # whatever keeps us from coming back
+            error.lost |= doing == "beginning again"  # whatever keeps us from reconnecting
             raise server_failure(error, doing) from None
 
 
 def begin_again(run: Run, waits_for: str) -> None:
-    """A new session, with nothing held meanwhile; the server frees a connection a moment late."""
+    """Reconnect after a pause without locks: the server frees a connection a moment late."""
     run.session.close()
     pause(run.progress, waits_for)
     run.session.connect()
@@ -2418,7 +2413,7 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[i
                     raise damage_failure(error.text, table.qualified_name) from None
                 raise
             counts[table.oid] = rows
-            if time.monotonic() - looked_at > TICK_SECONDS:  # a small table is through before one
+            if time.monotonic() - looked_at > TICK_SECONDS:  # most tables take less
                 watch.look()
                 looked_at = time.monotonic()
     watch.counting = ""
@@ -2426,18 +2421,18 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[i
 
 
 def find_renamed_schema(session: Session, snapshot: Snapshot) -> str | None:
-    """A sentence about a schema that has another name than in the snapshot, by a fresh one: COPY
-    goes by name, so that two schemas that were swapped are dumped with each other's rows. (By oid
-    and name: every GRANT changes xmin.)"""
+    """A phrase for a schema that was renamed since the snapshot. COPY goes by name: two schemas
+    that were swapped are dumped with each other's rows. (xmin would not do: every GRANT changes
+    it.)"""
     for oid, name in session.query(SCHEMAS):
         if (before := snapshot.schemas.get(oid, name)) != name:
             return f"schema {sql_identifier(before)} was renamed to {sql_identifier(name)}"
     return None
 
 
-# pg_dump's backend and ours, and the relation that each waits for (that it waits is not looked up
-# in pg_stat_activity: a role's setting "role" hides our own sessions from us there). Within a
-# transaction pg_stat_activity is frozen until it is told to look again.
+# pg_dump's backend and ours, and the relation that each waits for. (pg_stat_activity does not tell
+# that it waits where a role's setting "role" hides our own sessions from us.) Within a transaction
+# pg_stat_activity is frozen until pg_stat_clear_snapshot.
 ACTIVITY = """
 SELECT pg_stat_clear_snapshot();
 SELECT a.pid <> ours.pid, starts_with(a.query, 'COPY '),
@@ -2452,13 +2447,13 @@ SELECT a.pid <> ours.pid, starts_with(a.query, 'COPY '),
 
 
 class DumpWatch:
-    """pg_dump while it works: its end, its file, the room on the disk, who is in its way.
+    """pg_dump while it works: its end, its file, the room on the disk, who blocks it.
 
     --lock-wait-timeout does not cover every lock: pg_dump waits for ever behind an uncommitted
-    REFRESH MATERIALIZED VIEW (15 to 18, tried). And views, materialized views and sequences
-    cannot be locked beforehand: a migration that has replaced a view, and comes to alter the
-    table below it while pg_dump waits for that view, would be the victim of the deadlock. The
-    server sees one after deadlock_timeout, 1 s by default; we look more often and let go.
+    REFRESH MATERIALIZED VIEW (tested on 15 to 18). Views, materialized views and sequences cannot
+    be locked beforehand: a migration that has replaced a view, and then alters the table below it
+    while pg_dump waits for that view, would be the victim of the deadlock. The server detects one
+    after deadlock_timeout, 1 s by default; we look more often, and release our locks.
     """
 
     def __init__(self, run: Run, pg_dump: Program, snapshot: Snapshot, expected_bytes: int) -> None:
@@ -2479,7 +2474,7 @@ class DumpWatch:
         while self._pg_dump.wait(TICK_SECONDS) is None and not condition():
             self.look()
         if self._pg_dump.process.poll():
-            self._run.session.query("ROLLBACK")  # a server that is gone, or was, is the cause
+            self._run.session.query("ROLLBACK")  # raises where a lost connection is the cause
         self._check_status()
 
     def _check_status(self) -> None:
@@ -2487,7 +2482,7 @@ class DumpWatch:
             raise DumpFailed(status, self._pg_dump.stderr_text)
 
     def tick(self) -> None:
-        """What is to be seen while our session is busy. Raises DumpFailed, Failure."""
+        """Check what can be seen while our session is busy. Raises DumpFailed, Failure."""
         self._check_status()
         patience, written = self._patience, self._run.partial.dump.size_bytes
         self.is_copying |= written > 0
@@ -2498,7 +2493,7 @@ class DumpWatch:
             self._blocker = None
         still = min(patience.still_seconds, time.monotonic() - self._looked_at)
         if self.counting and still > STILL_SECONDS:
-            # From beside our session, which is busy; refused, the blocker stays without a name.
+            # Our own session is busy. If another is refused, the blocker stays without a name.
             with contextlib.suppress(ServerError), Session(self._run.config) as beside:
                 begin_read_only(beside)
                 self._ask(beside)
@@ -2513,8 +2508,8 @@ class DumpWatch:
         self._run.progress.show("Dumping", fraction, f"{format_size(written)} written")
 
     def look(self) -> None:
-        """The same while our session is free, and ask it what pg_dump does and who blocks it: each
-        time until it writes, then only where nothing moves. Raises DeadlockAhead as well."""
+        """The same, and ask our session, now free, what pg_dump does and who blocks it: each time
+        until pg_dump writes, then only when nothing moves. Raises DeadlockAhead as well."""
         check_signals()
         self.tick()
         still = self._patience.still_seconds
@@ -2536,8 +2531,8 @@ class DumpWatch:
 
 DUMP_SHARE = 0.8  # of the whole run, as the progress line counts it; the rest is the read-back
 
-# All of pg_dump's words about its own file (15 to 18). A server's about a file of its own come
-# behind "query failed: ERROR:".
+# All of pg_dump's messages about its own file (15 to 18). The server's messages about its files
+# come after "query failed: ERROR:".
 OUTPUT_FILE_ERROR = re.compile(
     r"^\S+: error: could not (?:(?:open|write to|close) .*?file|(?:set|determine) seek position)\b"
     r".*: ([^:\n]+)$",
@@ -2550,8 +2545,9 @@ def diagnose_dump(
 ) -> Failure | None:
     """Why there is no dump; None where it is worth another try.
 
-    Settled by looking again, at the file, the server and the privileges. The only words that count
-    are pg_dump's own on its file, whose end is the text of the errno (in English: LC_ALL=C).
+    Found by another look at the file, the server and the privileges. The only messages that count
+    are the server's about damage, and pg_dump's about its file, which end in the errno's text (in
+    English: LC_ALL=C).
     """
     if isinstance(error, SnapshotLost):
         return changing_failure(str(error)) if attempts == DUMP_ATTEMPTS else None
@@ -2602,10 +2598,10 @@ def make_directory(directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except PermissionError as error:
         raise unmade_directory_failure(directory, error) from None
-    except FileExistsError:  # "File exists" would be no news to who asked for a directory
+    except FileExistsError:  # "File exists" would not tell that it is no directory
         number = errno.ENOTDIR
         raise NotADirectoryError(number, os.strerror(number), str(directory)) from None
-    for path in made:  # its name, too, has to outlive a power cut
+    for path in made:  # its name, too, has to survive a power cut
         sync_directory(path.parent)
 
 
@@ -2616,8 +2612,8 @@ def database_lock(path: Path) -> Iterator[OpenFile]:
     flock() on a hidden file that is never deleted. pg_dump inherits the descriptor: should this
     process be killed, the lock is held until pg_dump has ended too.
     """
-    # Somebody else may write to this directory: a link, a pipe or a second name of another file
-    # is none of ours, and nothing is written before that is known.
+    # Others may be able to write to this directory: a link, a pipe or a second name of another
+    # file is not our lock, and must not be written to.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     with contextlib.closing(OpenFile.open(path, flags)) as file:
         status = os.fstat(file.descriptor)
@@ -2640,7 +2636,7 @@ def database_lock(path: Path) -> Iterator[OpenFile]:
 def remove_leftovers(directory: Path, prefix: str) -> None:
     """Remove what a killed run of this database left; only with the lock held.
 
-    That is its partial files, and metadata that it published when its dump still was partial.
+    That is its partial files, and metadata that it published while its dump was still partial.
     """
     stem = f"{re.escape(prefix)}_{TIMESTAMP_PATTERN}"
     suffixes = "|".join(map(re.escape, (DUMP_SUFFIX, METADATA_SUFFIX)))
@@ -2654,10 +2650,10 @@ def remove_leftovers(directory: Path, prefix: str) -> None:
 
 
 class PartialBackup:
-    """The two hidden files of a run, until both are whole and bear their names.
+    """The two hidden files of a run, until both are complete and get their names.
 
-    Nothing that is not whole is ever visible: `publish` renames both, and whatever ends the run
-    before that removes both, by `close`. Everything goes through their descriptors.
+    No incomplete file is ever visible: `publish` renames both. Whatever ends the run before that,
+    `close` removes both. All reading and writing goes through their descriptors.
     """
 
     def __init__(self, directory: Path, prefix: str) -> None:
@@ -2676,7 +2672,7 @@ class PartialBackup:
         self._files = []
 
     def begin(self) -> None:
-        """Make both files, in place of those of the last try, under the name of this second, or of
+        """Create both files, in place of the last attempt's, under the name of this second, or of
         the next that is free."""
         self.close()
         while True:
@@ -2696,8 +2692,8 @@ class PartialBackup:
 
     def publish(self, metadata: Metadata) -> list[str]:
         """Write the metadata and rename both files, the metadata first: a visible dump is always
-        described. Returns complaints that leave it whole. Raises OSError; Failure where a partial
-        file's name leads elsewhere by now."""
+        described. Returns what was not synced. Raises OSError; Failure where somebody replaced a
+        partial file."""
         with with_filename(self._metadata.path):
             with open(self._metadata.descriptor, "w", encoding="utf-8", closefd=False) as file:
                 file.write(metadata.to_json())
@@ -2722,8 +2718,8 @@ class PartialBackup:
 
 
 def sync_directory(directory: Path) -> str:
-    """Bring the names in a directory down to the disk. Returns a complaint where the disk fails;
-    network and FUSE file systems have other errors, for that there is nothing to sync."""
+    """Write the names in a directory to the disk. Returns a complaint where the disk fails. On
+    network and FUSE file systems other errors mean that there is nothing to sync."""
 
     def sync() -> None:
         with contextlib.closing(OpenFile.open(directory, os.O_RDONLY)) as opened:
@@ -2738,10 +2734,10 @@ def sync_directory(directory: Path) -> str:
 
 
 class DiskRoom(NamedTuple):
-    """What is left on a file system, without end where it does not tell."""
+    """The free space of a file system; unlimited where that does not report it."""
 
     free_bytes: int
-    reserve_bytes: int  # of them, for others: a server's own data may be there, which then stops
+    reserve_bytes: int  # of these, left to others: a server whose data is there would stop
     is_full: bool  # no bytes, or no inodes where it counts them
 
     @classmethod
@@ -2758,7 +2754,7 @@ class DiskRoom(NamedTuple):
 
 
 def check_reserve(run: Run, written: int, growth: int) -> None:
-    """Raise Failure where what a dump may write before the next look would go to the reserve."""
+    """Raise Failure where the dump could use the reserve before the next check."""
     directory, last = run.partial.directory, run.last
     room = DiskRoom.of(directory)
     if room.free_bytes < room.reserve_bytes + 2 * growth:
@@ -2801,12 +2797,12 @@ class Series(NamedTuple):
     """What backups must have in common to be compared, counted and removed: two servers may share a
     directory."""
 
-    database: str  # as the server calls it: longer names are cut
+    database: str  # as the server has it, which cuts longer names
     environment: str
-    server: str | None  # system_identifier; None, where a service refuses it, is any
+    server: str | None  # system_identifier; None, where a service hides it, fits any
 
     def has(self, metadata: Metadata) -> bool:
-        """Whether it is of this series; made before there was a server in it, it counts as ours."""
+        """Whether it is of this series; an older backup, with no server, counts as ours."""
         server = metadata.system_identifier
         may_be_ours = server == self.server or None in (server, self.server)
         return may_be_ours and (metadata.database_name, metadata.environment) == self[:2]
@@ -2837,7 +2833,7 @@ class Backup(NamedTuple):
 
     @property
     def is_renamed(self) -> bool:
-        """Whether it was called otherwise when it was made."""
+        """Whether it has another name than when it was made."""
         return self.metadata is not None and not self.metadata.names(self.dump)
 
 
@@ -2891,7 +2887,7 @@ def latest_credible(now: datetime) -> str:
 
 
 def find_orphans(directory: Path) -> list[Path]:
-    """The metadata files whose dump is gone; not of one that a run is publishing."""
+    """The metadata files whose dump is gone, but for those that a run is publishing."""
     names = set(os.listdir(directory))
     return sorted(
         directory / name
@@ -2904,10 +2900,10 @@ def find_orphans(directory: Path) -> list[Path]:
 
 
 def backups_to_keep(moments: Sequence[datetime], retention: Retention) -> set[int]:
-    """Which of these moments, in UTC and from the newest on, BACKUP_KEEP keeps: their indexes.
+    """The indexes of the moments, in UTC and from the newest on, that BACKUP_KEEP keeps.
 
-    What any part keeps stays, and so does the first, whatever it is. A period without a backup
-    takes no place: after a gap as many are kept as before it.
+    What any part keeps stays; the first always does. A period without a backup does not count:
+    after a gap as many are kept as before it.
     """
     kept = set(range(min(retention.newest, len(moments))))
     for count, period in (
@@ -2924,11 +2920,11 @@ def backups_to_keep(moments: Sequence[datetime], retention: Retention) -> set[in
 
 
 def last_full_backup(rows: Sequence[int], kept: Collection[int]) -> int | None:
-    """Of backups with so many rows, the newest first, the last full one that would not be kept.
+    """The index of the last full backup that is not kept; `rows` are theirs, the newest first.
 
-    Full is what has more than twice the rows of every newer one that is kept. The newest of all
-    that would go is not enough: some nights after the database was emptied, it is an emptied one.
-    Nor is an older full one that the calendar keeps: it lacks what came after it.
+    A full one has more than twice the rows of every newer one that is kept. To keep the newest of
+    the others is not enough: some nights after the database was emptied, that is empty too. Nor is
+    an older full one that the calendar keeps enough: it lacks what came after it.
     """
     most_kept = 0
     for index, count in enumerate(rows):
@@ -2942,9 +2938,9 @@ def last_full_backup(rows: Sequence[int], kept: Collection[int]) -> int | None:
 def shrunk_tables(made: Metadata, earlier: Sequence[Metadata]) -> list[tuple[str, int, int]]:
     """The tables with fewer than half of the least rows they ever had: rows now, and that least.
 
-    One that is gone counts if every earlier backup has it. So each is told once: tonight's rows
-    are the next night's least. Partitions are summed under their topmost table; what any backup
-    knows of them holds for all, since one made before knows nothing.
+    One that is gone counts if every earlier backup has it. So each is reported once: tonight's
+    rows are the next night's least. Partitions are summed under their topmost table; what any
+    backup records of them holds for all, since older ones record nothing.
     """
     topmost: dict[str, str] = {}
     for metadata in (*earlier, made):
@@ -2972,8 +2968,8 @@ def shrunk_tables(made: Metadata, earlier: Sequence[Metadata]) -> list[tuple[str
 def retire_backups(
     made: Metadata, earlier: Sequence[tuple[Path, Metadata]], retention: Retention | None
 ) -> tuple[list[Path], list[str]]:
-    """Remove the earlier backups that BACKUP_KEEP does not keep. Returns the dumps that are gone,
-    and warnings.
+    """Remove the earlier backups that BACKUP_KEEP does not keep. Returns the removed dumps, and
+    warnings.
 
     The one just made always stays, even where the clock was set back. So does the last full one.
     One from the future is neither counted nor removed.
@@ -3031,11 +3027,11 @@ def create_backup(
 ) -> tuple[list[Path], list[str]]:
     """Make, verify, publish and announce a backup; only then remove old ones, see retire_backups.
 
-    Raises Failure or OSError; then what was there before is untouched, and nothing else is.
+    Raises Failure or OSError; then earlier backups are untouched, and there is no new one.
     """
     started = time.monotonic()
     tools = find_tools(config)
-    with open_session(config) as session:  # validated first: a wrong password leaves no directory
+    with open_session(config) as session:  # first: a wrong password leaves no directory
         series = check_server(session, config, tools.pg_dump)
         make_directory(output_dir)
         prefix = file_prefix(config.name, config.environment.value)
@@ -3209,15 +3205,15 @@ def load_metadata(dump: Path) -> Metadata:
 
 
 def write_lines(stream: IO[str] | None, lines: Iterable[str]) -> str:
-    """Print, whatever has become of the stream: what was done stays done. Returns what kept it from
-    being printed; that is not a reader that left (`| head`), nor a stream that never was open."""
+    """Print; an error of the stream must not end the run. Returns that error, unless the reader has
+    left (`| head`) or the stream never was open."""
     if stream is None:
         return ""
     try:
         stream.write("".join(f"{line}\n" for line in lines))
         stream.flush()
     except OSError as error:
-        # Python would try again at its end, and exit with 120.
+        # Python would try again at exit, and end with status 120.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return "" if isinstance(error, BrokenPipeError) else str(error.strerror)
@@ -3236,7 +3232,7 @@ def describe_tables(table_counts: Mapping[str, int]) -> str:
 
 
 def creation_lines(report: CreationReport) -> list[str]:
-    """The contract's success output, and behind it what was found and what is not in it."""
+    """The contract's success output, then what was found in the dump and what is not in it."""
     made = report.metadata
     found = row_summary(made.total_rows, len(made.table_counts), made.large_object_count or 0)
     lines = [
@@ -3299,10 +3295,10 @@ def list_lines(
 
 
 def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
-    """For each series how many backups, their size, and the newest verified one: so a nightly line
-    that stopped is seen, and what a move or an upgrade left behind.
+    """For each series the number of backups, their size, and the newest verified one. This shows
+    nightly backups that have stopped, and those that a move or an upgrade left behind.
 
-    A backup that does not know its server counts as the oldest server's that is known.
+    A backup that does not record its server counts as that of the oldest server known.
     """
     named = [backup for backup in backups if backup.environment != "-"]
     names = [(backup.environment, backup.database) for backup in named]
@@ -3374,7 +3370,7 @@ def failure_lines(headline: str, failure: Failure) -> list[str]:
 
 
 class Arguments(NamedTuple):
-    """What the command line says, typed."""
+    """The command line's values, each of its type."""
 
     mode: str
     environment: str
@@ -3456,7 +3452,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(words: Sequence[str] | None) -> Arguments:
-    """The command line; argparse's own words and exit for what is none."""
+    """Parse the command line; argparse reports an error itself, and exits."""
     options = build_parser().parse_args(words)
     mode = "list" if options.list else "create" if options.verify is None else "verify"
     return Arguments(mode, options.env, options.output_dir, options.verify)
@@ -3470,7 +3466,7 @@ def run_creation(arguments: Arguments, progress: Progress) -> None:
         write_lines(sys.stdout, creation_lines(report))
         warn([*report.warnings, *shrinkage_lines(report)])
 
-    # In a thread: another project's config.py, or an .env that is a pipe, may never come to an end.
+    # In a thread: another project's config.py, or an .env that is a pipe, may block for ever.
     config = Background(lambda: load_configuration(arguments.environment)).wait()
     try:
         with with_filename(arguments.output_dir):
@@ -3493,7 +3489,7 @@ def warn(sentences: Iterable[str]) -> None:
 
 
 def write_result(lines: Iterable[str]) -> None:
-    """Print what a run was for. Raises Failure where that cannot be."""
+    """Print the result of a run. Raises Failure where that fails."""
     if problem := write_lines(sys.stdout, lines):
         detail = f"the output could not be written: {problem}"
         raise Failure(ExitCode.GENERAL, detail, "Free space there, or have it written elsewhere")
@@ -3534,7 +3530,7 @@ def run_listing(arguments: Arguments, _progress: Progress) -> None:
         backups, orphans = find_backups(directory), find_orphans(directory)
     except FileNotFoundError:
         backups, orphans = [], []
-        if directory != DEFAULT_OUTPUT_DIR:  # there, it is before the first backup
+        if directory != DEFAULT_OUTPUT_DIR:  # that one is missing before the first backup
             raise Failure(
                 ExitCode.GENERAL,
                 f"there is no directory {display_path(directory)}",
@@ -3552,8 +3548,7 @@ MODES = {
 
 
 def prepare_process() -> None:
-    """What must hold before anything else: files are private, standard streams exist and never
-    fail on a character, signals unwind."""
+    """Make files private, standard streams exist and accept any character, and signals unwind."""
     os.umask(0o077)
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # started with a standard stream closed: no file of ours may get its number
@@ -3577,7 +3572,7 @@ def main(words: Sequence[str] | None = None) -> int:
         code = mode.default_code
         failure = error if isinstance(error, Failure) else file_failure(error, code)
         progress.clear()
-        # That a verification failed by verification is said once.
+        # Not "Backup verification failed: Verification error".
         is_verdict = failure.code is code is ExitCode.VERIFICATION
         category = "" if is_verdict else f": {failure.code.category}"
         lines = failure_lines(mode.headline + category, failure)
@@ -3591,7 +3586,7 @@ def main(words: Sequence[str] | None = None) -> int:
         outcome = f" {interrupted.outcome}" if mode.run is run_creation else ""
         write_lines(sys.stderr, [f"✗ Stopped ({interrupted}).{outcome}"])
         return die_by_signal(interrupted.number)
-    except Exception:  # noqa: BLE001 - a bug, shown as one: there is nobody else to tell
+    except Exception:  # noqa: BLE001 - a bug, and shown as one
         import traceback
 
         progress.clear()
