@@ -740,8 +740,8 @@ class Patience:
 
 def pause(progress: Progress, waits_for: str) -> None:
     """Wait for a moment before the next attempt; the caller holds no lock."""
-    moment = Background(lambda: time.sleep(LOCK_RETRY_SECONDS))
-    moment.wait(lambda: progress.show(f"Waiting: {waits_for}"))
+    sleeping = Background(lambda: time.sleep(LOCK_RETRY_SECONDS))
+    sleeping.wait(lambda: progress.show(f"Waiting: {waits_for}"))
 
 
 class Progress:
@@ -1326,13 +1326,13 @@ class ScriptReader:
             if self._is_in_data:
                 # The data nearly always goes on. To find no backslash costs next to nothing, and
                 # where rfind finds nothing, it takes less than half of find's time.
-                if ends := b"\\" in script and script.rfind(self.END_OF_DATA, position) >= 0:
+                if has_end := b"\\" in script and script.rfind(self.END_OF_DATA, position) >= 0:
                     stop = script.find(self.END_OF_DATA, position)
                 else:  # keep the last bytes: the end of the data may lie across two blocks
                     stop = max(position, len(script) - len(self.END_OF_DATA) + 1)
                 self.blocks[-1] += script.count(b"\n", position, stop)
                 position = stop
-                if not ends:
+                if not has_end:
                     break
                 self._is_in_data = False
                 position += len(self.END_OF_DATA)
@@ -1374,15 +1374,15 @@ def run_pg_restore(
     argv = [pg_restore.path, "--format=custom", *options, dump.argument]
     pipe = subprocess.PIPE
     with Program(argv, tool_environment(), dump, stdin=pipe, stdout=pipe) as program:
-        asked, output = program.process.stdin, program.process.stdout
-        assert asked is not None
+        input_pipe, output = program.process.stdin, program.process.stdout
+        assert input_pipe is not None
         assert output is not None
         heard_at = time.monotonic()
 
         def read() -> None:
             nonlocal heard_at
-            with contextlib.suppress(BrokenPipeError), asked:  # it ended: see stderr_text
-                asked.write(stdin)
+            with contextlib.suppress(BrokenPipeError), input_pipe:  # it ended: see stderr_text
+                input_pipe.write(stdin)
             with contextlib.suppress(AttributeError, OSError):  # not Linux; a smaller pipe will do
                 fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             while block := os.read(output.fileno(), READ_BYTES):
@@ -1401,14 +1401,14 @@ def run_pg_restore(
             raise ArchiveError(program.stderr_text)
 
 
-# Dump id; the catalog's oid, the object's oid, the kind. For a table's data the object is the table;
+# Dump id; oid of the catalog, oid of the object, kind. For a table's data the object is the table;
 # the data of large objects belongs to no object.
 TOC_DATA_ENTRY = re.compile(rb"^(\d+); \d+ (\d+) (?:TABLE DATA|BLOBS) ", re.MULTILINE)
 
 
 def list_data_entries(pg_restore: Tool, dump: OpenFile) -> dict[bytes, int]:
-    """The archive's data entries, in its order: the table's oid by dump id, 0 for large objects. Raises
-    ArchiveError."""
+    """The archive's data entries, in its order: the table's oid by dump id, 0 for large objects.
+    Raises ArchiveError."""
     listing: list[bytes] = []
     run_pg_restore(pg_restore, dump, "--list", on_block=listing.append)
     return {dump_id: int(oid) for dump_id, oid in TOC_DATA_ENTRY.findall(b"".join(listing))}
@@ -1727,10 +1727,10 @@ class Session(contextlib.AbstractContextManager["Session"]):
 
         with (
             contextlib.suppress(OSError, import_psycopg2().Error),  # it is gone already
-            socket.socket(fileno=os.dup(self._connection.fileno())) as way,
+            socket.socket(fileno=os.dup(self._connection.fileno())) as connection,
         ):
-            way.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            way.shutdown(socket.SHUT_RDWR)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.shutdown(socket.SHUT_RDWR)
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
@@ -2855,7 +2855,7 @@ def read_backup(dump: Path) -> Backup:
         found = dump.stat()
         size_bytes = found.st_size if stat.S_ISREG(found.st_mode) else None
     try:
-        made = Metadata.read(metadata_path(dump))
+        metadata = Metadata.read(metadata_path(dump))
     except (OSError, MetadataError) as error:
         causes = {"FileNotFoundError": Status.NO_METADATA, "PermissionError": Status.NOT_READABLE}
         status = causes.get(type(error).__name__, Status.BAD_METADATA)
@@ -2864,11 +2864,11 @@ def read_backup(dump: Path) -> Backup:
         database, environment, stamp = match.groups("-") if match else "---"
         timestamp = re.sub(r"-(\d\d)-(\d\d)Z$", r":\1:\2Z", stamp)
         return Backup(dump, size_bytes, None, status, timestamp, environment, database)
-    status = Status.VERIFIED if made.verification else Status.NOT_VERIFIED
-    if size_bytes != made.backup_size_bytes:
+    status = Status.VERIFIED if metadata.verification else Status.NOT_VERIFIED
+    if size_bytes != metadata.backup_size_bytes:
         status = Status.SIZE_MISMATCH
-    described = (made.backup_timestamp, made.environment, made.database_name)
-    return Backup(dump, size_bytes, made, status, *described)
+    described = (metadata.backup_timestamp, metadata.environment, metadata.database_name)
+    return Backup(dump, size_bytes, metadata, status, *described)
 
 
 def verified_backups(directory: Path, series: Series) -> list[tuple[Path, Metadata]]:
@@ -3484,8 +3484,8 @@ def run_creation(arguments: Arguments, progress: Progress) -> None:
 def warn(sentences: Iterable[str]) -> None:
     """What a person should know of a run that succeeded."""
     lines = "\n".join(sentences).splitlines()
-    said = [re.sub(r"(?i)^(pg_dump: )?(warning: *)?", "", line) for line in lines if line]
-    write_lines(sys.stderr, [f"Warning: {line}" for line in said])
+    messages = [re.sub(r"(?i)^(pg_dump: )?(warning: *)?", "", line) for line in lines if line]
+    write_lines(sys.stderr, [f"Warning: {line}" for line in messages])
 
 
 def write_result(lines: Iterable[str]) -> None:
