@@ -1671,7 +1671,9 @@ class Session(contextlib.AbstractContextManager["Session"]):
             lost = sqlstate is None and self._connection is not None and self._connection.closed
             # psycopg2 often has no more than "no message from the libpq" for a lost connection.
             text = (lost and self._connection.info.error_message) or getattr(error, "pgerror", None)
-            text = (text or str(error)).strip() or "words in an encoding that Python cannot read"
+            # Python 3.10, and 3.11 before 3.11.4, lose what is not UTF-8 before a login.
+            unread = "the server's words are not UTF-8, and lost on this Python; psql shows them"
+            text = (text or str(error)).strip() or unread
             raise ServerError(text, sqlstate, bool(lost)) from None
         finally:
             if not self._running.is_alive():
@@ -2335,15 +2337,19 @@ def dump_database(run: Run) -> tuple[Snapshot, dict[int, int], str]:
                 raise failure from None
             waits_for = "something changed meanwhile"
         except ServerError as error:
-            error.lost |= doing == "beginning again"  # whatever keeps us from reconnecting
             raise server_failure(error, doing) from None
 
 
 def begin_again(run: Run, waits_for: str) -> None:
-    """Reconnect after a pause without locks: the server frees a connection a moment late."""
+    """Reconnect after a pause without locks: the server frees a connection a moment late. Raises
+    ServerError; whatever is in the way, the connection is lost."""
     run.session.close()
     pause(run.progress, waits_for)
-    run.session.connect()
+    try:
+        run.session.connect()
+    except ServerError as error:
+        error.lost = True
+        raise
 
 
 def dump_snapshot(run: Run, snapshot: Snapshot) -> tuple[dict[int, int], str]:
@@ -2369,14 +2375,14 @@ def dump_snapshot(run: Run, snapshot: Snapshot) -> tuple[dict[int, int], str]:
     environment = {**tool_environment("PG"), "PGAPPNAME": f"backup_db {snapshot.id}"}
     with Program(argv, environment, dump, run.lock) as pg_dump:
         watch = DumpWatch(run, pg_dump, snapshot, expected_bytes)
-        watch.wait_until(lambda: watch.is_copying)
+        watch.wait(until=lambda: watch.is_copying)
         try:
             counts = count_rows(run.session, snapshot, watch)
         except ServerError as error:
             if error.sqlstate in SLIPPED_IN_SQLSTATES:
                 raise SnapshotLost(error.text) from None
             raise
-        watch.wait_until(lambda: False)
+        watch.wait()
         warnings = pg_dump.stderr_text
     if not dump.size_bytes and not DiskRoom.of(run.partial.directory).is_full:
         raise wrapper_failure(tool, warnings)
@@ -2469,9 +2475,9 @@ class DumpWatch:
         self.counter = RowCounter()
         self.counting = ""  # the key of the table whose rows are being counted
 
-    def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait for pg_dump's end, or for the condition before it. Raises as `look` does."""
-        while self._pg_dump.wait(TICK_SECONDS) is None and not condition():
+    def wait(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Wait for pg_dump's end, or until the condition holds before it. Raises as `look` does."""
+        while self._pg_dump.wait(TICK_SECONDS) is None and not until():
             self.look()
         if self._pg_dump.process.poll():
             self._run.session.query("ROLLBACK")  # raises where a lost connection is the cause

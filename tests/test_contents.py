@@ -318,11 +318,12 @@ def test_hash_and_contents_are_read_at_once(backup: Backup, make_project: MakePr
 
     try:
         wait_until(lambda: paused(project), 20)
-        wait_until(lambda: threads() == 3, 20)  # one reads pg_restore's stderr, one hashes
+        # Two read what pg_restore writes, to stdout and to stderr; one hashes.
+        wait_until(lambda: threads() == 4, 20)
         status = Path(f"/proc/{process.pid}/status").read_text()
         tracer = int(status.partition("TracerPid:")[2].split()[0])
         os.kill(tracer, signal.SIGKILL)  # the read goes on
-        wait_until(lambda: threads() == 2, 20)
+        wait_until(lambda: threads() == 3, 20)
     finally:
         let_go(project)
         result = finish(process)

@@ -356,8 +356,8 @@ def test_german_server_is_understood(
     way = {**database.settings("mueller", "x"), **settings}
     result = make_project(database, settings=way).run().failed_with(code, category)
     pattern = re.escape(words)
-    if sys.version_info < (3, 12):  # 3.10, and 3.11.2, keep the ASCII of a connection's error alone
-        pattern = re.sub(r"[^ -~]", r"(?:\g<0>|�+)", pattern)
+    if sys.version_info < (3, 12):  # 3.10, and 3.11.2, lose the text of a connection's error
+        pattern += "|psql shows them"
     assert re.search(pattern, result.stderr)
     assert step in result.stderr
 
