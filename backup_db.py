@@ -1671,7 +1671,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
             lost = sqlstate is None and self._connection is not None and self._connection.closed
             # psycopg2 often has no more than "no message from the libpq" for a lost connection.
             text = (lost and self._connection.info.error_message) or getattr(error, "pgerror", None)
-            # Python 3.10, and 3.11 before 3.11.4, lose what is not UTF-8 before a login.
+            # What is not UTF-8 before a login some Pythons lose (seen on 3.11.2, not on 3.11.7).
             unread = "the server's words are not UTF-8, and lost on this Python; psql shows them"
             text = (text or str(error)).strip() or unread
             raise ServerError(text, sqlstate, bool(lost)) from None
