@@ -190,8 +190,9 @@ SERVER_LOG = "See the server's log for the cause"
 
 def fill_steps(text: str, **values: str) -> list[str]:
     """The lines of a remedy, with their places filled. Every value is quoted for the shell or for
-    SQL before, and printable."""
-    return [line.format_map(values) for line in text.strip().splitlines()]
+    SQL before, and printable. A line that comes out empty is no step."""
+    steps = (line.format_map(values) for line in text.strip().splitlines())
+    return [step for step in steps if step]
 
 
 def missing_package_failure(error: ImportError) -> Failure:
@@ -273,6 +274,7 @@ The password in ~/.pgpass is wrong for this host and user: correct it there, or 
 {password_place}
 Try it by hand: psql {options} -d {database}""",
     r"password authentication failed": """
+{password_hint}
 Check the password {password_place}
 The server says the same of a user that is missing; check it {user_place}
 Try both by hand: psql {options} -d {database}""",
@@ -352,13 +354,12 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
         sql_database=sql_identifier(config.name),
         sql_user=sql_identifier(user),
         options=shell_words("-h", config.host, "-p", str(config.port), "-U", user),
+        password_hint=printable(config.password_hint),
         pgpass_line=shell_words(f"{line}:PASSWORD"),
         hba_line=f"{hba} scram-sha-256",
         look_up="ping -c 1" if is_mac else "getent hosts",
         start="brew services start postgresql" if is_mac else "sudo systemctl start postgresql",
     )
-    if "password" in cause and config.password_hint:
-        steps.insert(0, printable(config.password_hint))
     code = ExitCode.PERMISSION if "CONNECT privilege" in cause else ExitCode.CONNECTION
     return Failure(code, error.text, *steps)
 
@@ -827,11 +828,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def list_names(names: Iterable[str], separator: str = ", ") -> str:
+def list_names(names: Iterable[str], separator: str = ", ", most: int = MOST_NAMES) -> str:
     """The first names, printable, and how many more there are."""
     shown = [printable(name) for name in names]
-    if len(shown) > MOST_NAMES:
-        shown[MOST_NAMES:] = [f"and {len(shown) - MOST_NAMES} more"]
+    if len(shown) > most:
+        shown[most:] = [f"and {len(shown) - most} more"]
     return separator.join(shown)
 
 
@@ -880,6 +881,11 @@ def list_command(directory: Path) -> str:
     return shell_words(*command)
 
 
+def verify_command(dump: str) -> str:
+    """The command that verifies a backup."""
+    return shell_words("python3", "backup_db.py", "--verify", dump)
+
+
 def libpq_options(user: str | None = None) -> str:
     """The options by which PostgreSQL's programs reach the configured database, from this process's
     libpq settings (see load_configuration)."""
@@ -921,6 +927,11 @@ def iso_timestamp(moment: datetime) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def parse_iso_timestamp(text: str) -> datetime:
+    """The inverse of iso_timestamp, for more than it writes. Raises ValueError."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+
+
 def metadata_path(dump: Path) -> Path:
     return dump.with_name(dump.name.removesuffix(DUMP_SUFFIX) + METADATA_SUFFIX)
 
@@ -941,7 +952,7 @@ def is_count(value: object) -> bool:
 
 def is_utc_time(value: object) -> bool:
     try:
-        return iso_timestamp(datetime.fromisoformat(str(value).replace("Z", "+00:00"))) == value
+        return iso_timestamp(parse_iso_timestamp(str(value))) == value
     except ValueError:
         return False
 
@@ -1028,7 +1039,7 @@ class Metadata(NamedTuple):
     @property
     def moment(self) -> datetime:
         """The time of the snapshot."""
-        return datetime.fromisoformat(self.backup_timestamp.replace("Z", "+00:00"))
+        return parse_iso_timestamp(self.backup_timestamp)
 
     def names(self, dump: Path) -> bool:
         """Whether the dump still has the name under which it was made."""
@@ -1053,8 +1064,10 @@ class Metadata(NamedTuple):
         )
 
 
-HINTS = typing.get_type_hints(Metadata, include_extras=True)
-FITS = {key: check_for(annotation) for key, annotation in HINTS.items()}
+FITS = {
+    key: check_for(annotation)
+    for key, annotation in typing.get_type_hints(Metadata, include_extras=True).items()
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2887,6 +2900,11 @@ def verified_backups(directory: Path, series: Series) -> list[tuple[Path, Metada
     ]
 
 
+def newest_verified(backups: Iterable[Backup]) -> Backup | None:
+    """The first verified one of backups that come the newest first."""
+    return next((backup for backup in backups if backup.status is Status.VERIFIED), None)
+
+
 def latest_credible(now: datetime) -> str:
     """The timestamp beyond which a backup is from the future: a clock was wrong."""
     return iso_timestamp(now + timedelta(days=1))
@@ -3065,7 +3083,7 @@ def create_backup(
                 if os.path.lexists(partial.published_dump):
                     interrupted.outcome = "The new backup is whole and published."
                 raise
-            warnings = [*filter(None, [dump_warnings]), *complaints]
+            warnings = [dump_warnings, *complaints]
             described = [old for _path, old in earlier]
             announce(CreationReport(partial.published_dump, metadata, described, warnings))
             return retire_backups(metadata, earlier, config.retention)
@@ -3188,7 +3206,7 @@ def load_metadata(dump: Path) -> Metadata:
         steps = [f"See which backups there are: {list_command(dump.parent)}"]
         if dump.name.endswith(METADATA_SUFFIX):
             meant = str(dump).removesuffix(METADATA_SUFFIX) + DUMP_SUFFIX
-            steps.insert(0, f"Name the dump: python3 backup_db.py --verify {shell_words(meant)}")
+            steps.insert(0, f"Name the dump: {verify_command(meant)}")
         raise Failure(ExitCode.VERIFICATION, detail, *steps)
     path = metadata_path(dump)
     back = "Bring the metadata file back from the place that this backup was copied to or from"
@@ -3313,13 +3331,14 @@ def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
     series: dict[tuple[tuple[str, str], str], list[Backup]] = {}
     for backup, name, server in zip(named, names, servers, strict=True):
         series.setdefault((name, server or oldest.get(name, "")), []).append(backup)
+    servers_of = Counter(name for name, _server in series)
     for (name, server), members in series.items():
         text = " ".join(map(printable, name))
-        if [other for other, _server in series].count(name) > 1:
+        if servers_of[name] > 1:
             text += f" of server {printable(server)}"
         size_bytes = sum(backup.size_bytes or 0 for backup in members)
         text += f": {plural(len(members), 'backup')}, {format_size(size_bytes)}; "
-        newest = next((backup for backup in members if backup.status is Status.VERIFIED), None)
+        newest = newest_verified(members)
         if newest is None or newest.metadata is None:
             yield text + "none verified"
         else:
@@ -3342,20 +3361,19 @@ def footer_lines(
     if orphans:
         command = shell_words("rm", "--", *map(display_path, orphans[:MOST_NAMES]))
         yield f"{len(orphans)} metadata without a dump; remove what is not coming back: {command}"
-    newest = next((backup for backup in present if backup.status is Status.VERIFIED), None)
+    newest = newest_verified(present)
     if newest is not None:
-        command = shell_words("python3", "backup_db.py", "--verify", display_path(newest.dump))
+        command = verify_command(display_path(newest.dump))
         yield f"Verified means verified when it was made. To check a file now: {command}"
 
 
 def shrinkage_lines(report: CreationReport) -> list[str]:
     """A sentence about the tables with fewer rows than ever before, where there are any."""
-    found = shrunk_tables(report.metadata, report.earlier) if report.earlier else []
-    if not found:
-        return []
-    tables = [f"{printable(key)} {now} (at least {least} before)" for key, now, least in found]
-    more = [f"and {len(tables) - 6} more"] if len(tables) > 6 else []
-    return [f"fewer rows than ever before: {', '.join([*tables[:6], *more])}"]
+    tables = [
+        f"{key} {now} (at least {least} before)"
+        for key, now, least in shrunk_tables(report.metadata, report.earlier)
+    ]
+    return [f"fewer rows than ever before: {list_names(tables, most=6)}"] if tables else []
 
 
 def failure_lines(headline: str, failure: Failure) -> list[str]:
@@ -3520,8 +3538,7 @@ def run_verification(arguments: Arguments, progress: Progress) -> None:
             "Compare it with a copy elsewhere, and check the disk: sudo dmesg | tail -50",
         ]
     if older := newest_older(report.dump, report.metadata):
-        verify = shell_words("python3", "backup_db.py", "--verify", str(older))
-        steps.append(f"Take the newest older backup, if it passes: {verify}")
+        steps.append(f"Take the newest older backup, if it passes: {verify_command(str(older))}")
     else:
         steps.append(f"Choose another backup: {list_command(report.dump.parent)}")
     salvage = shell_words("pg_restore", "--file=salvaged.sql", str(report.dump))
