@@ -22,12 +22,19 @@ DEV_DB_NAME or DB_NAME names the database. .env.example has every variable.
 
 from __future__ import annotations
 
+import locale
+import os
 import signal
 import sys
 
 if __name__ == "__main__" and sys.version_info < (3, 10):
     version = ".".join(map(str, sys.version_info[:3]))
     sys.exit(f"backup_db.py needs Python 3.10 or newer; this is {version} ({sys.executable})")
+
+if __name__ == "__main__" and sys.getfilesystemencoding() != "utf-8":
+    # Names and passwords are UTF-8 in any locale, as from Python 3.15 on; only the output is not.
+    os.environ.setdefault("PYTHONIOENCODING", locale.getpreferredencoding(False))
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Until `catch_signals` there is nothing to clean up: Ctrl-C may end this without a traceback.
@@ -39,7 +46,6 @@ import enum
 import errno
 import fcntl
 import json
-import os
 import re
 import select
 import shlex
@@ -801,21 +807,11 @@ class Progress:
 
 def printable(text: str) -> str:
     """`text` on one line: what a terminal would not show as itself is escaped."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in decode_os_text(text)
-    )
 
+    def escape(c: str) -> str:  # a byte that is not UTF-8 is the surrogate \udcXX
+        return c.encode("unicode_escape").decode().replace(r"\udc", r"\x")
 
-def decode_os_text(text: str) -> str:
-    """Text from the system, in any locale: decoded as UTF-8, with all other bytes escaped."""
-    with contextlib.suppress(UnicodeEncodeError):  # a surrogate that stands for no byte
-        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return text
-
-
-def encode_os_text(text: str) -> str:
-    """Text as this process passes it to the system, in any locale: its UTF-8 bytes."""
-    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+    return "".join(c if c.isprintable() else escape(c) for c in text)
 
 
 def printable_lines(text: str) -> str:
@@ -889,10 +885,8 @@ def verify_command(dump: str) -> str:
 def libpq_options(user: str | None = None) -> str:
     """The options by which PostgreSQL's programs reach the configured database, from this process's
     libpq settings (see load_configuration)."""
-    host, port, name = (
-        decode_os_text(os.environ[f"PG{key}"]) for key in ("HOST", "PORT", "DATABASE")
-    )
-    user = user or decode_os_text(os.environ.get("PGUSER", "")) or current_user()
+    host, port, name = (os.environ[f"PG{key}"] for key in ("HOST", "PORT", "DATABASE"))
+    user = user or os.environ.get("PGUSER") or current_user()
     return shell_words("-h", host, "-p", port, "-U", user, "-d", name)
 
 
@@ -911,15 +905,14 @@ PARTIAL_SUFFIX = ".partial"
 
 
 def file_prefix(database: str, environment: str) -> str:
-    """The name of a backup's files up to the timestamp: the same UTF-8 in any locale, and valid on
-    FAT and NTFS too."""
+    """The name of a backup's files up to the timestamp, valid on FAT and NTFS too."""
     encoded = re.sub(  # a byte that is not UTF-8 arrives as a lone surrogate
         r'^[.-]|[/%\\"*:<>?|\0-\x1f\x7f-\x9f\ud800-\udfff]',
         lambda unsafe: "%" + unsafe[0].encode(errors="surrogateescape").hex("%").upper(),
         database,
     )
     ending = "" if encoded.endswith(f"_{environment}") else f"_{environment}"
-    return encode_os_text(encoded + ending)
+    return encoded + ending
 
 
 def iso_timestamp(moment: datetime) -> str:
@@ -1043,7 +1036,7 @@ class Metadata(NamedTuple):
 
     def names(self, dump: Path) -> bool:
         """Whether the dump still has the name under which it was made."""
-        return self.backup_file == decode_os_text(dump.name)
+        return self.backup_file == dump.name
 
     @property
     def total_rows(self) -> int:
@@ -3111,7 +3104,7 @@ def load_configuration(environment_option: str) -> DatabaseConfig:
         raise missing_package_failure(error) from None
     for name in [name for name in os.environ if name.startswith("PG") and name != "PGCLUSTER"]:
         del os.environ[name]
-    os.environ.update({name: encode_os_text(value) for name, value in config.libpq.items()})
+    os.environ.update(config.libpq)
     os.environ["PGDATESTYLE"] = "ISO"  # or psycopg2 sets it, and it stays on a pooled connection
     return config
 
@@ -3149,7 +3142,7 @@ def draft_metadata(
     draft = Metadata(
         backup_timestamp=iso_timestamp(run.partial.moment),
         environment=series.environment,
-        backup_file=decode_os_text(run.partial.published_dump.name),
+        backup_file=run.partial.published_dump.name,
         backup_size_bytes=run.partial.dump.size_bytes,
         checksum_sha256="",
         table_counts={table.key: counts[table.oid] for table in counted},

@@ -131,12 +131,7 @@ def read_settings(environ: Mapping[str, str], folder: Path) -> Settings:
     Raises ConfigurationError for a file in which a setting of ours cannot be parsed, OSError for
     one that cannot be read, ModuleNotFoundError where there is a file but no python-dotenv.
     """
-    # Python decodes the environment in the locale's encoding; names and passwords are UTF-8.
-    surroundings = {
-        name: os.fsencode(value).decode("utf-8", "surrogateescape")
-        for name, value in environ.items()
-    }
-    layers = [("the environment", surroundings)]
+    layers = [("the environment", environ)]
     warnings: list[str] = []
     layers += [(name, _read_env_file(folder / name, warnings)) for name in ENV_FILES]
     values: dict[str, str] = {}
