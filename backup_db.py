@@ -971,6 +971,20 @@ def check_for(annotation: Any) -> Callable[[Any], object]:
     return lambda value: annotation is Any or isinstance(value, annotation)
 
 
+class Series(NamedTuple):
+    """What backups must have in common to be compared, counted and removed: two servers may share a
+    directory."""
+
+    database: str  # as the server has it, which cuts longer names
+    environment: str
+    server: str | None = None  # system_identifier; None, where a service hides it, fits any
+
+    def has(self, other: Series) -> bool:
+        """Whether it is the same one; an older backup, with no server, counts as ours."""
+        may_be_ours = self.server == other.server or None in (self.server, other.server)
+        return may_be_ours and self[:2] == other[:2]
+
+
 class Metadata(NamedTuple):
     """The content of a `.metadata.json`. Only a field with a default may be missing; where its
     value does not fit the annotation, it counts as missing."""
@@ -1033,6 +1047,10 @@ class Metadata(NamedTuple):
     def moment(self) -> datetime:
         """The time of the snapshot."""
         return parse_iso_timestamp(self.backup_timestamp)
+
+    @property
+    def series(self) -> Series:
+        return Series(self.database_name, self.environment, self.system_identifier)
 
     def names(self, dump: Path) -> bool:
         """Whether the dump still has the name under which it was made."""
@@ -2805,21 +2823,6 @@ def check_disk_space(run: Run, snapshot: Snapshot) -> int:
 # ---------------------------------------------------------------------------------------------
 
 
-class Series(NamedTuple):
-    """What backups must have in common to be compared, counted and removed: two servers may share a
-    directory."""
-
-    database: str  # as the server has it, which cuts longer names
-    environment: str
-    server: str | None  # system_identifier; None, where a service hides it, fits any
-
-    def has(self, metadata: Metadata) -> bool:
-        """Whether it is of this series; an older backup, with no server, counts as ours."""
-        server = metadata.system_identifier
-        may_be_ours = server == self.server or None in (server, self.server)
-        return may_be_ours and (metadata.database_name, metadata.environment) == self[:2]
-
-
 class Status(str, enum.Enum):
     """What a look at a backup's two files shows."""
 
@@ -2840,8 +2843,7 @@ class Backup(NamedTuple):
     metadata: Metadata | None
     status: Status
     timestamp: str
-    environment: str
-    database: str
+    series: Series
 
     @property
     def is_renamed(self) -> bool:
@@ -2875,12 +2877,11 @@ def read_backup(dump: Path) -> Backup:
         match = re.fullmatch(pattern, dump.name, re.DOTALL)
         database, environment, stamp = match.groups("-") if match else "---"
         timestamp = re.sub(r"-(\d\d)-(\d\d)Z$", r":\1:\2Z", stamp)
-        return Backup(dump, size_bytes, None, status, timestamp, environment, database)
+        return Backup(dump, size_bytes, None, status, timestamp, Series(database, environment))
     status = Status.VERIFIED if metadata.verification else Status.NOT_VERIFIED
     if size_bytes != metadata.backup_size_bytes:
         status = Status.SIZE_MISMATCH
-    described = (metadata.backup_timestamp, metadata.environment, metadata.database_name)
-    return Backup(dump, size_bytes, metadata, status, *described)
+    return Backup(dump, size_bytes, metadata, status, metadata.backup_timestamp, metadata.series)
 
 
 def verified_backups(directory: Path, series: Series) -> list[tuple[Path, Metadata]]:
@@ -2888,7 +2889,7 @@ def verified_backups(directory: Path, series: Series) -> list[tuple[Path, Metada
     return [
         (backup.dump, backup.metadata)
         for backup in find_backups(directory)
-        if backup.metadata is not None and series.has(backup.metadata)
+        if backup.metadata is not None and series.has(backup.series)
         if backup.status is Status.VERIFIED and not backup.is_renamed
     ]
 
@@ -3180,9 +3181,8 @@ def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
 
 def newest_older(dump: Path, metadata: Metadata) -> Path | None:
     """The newest verified backup of the same series beside the dump that is older."""
-    series = Series(metadata.database_name, metadata.environment, metadata.system_identifier)
     with contextlib.suppress(OSError):  # a directory that may be entered, but not listed
-        for other, described in verified_backups(dump.parent, series):
+        for other, described in verified_backups(dump.parent, metadata.series):
             if described.backup_timestamp < metadata.backup_timestamp:
                 return other
     return None
@@ -3292,7 +3292,7 @@ def list_lines(
         return [f"No backups yet in {folder}", *footer_lines([], orphans, now)]
     rows = [("Timestamp", "Environment", "Database", "Size", "Status")]
     for backup in backups:
-        database, environment = printable(backup.database), printable(backup.environment)
+        database, environment = map(printable, backup.series[:2])
         size = "-" if backup.size_bytes is None else format_size(backup.size_bytes)
         name = f" ({printable(backup.dump.name)})" if backup.is_renamed else ""
         rows.append((backup.timestamp, environment, database, size, backup.status.value + name))
@@ -3313,30 +3313,23 @@ def list_lines(
 
 def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
     """For each series the number of backups, their size, and the newest verified one. This shows
-    nightly backups that have stopped, and those that a move or an upgrade left behind.
-
-    A backup that does not record its server counts as that of the oldest server known.
-    """
-    named = [backup for backup in backups if backup.environment != "-"]
-    names = [(backup.environment, backup.database) for backup in named]
-    servers = [backup.metadata and backup.metadata.system_identifier for backup in named]
-    oldest = {name: server for name, server in zip(names, servers, strict=True) if server}
-    series: dict[tuple[tuple[str, str], str], list[Backup]] = {}
-    for backup, name, server in zip(named, names, servers, strict=True):
-        series.setdefault((name, server or oldest.get(name, "")), []).append(backup)
-    servers_of = Counter(name for name, _server in series)
-    for (name, server), members in series.items():
-        text = " ".join(map(printable, name))
-        if servers_of[name] > 1:
-            text += f" of server {printable(server)}"
+    nightly backups that have stopped, and those that a move or an upgrade left behind."""
+    by_series: dict[Series, list[Backup]] = {}
+    for backup in backups:
+        if backup.series.environment != "-":
+            by_series.setdefault(backup.series, []).append(backup)
+    servers = Counter(series[:2] for series in by_series)
+    for series, members in by_series.items():
+        text = f"{printable(series.environment)} {printable(series.database)}"
+        if servers[series[:2]] > 1:
+            text += f" of server {printable(series.server or 'unknown')}"
         size_bytes = sum(backup.size_bytes or 0 for backup in members)
         text += f": {plural(len(members), 'backup')}, {format_size(size_bytes)}; "
-        newest = newest_verified(members)
-        if newest is None or newest.metadata is None:
-            yield text + "none verified"
-        else:
-            age = format_age((now - newest.metadata.moment).total_seconds())
+        if newest := newest_verified(members):
+            age = format_age((now - parse_iso_timestamp(newest.timestamp)).total_seconds())
             yield text + f"newest verified {age} old: {printable(newest.dump.name)}"
+        else:
+            yield text + "none verified"
 
 
 def footer_lines(

@@ -428,7 +428,7 @@ def footer_of(project: Project) -> list[str]:
 
 
 def test_list_tells_the_series_apart(make_project: MakeProject) -> None:
-    """By environment, database and server; what does not know its server is the first one's."""
+    """By environment, database and server; what does not know its server stands apart."""
     project = make_project()
     for days, environment, name, server in [
         (1, "prod", "shop", "222"),
@@ -445,7 +445,8 @@ def test_list_tells_the_series_apart(make_project: MakeProject) -> None:
     assert lines[:-1] == [
         "prod wiki: 2 backups, 16 B; newest verified 7 days old: wiki.dump",
         "prod shop of server 222: 1 backup, 1 B; newest verified 1 day old: shop.dump",
-        "prod shop of server 111: 4 backups, 14 B; newest verified 2 days old: shop.dump",
+        "prod shop of server unknown: 2 backups, 7 B; newest verified 2 days old: shop.dump",
+        "prod shop of server 111: 2 backups, 7 B; newest verified 3 days old: shop.dump",
         "dev shop: 1 backup, 6 B; newest verified 6 days old: shop.dump",
     ]
 
