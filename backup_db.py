@@ -202,46 +202,35 @@ def fill_steps(text: str, **values: str) -> list[str]:
 
 
 def missing_package_failure(error: ImportError) -> Failure:
-    """A run-time package is not installed, or does not load."""
-    from importlib.util import find_spec
-
+    """A run-time package is not installed, or does not load. An environment of its own is always
+    right: a system's pip refuses (Debian, Homebrew), and venv's own words name what it lacks."""
     script, requirements, venv = (
         display_path(SCRIPT_DIR / name) for name in ("backup_db.py", "requirements.txt", ".venv")
     )
-    # In an environment of its own, since a system's pip refuses (Debian, Homebrew).
     make = shell_words(sys.executable, "-m", "venv", venv) + " && "
     make += shell_words(f"{venv}/bin/pip", "install", "-r", requirements)
-    run = shell_words(f"{venv}/bin/python3", script)
-    steps = [f"Install what the script needs: {make}", f"Run it by the python there: {run}"]
-    if os.path.exists(SCRIPT_DIR / ".venv" / "bin" / "python3"):
-        steps.reverse()
-    if sys.prefix != sys.base_prefix:
-        install = shell_words(sys.executable, "-m", "pip", "install", "-r", requirements)
-        steps = [f"Install what the script needs: {install}"]
-    elif not find_spec("ensurepip"):
-        steps.insert(0, "Install Debian's part of python3 for this: sudo apt install python3-venv")
-    detail = f"a package is missing: {error} (python is {printable(sys.executable)})"
-    return Failure(ExitCode.GENERAL, detail, *steps)
+    return Failure(
+        ExitCode.GENERAL,
+        f"a package is missing: {error} (python is {printable(sys.executable)})",
+        f"Install what the script needs: {make}",
+        f"Run it by the python there: {shell_words(f'{venv}/bin/python3', script)}",
+    )
 
 
 def foreign_config_failure(error: BaseException) -> Failure:
     """brain_core/config.py is missing, or another project's, whose import may end in anything."""
     path = SCRIPT_DIR / "brain_core" / "config.py"
     words = " ".join(f"{type(error).__name__}: {error}".split())
-    readme = 'All of it is in README.md, "Into an existing project"'
-    if not path.exists():
-        detail = f"{display_path(path)} is missing: {printable(words)}"
-        copy = "Copy brain_core/, beside backup_db.py, from where that came from"
-        return Failure(ExitCode.GENERAL, detail, copy, readme)
+    problem = "is not the one that backup_db.py came with" if path.exists() else "is missing"
     script, folder = (display_path(SCRIPT_DIR / name) for name in ("backup_db.py", "backup"))
     move = f"{shell_words('mkdir', folder)} && {shell_words('mv', script, folder)}"
     link = shell_words("ln", "-s", "../.env.local", folder)
     return Failure(
         ExitCode.GENERAL,
-        f"{display_path(path)} is not the one that backup_db.py came with: {printable(words)}",
-        f"Leave that file as it is, and give backup_db.py a folder of its own: {move}",
-        f"Copy the brain_core/ that it came with into {folder}, and link the settings: {link}",
-        readme,
+        f"{display_path(path)} {problem}: {printable(words)}",
+        f"Where the project has a brain_core of its own, give backup_db.py another folder: {move}",
+        f"Copy the brain_core/ that it came with to beside it, and link the settings: {link}",
+        'All of it is in README.md, "Into an existing project"',
     )
 
 
