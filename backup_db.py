@@ -45,6 +45,7 @@ import contextlib
 import enum
 import errno
 import fcntl
+import functools
 import json
 import re
 import select
@@ -3017,22 +3018,14 @@ def retire_backups(
 # ---------------------------------------------------------------------------------------------
 
 
-class CreationReport(NamedTuple):
-    """A backup that was published."""
-
-    dump: Path
-    metadata: Metadata
-    earlier: Sequence[Metadata]  # of the same series
-    warnings: Sequence[str]
-
-
 def create_backup(
     config: DatabaseConfig,
     output_dir: Path,
     progress: Progress,
-    announce: Callable[[CreationReport], None],
-) -> tuple[list[Path], list[str]]:
+    announce: Callable[[Sequence[str], Sequence[str]], None],
+) -> None:
     """Make, verify, publish and announce a backup; only then remove old ones, see retire_backups.
+    `announce` is called with the lines of a result and with warnings.
 
     Raises Failure or OSError; then earlier backups are untouched, and there is no new one.
     """
@@ -3066,10 +3059,11 @@ def create_backup(
                 if os.path.lexists(partial.published_dump):
                     interrupted.outcome = "The new backup is whole and published."
                 raise
-            warnings = [dump_warnings, *complaints]
-            described = [old for _path, old in earlier]
-            announce(CreationReport(partial.published_dump, metadata, described, warnings))
-            return retire_backups(metadata, earlier, config.retention)
+            warnings = [dump_warnings, *complaints, *shrinkage_lines(metadata, earlier)]
+            announce(creation_lines(partial.published_dump, metadata), warnings)
+            removed, warnings = retire_backups(metadata, earlier, config.retention)
+            paths = list_names(map(display_path, removed))
+            announce([f"Removed:     {paths}"] if removed else [], warnings)
 
 
 def load_configuration(environment_option: str) -> DatabaseConfig:
@@ -3146,16 +3140,7 @@ def draft_metadata(
     return draft._replace(restore=restore_commands(draft))
 
 
-class VerificationReport(NamedTuple):
-    """A backup that was examined."""
-
-    dump: Path
-    size_bytes: int
-    metadata: Metadata
-    examination: Examination
-
-
-def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
+def verify_backup(dump: Path, progress: Progress) -> tuple[Metadata, Examination]:
     """Check a backup's checksum, structure and contents, with nothing but its two files.
 
     Raises Failure for what keeps the checks from being made (files, tools), OSError.
@@ -3164,8 +3149,8 @@ def verify_backup(dump: Path, progress: Progress) -> VerificationReport:
     pg_restore = find_tool("pg_restore")
     with contextlib.closing(OpenFile.open(dump, os.O_RDONLY)) as file:
         examination = examine_dump(pg_restore, file, metadata, progress)
-        check_restore_fits(pg_restore, metadata, examination)
-        return VerificationReport(dump, file.size_bytes, metadata, examination)
+    check_restore_fits(pg_restore, metadata, examination)
+    return metadata, examination
 
 
 def newest_older(dump: Path, metadata: Metadata) -> Path | None:
@@ -3237,15 +3222,14 @@ def describe_tables(table_counts: Mapping[str, int]) -> str:
     return f"{len(table_counts)} ({', '.join(parts)})"
 
 
-def creation_lines(report: CreationReport) -> list[str]:
+def creation_lines(dump: Path, made: Metadata) -> list[str]:
     """The contract's success output, then what was found in the dump and what is not in it."""
-    made = report.metadata
     found = row_summary(made.total_rows, len(made.table_counts), made.large_object_count or 0)
     lines = [
         "✓ Backup created successfully",
         "",
-        f"Backup File: {display_path(report.dump)}",
-        f"Metadata:    {display_path(metadata_path(report.dump))}",
+        f"Backup File: {display_path(dump)}",
+        f"Metadata:    {display_path(metadata_path(dump))}",
         f"Size:        {format_size(made.backup_size_bytes)}",
         f"Environment: {made.environment}",
         f"Database:    {printable(made.database_name)}",
@@ -3259,15 +3243,14 @@ def creation_lines(report: CreationReport) -> list[str]:
     return lines
 
 
-def verification_lines(report: VerificationReport) -> list[str]:
+def verification_lines(dump: Path, metadata: Metadata, found: Examination) -> list[str]:
     """The contract's verification output, below its first line; no line for a check not made."""
-    found = report.examination
     return [
-        f"File:        {display_path(report.dump)}",
+        f"File:        {display_path(dump)}",
         f"Checksum:    {found.checksum.verdict}",
         f"Structure:   {found.structure.verdict}",
-        f"Size:        {format_size(report.size_bytes)}",
-        f"Timestamp:   {report.metadata.backup_timestamp}",
+        f"Size:        {format_size(dump.stat().st_size)}",
+        f"Timestamp:   {metadata.backup_timestamp}",
         *([f"Contents:    {found.contents.verdict}"] if found.contents else []),
     ]
 
@@ -3342,11 +3325,11 @@ def footer_lines(
         yield f"Verified means verified when it was made. To check a file now: {command}"
 
 
-def shrinkage_lines(report: CreationReport) -> list[str]:
+def shrinkage_lines(made: Metadata, earlier: Sequence[tuple[Path, Metadata]]) -> list[str]:
     """A sentence about the tables with fewer rows than ever before, where there are any."""
     tables = [
         f"{key} {now} (at least {least} before)"
-        for key, now, least in shrunk_tables(report.metadata, report.earlier)
+        for key, now, least in shrunk_tables(made, [metadata for _path, metadata in earlier])
     ]
     return [f"fewer rows than ever before: {list_names(tables, most=6)}"] if tables else []
 
@@ -3368,21 +3351,13 @@ def failure_lines(headline: str, failure: Failure) -> list[str]:
 # ---------------------------------------------------------------------------------------------
 
 
-class Arguments(NamedTuple):
-    """The command line's values, each of its type."""
-
-    mode: str
-    environment: str
-    output_dir: Path
-    dump: Path | None
-
-
 class Mode(NamedTuple):
     """One of the three things that the script does."""
 
     headline: str  # of a failure
     default_code: ExitCode  # of an OSError that no remedy gives another
-    run: Callable[[Arguments, Progress], None]
+    run: Callable[[Progress], None]
+    place: str = ""  # what is backed up, for the log
 
 
 class Parser(argparse.ArgumentParser):
@@ -3450,34 +3425,39 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(words: Sequence[str] | None) -> Arguments:
-    """Parse the command line; argparse reports an error itself, and exits."""
+def parse_arguments(words: Sequence[str] | None) -> Mode:
+    """What the command line asks for; argparse reports an error itself, and exits."""
     options = build_parser().parse_args(words)
-    mode = "list" if options.list else "create" if options.verify is None else "verify"
-    return Arguments(mode, options.env, options.output_dir, options.verify)
+    environment: str = options.env
+    directory: Path = options.output_dir
+    dump: Path | None = options.verify
+    if options.list:
+        return Mode("Listing failed", ExitCode.GENERAL, lambda _: run_listing(directory))
+    if dump is not None:
+        run = functools.partial(run_verification, dump)
+        return Mode("Backup verification failed", ExitCode.VERIFICATION, run)
+    run = functools.partial(run_creation, environment, directory)
+    return Mode("Backup failed", ExitCode.CREATION, run, f"--env {environment}")
 
 
-def run_creation(arguments: Arguments, progress: Progress) -> None:
+def run_creation(environment: str, output_dir: Path, progress: Progress) -> None:
     """Default mode: make a backup and report it."""
 
-    def announce(report: CreationReport) -> None:
+    def announce(lines: Sequence[str], warnings: Sequence[str]) -> None:
         progress.clear()
-        write_lines(sys.stdout, creation_lines(report))
-        warn([*report.warnings, *shrinkage_lines(report)])
+        write_lines(sys.stdout, lines)
+        warn(warnings)
 
     # In a thread: another project's config.py, or an .env that is a pipe, may block for ever.
-    config = Background(lambda: load_configuration(arguments.environment)).wait()
+    config = Background(lambda: load_configuration(environment)).wait()
     try:
-        with with_filename(arguments.output_dir):
-            removed, warnings = create_backup(config, arguments.output_dir, progress, announce)
+        with with_filename(output_dir):
+            create_backup(config, output_dir, progress, announce)
     except (Failure, OSError) as error:
         failure = error if isinstance(error, Failure) else file_failure(error)
         name, host = printable(config.name), printable(config.host)
         failure.place = f"{config.environment.value} {name} at {host}, port {config.port}"
         raise failure from None
-    if removed:
-        write_lines(sys.stdout, [f"Removed:     {list_names(map(display_path, removed))}"])
-    warn(warnings)
 
 
 def warn(sentences: Iterable[str]) -> None:
@@ -3494,36 +3474,34 @@ def write_result(lines: Iterable[str]) -> None:
         raise Failure(ExitCode.GENERAL, detail, "Free space there, or have it written elsewhere")
 
 
-def run_verification(arguments: Arguments, progress: Progress) -> None:
+def run_verification(dump: Path, progress: Progress) -> None:
     """`--verify`: check a backup and report it. Raises Failure where it is not sound."""
-    assert arguments.dump is not None
-    with with_filename(arguments.dump):
-        report = verify_backup(arguments.dump, progress)
+    with with_filename(dump):
+        metadata, examination = verify_backup(dump, progress)
+        lines = verification_lines(dump, metadata, examination)
     progress.clear()
-    lines = verification_lines(report)
-    if not report.examination.problem:
+    if not examination.problem:
         write_result(["✓ Backup verification passed", "", *lines])
         return
     steps = ["Do not rely on this dump alone; restore it into an empty database and compare"]
-    if report.examination.checksum.problem and not report.metadata.names(report.dump):
+    if examination.checksum.problem and not metadata.names(dump):
         steps = ["Bring back this dump's own metadata file, or, if both were renamed, their names"]
-    elif report.examination.checksum.problem:
+    elif examination.checksum.problem:
         steps = [
             "Do not rely on this dump; its bytes have changed since it was made",
             "Compare it with a copy elsewhere, and check the disk: sudo dmesg | tail -50",
         ]
-    if older := newest_older(report.dump, report.metadata):
+    if older := newest_older(dump, metadata):
         steps.append(f"Take the newest older backup, if it passes: {verify_command(str(older))}")
     else:
-        steps.append(f"Choose another backup: {list_command(report.dump.parent)}")
-    salvage = shell_words("pg_restore", "--file=salvaged.sql", str(report.dump))
+        steps.append(f"Choose another backup: {list_command(dump.parent)}")
+    salvage = shell_words("pg_restore", "--file=salvaged.sql", str(dump))
     steps.append(f"Save what can be read of this one, up to where it breaks: {salvage}")
-    raise Failure(ExitCode.VERIFICATION, report.examination.problem, *steps, report=lines)
+    raise Failure(ExitCode.VERIFICATION, examination.problem, *steps, report=lines)
 
 
-def run_listing(arguments: Arguments, _progress: Progress) -> None:
+def run_listing(directory: Path) -> None:
     """`--list`: show the backups."""
-    directory = arguments.output_dir
     try:
         backups, orphans = find_backups(directory), find_orphans(directory)
     except FileNotFoundError:
@@ -3536,13 +3514,6 @@ def run_listing(arguments: Arguments, _progress: Progress) -> None:
                 "Or make the first backup: python3 backup_db.py",
             ) from None
     write_result(list_lines(backups, orphans, directory, datetime.now(timezone.utc)))
-
-
-MODES = {
-    "create": Mode("Backup failed", ExitCode.CREATION, run_creation),
-    "verify": Mode("Backup verification failed", ExitCode.VERIFICATION, run_verification),
-    "list": Mode("Listing failed", ExitCode.GENERAL, run_listing),
-}
 
 
 def prepare_process() -> None:
@@ -3559,12 +3530,11 @@ def prepare_process() -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line: whatever was raised becomes a message and an exit code."""
-    arguments = parse_arguments(words)
-    mode = MODES[arguments.mode]
+    mode = parse_arguments(words)
     progress = Progress(sys.stderr)
     try:
         prepare_process()
-        mode.run(arguments, progress)
+        mode.run(progress)
         return 0
     except (Failure, OSError) as error:
         code = mode.default_code
@@ -3574,14 +3544,13 @@ def main(words: Sequence[str] | None = None) -> int:
         is_verdict = failure.code is code is ExitCode.VERIFICATION
         category = "" if is_verdict else f": {failure.code.category}"
         lines = failure_lines(mode.headline + category, failure)
-        if mode.run is run_creation:  # for the log of a nightly run
-            place = failure.place or f"--env {arguments.environment}"
+        if place := failure.place or mode.place:
             lines += ["", f"{iso_timestamp(datetime.now(timezone.utc))} {place}"]
         write_lines(sys.stderr, lines)
         return failure.code
     except Interrupted as interrupted:
         progress.clear()
-        outcome = f" {interrupted.outcome}" if mode.run is run_creation else ""
+        outcome = f" {interrupted.outcome}" if mode.place else ""
         write_lines(sys.stderr, [f"✗ Stopped ({interrupted}).{outcome}"])
         return die_by_signal(interrupted.number)
     except Exception:  # noqa: BLE001 - a bug, and shown as one
