@@ -2507,7 +2507,8 @@ class DumpWatch:
         patience, written = self._patience, self._run.partial.dump.size_bytes
         self.is_copying |= written > 0
         if self._pg_dump.process.poll() is None:
-            check_reserve(self._run, written, written - self._written)
+            why = f"for others, and for the dump, which had come to {format_size(written)}"
+            require_room(self._run.partial.directory, 2 * (written - self._written), why)
         self._written = written
         if patience.watch(written=written, rows=self.counter.rows):
             self._blocker = None
@@ -2773,23 +2774,20 @@ class DiskRoom(NamedTuple):
         return cls(sys.maxsize, 0, False)
 
 
-def check_reserve(run: Run, written: int, growth: int) -> None:
-    """Raise Failure where the dump could use the reserve before the next check."""
-    directory, last = run.partial.directory, run.last
+def require_room(directory: Path, need_bytes: int, why: str) -> None:
+    """Raise Failure where the disk has no room for that much beside the reserve."""
     room = DiskRoom.of(directory)
-    if room.free_bytes < room.reserve_bytes + 2 * growth:
-        size = f", the last backup had {format_size(last.backup_size_bytes)}" if last else ""
-        detail = (
-            f"{display_path(directory)}: {format_size(room.free_bytes)} free, which is left to "
-            f"others; the dump had come to {format_size(written)}{size}. It was deleted"
-        )
+    if room.free_bytes < room.reserve_bytes + need_bytes:
+        need = format_size(room.reserve_bytes + need_bytes)
+        detail = f"{format_size(room.free_bytes)} free, at least {need} needed ({why})"
+        detail = f"{display_path(directory)}: {detail}"
         raise errno_failure(errno.ENOSPC, directory, detail)
 
 
 def check_disk_space(run: Run, snapshot: Snapshot) -> int:
     """About how large the dump will be. Raises Failure only where it can hardly fit: a backup that
-    would have fitted must not be refused, and check_reserve handles a disk that fills."""
-    directory, last, tables_bytes = run.partial.directory, run.last, sum(snapshot.sizes.values())
+    would have fitted must not be refused, and DumpWatch handles a disk that fills."""
+    last, tables_bytes = run.last, sum(snapshot.sizes.values())
     need, expected = NEED_OF_TABLES * tables_bytes, EXPECTED_OF_TABLES * tables_bytes
     basis = f"{format_size(tables_bytes)} of tables"
     if last is not None and last.database_size_bytes:
@@ -2797,14 +2795,7 @@ def check_disk_space(run: Run, snapshot: Snapshot) -> int:
         expected = growth * last.backup_size_bytes
         need = NEED_OF_LAST_BACKUP * expected
         basis = f"the last backup had {format_size(last.backup_size_bytes)}"
-    room = DiskRoom.of(directory)
-    need += room.reserve_bytes
-    if room.free_bytes < need:
-        detail = (
-            f"{display_path(directory)}: {format_size(room.free_bytes)} free, at least "
-            f"{format_size(int(need))} needed ({basis})"
-        )
-        raise errno_failure(errno.ENOSPC, directory, detail)
+    require_room(run.partial.directory, int(need), basis)
     return int(expected)
 
 

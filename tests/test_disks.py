@@ -36,7 +36,7 @@ def with_backups(directory: Path, project: Project) -> Path:
     ("pages", "words"),
     [
         (lambda _size: 0, "could not write to output file: No space left on device"),
-        (lambda size: size // PAGE // 2, ": No space left on device|, which is left to others"),
+        (lambda size: size // PAGE // 2, ": No space left on device|needed \\(for others"),
         # pg_dump 15 to 18 exit 0 when the last write of all fails.
         (lambda size: size // PAGE, "the disk is full: the new dump does not hold"),
         (lambda size: size // PAGE + 1, ".metadata.json.partial: No space left on device"),

@@ -391,7 +391,7 @@ def disk_is_too_small(stage: Stage) -> Result:
     return stage.project().run("--output-dir", disk)
 
 
-@situation(ExitCode.DISK_SPACE, "No space left on device|which is left to others", "df -h ")
+@situation(ExitCode.DISK_SPACE, "No space left on device|needed \\(for others", "df -h ")
 def disk_fills_while_writing(stage: Stage) -> Result:
     disk = stage.stack.enter_context(small_disk("size=200k"))
     result = stage.project().run("--output-dir", disk)
