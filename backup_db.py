@@ -59,7 +59,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from brain_core.config import DatabaseConfig, Retention
@@ -928,11 +928,6 @@ class MetadataError(ValueError):
     """Metadata that is missing, unreadable or ill-typed; the text names the key."""
 
 
-def is_count(value: object) -> bool:
-    """Whether it is a number of bytes, rows or objects that fits into PostgreSQL's bigint."""
-    return type(value) is int and 0 <= value < 2**63
-
-
 def is_utc_time(value: object) -> bool:
     try:
         return iso_timestamp(parse_iso_timestamp(str(value))) == value
@@ -940,16 +935,10 @@ def is_utc_time(value: object) -> bool:
         return False
 
 
-Count = Annotated[int, is_count]
-Sha256 = Annotated[str, lambda value: re.fullmatch("[0-9a-f]{64}", str(value))]
-UtcTime = Annotated[str, is_utc_time]
-
-
 def check_for(annotation: Any) -> Callable[[Any], object]:
-    """A function that tells whether a value from JSON fits the annotation of its field."""
+    """A function that tells whether a value from JSON fits the annotation of its field. An int is
+    always a number of something, which fits into PostgreSQL's bigint."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        return lambda value: parts[1](value)
     if type(None) in parts:
         return check_for(parts[0])
     if origin is Mapping:
@@ -958,6 +947,8 @@ def check_for(annotation: Any) -> Callable[[Any], object]:
     if origin is Sequence:
         fits = check_for(parts[0])
         return lambda value: isinstance(value, list) and all(map(fits, value))
+    if annotation is int:
+        return lambda value: type(value) is int and 0 <= value < 2**63
     return lambda value: annotation is Any or isinstance(value, annotation)
 
 
@@ -979,23 +970,23 @@ class Metadata(NamedTuple):
     """The content of a `.metadata.json`. Only a field with a default may be missing; where its
     value does not fit the annotation, it counts as missing."""
 
-    backup_timestamp: UtcTime
+    backup_timestamp: str
     environment: str
     database_name: str
     backup_file: str
-    backup_size_bytes: Count
-    checksum_sha256: Sha256
-    table_counts: Mapping[str, Count]
+    backup_size_bytes: int
+    checksum_sha256: str
+    table_counts: Mapping[str, int]
     pg_dump_version: str
     postgresql_version: str
-    table_oids: Mapping[str, Count] | None = None
+    table_oids: Mapping[str, int] | None = None
     partition_of: Mapping[str, str] | None = None
     metadata_version: int = METADATA_VERSION
     system_identifier: str | None = None
-    database_size_bytes: Count | None = None
+    database_size_bytes: int | None = None
     compression: str | None = None
     duration_seconds: float | None = None
-    large_object_count: Count | None = None
+    large_object_count: int | None = None
     verification: Mapping[str, Any] | None = None
     not_included: Sequence[str] = ()
     encoding: str | None = None
@@ -1065,9 +1056,9 @@ class Metadata(NamedTuple):
         )
 
 
-FITS = {
-    key: check_for(annotation)
-    for key, annotation in typing.get_type_hints(Metadata, include_extras=True).items()
+FITS = {key: check_for(hint) for key, hint in typing.get_type_hints(Metadata).items()} | {
+    "backup_timestamp": is_utc_time,
+    "checksum_sha256": lambda value: re.fullmatch("[0-9a-f]{64}", str(value)),
 }
 
 
