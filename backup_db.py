@@ -235,17 +235,6 @@ def foreign_config_failure(error: BaseException) -> Failure:
     )
 
 
-def held_failure(pid: str, started: str) -> Failure:
-    """Another run has the lock, or the pg_dump of one that was killed."""
-    return Failure(
-        ExitCode.GENERAL,
-        f"another backup of this database is running: process {pid}, started {started}",
-        f"Wait until it has ended; look at it: ps -fp {pid}",
-        "Where that process is gone, its pg_dump is still at work: pgrep -a pg_dump",
-        "For another server's database of this name use another directory: --output-dir DIR",
-    )
-
-
 # The first row whose pattern is in the error: libpq's own words, which are never translated, and
 # the server's in the C locale. In parentheses is what its catalog tells, or what PGSSLMODE is.
 CONNECTION_REMEDIES = {
@@ -406,14 +395,6 @@ def errno_failure(
     return Failure(code or default_code, detail, *steps)
 
 
-def unmade_directory_failure(directory: Path, error: OSError) -> Failure:
-    """The output directory is not there, and this user may not make it."""
-    path, user = shell_words(str(directory)), shell_words(current_user())
-    failure = file_failure(error)
-    make = f"Make it for this user: sudo mkdir -p {path}; sudo chown {user} {path}"
-    return Failure(failure.code, failure.detail, make, *failure.steps)
-
-
 @contextlib.contextmanager
 def with_filename(path: Path) -> Iterator[None]:
     """Let an OSError from what is inside say which file it is about."""
@@ -561,12 +542,6 @@ def stalled_failure(what: str, blocker: Blocker | None) -> Failure:
 def changing_failure(what: str) -> Failure:
     """Something that locks do not protect has changed under each attempt."""
     return Failure(ExitCode.CREATION, f"gave up after {DUMP_ATTEMPTS} attempts: {what}", CALM_HOUR)
-
-
-def lock_table_failure(tables: int, room: int) -> Failure:
-    """The server has fewer places for locks than there are tables."""
-    detail = f"{plural(tables, 'table')} to lock, and room for {room} in the server's lock table"
-    return Failure(ExitCode.CREATION, detail, SERVER_REMEDIES["53200"])
 
 
 # Damage to the server's own data, which no repetition heals, and a value too large for its own text
@@ -2257,7 +2232,9 @@ def take_snapshot(run: Run) -> Snapshot:
         deadlock_timeout_ms, room = session.query(LOCK_LIMITS)[0]
         session.query("COMMIT")
         if len(tables) > room:
-            raise lock_table_failure(len(tables), room)
+            need = f"{plural(len(tables), 'table')} to lock, and room for {room}"
+            detail = f"{need} in the server's lock table"
+            raise Failure(ExitCode.CREATION, detail, SERVER_REMEDIES["53200"])
         run.partial.begin()
         what = "the set of tables changes all the time"
         try:
@@ -2609,7 +2586,10 @@ def make_directory(directory: Path) -> None:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except PermissionError as error:
-        raise unmade_directory_failure(directory, error) from None
+        failure, place = file_failure(error), shell_words(str(directory))
+        owner = shell_words(current_user())
+        make = f"Make it for this user: sudo mkdir -p {place}; sudo chown {owner} {place}"
+        raise Failure(failure.code, failure.detail, make, *failure.steps) from None
     except FileExistsError:  # "File exists" would not tell that it is no directory
         number = errno.ENOTDIR
         raise NotADirectoryError(number, os.strerror(number), str(directory)) from None
@@ -2638,7 +2618,15 @@ def database_lock(path: Path) -> Iterator[OpenFile]:
             except BlockingIOError:
                 text = os.pread(file.descriptor, 1000, 0).decode("ascii", "replace")
                 found = re.fullmatch(r"pid (\d+)\nstarted ([\d:TZ-]+)\n", text, re.ASCII)
-                raise held_failure(*(found.groups() if found else "??")) from None
+                pid, started = found.groups() if found else "??"
+                raise Failure(
+                    ExitCode.GENERAL,
+                    f"another backup of this database is running: process {pid}, started {started}",
+                    f"Wait until it has ended; look at it: ps -fp {pid}",
+                    "Where that process is gone, its pg_dump is still at work: pgrep -a pg_dump",
+                    "For another server's database of this name use another directory: "
+                    "--output-dir DIR",
+                ) from None
             os.ftruncate(file.descriptor, 0)
             started = iso_timestamp(datetime.now(timezone.utc))
             os.write(file.descriptor, f"pid {os.getpid()}\nstarted {started}\n".encode())
