@@ -1456,17 +1456,6 @@ def invalid(problem: str) -> Check:
     return Check(f"✗ Invalid ({problem.splitlines()[0]})", problem)
 
 
-NO_ARCHIVE = "is no custom-format archive of pg_dump"
-
-
-def is_no_archive(file: Path) -> bool:
-    """Whether it does not begin like one; the toc.dat of the directory and tar formats differs in
-    the last of these bytes."""
-    with contextlib.suppress(OSError), file.open("rb") as opened:
-        return not re.match(rb"PGDMP.{5}\x01", opened.read(11), re.DOTALL)
-    return False
-
-
 class Examination(NamedTuple):
     """What the three checks of a dump found; None for one that was not made."""
 
@@ -1497,8 +1486,7 @@ def examine_dump(
         entries = list_data_entries(pg_restore, dump)
         structure = Check("✓ Valid (pg_restore --list succeeded)")
     except ArchiveError as error:
-        is_other = is_no_archive(dump.path)
-        structure = invalid(f"it {NO_ARCHIVE}\n{error}" if is_other else str(error))
+        structure = invalid(str(error))
     hashing = FileHash(dump)
 
     def on_tick(rows: int) -> None:
@@ -3154,9 +3142,6 @@ def load_metadata(dump: Path) -> Metadata:
         detail = f"{display_path(path)} cannot be used: {printable(str(error))}"
     except FileNotFoundError:
         detail = f"there is no metadata file {display_path(path)}"
-        if is_no_archive(dump):
-            detail += f", and {display_path(dump)} {NO_ARCHIVE}"
-            raise Failure(ExitCode.VERIFICATION, detail, tell) from None
     raise Failure(ExitCode.VERIFICATION, detail, back, tell)
 
 
