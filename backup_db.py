@@ -3111,15 +3111,6 @@ def verify_backup(dump: Path, progress: Progress) -> tuple[Metadata, Examination
     return metadata, examination
 
 
-def newest_older(dump: Path, metadata: Metadata) -> Path | None:
-    """The newest verified backup of the same series beside the dump that is older."""
-    with contextlib.suppress(OSError):  # a directory that may be entered, but not listed
-        for other, described in verified_backups(dump.parent, metadata.series):
-            if described.backup_timestamp < metadata.backup_timestamp:
-                return other
-    return None
-
-
 def load_metadata(dump: Path) -> Metadata:
     """The metadata of the dump to verify. Raises Failure where one of the two is missing."""
     try:
@@ -3446,10 +3437,7 @@ def run_verification(dump: Path, progress: Progress) -> None:
             "Do not rely on this dump; its bytes have changed since it was made",
             "Compare it with a copy elsewhere, and check the disk: sudo dmesg | tail -50",
         ]
-    if older := newest_older(dump, metadata):
-        steps.append(f"Take the newest older backup, if it passes: {verify_command(str(older))}")
-    else:
-        steps.append(f"Choose another backup: {list_command(dump.parent)}")
+    steps.append(f"Choose another backup: {list_command(dump.parent)}")
     salvage = shell_words("pg_restore", "--file=salvaged.sql", str(dump))
     steps.append(f"Save what can be read of this one, up to where it breaks: {salvage}")
     raise Failure(ExitCode.VERIFICATION, examination.problem, *steps, report=lines)
