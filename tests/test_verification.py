@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cluster import Cluster, installation
@@ -193,7 +192,11 @@ DAMAGE: dict[str, tuple[Callable[[Backup], object], str, str]] = {
         CHECKSUM,
         "Error: This file has changed since its backup: 3000 of ",
     ),
-    "empty": (lambda b: b.dump.write_bytes(b""), STRUCTURE, " bytes are left\npg_restore: error: could not read from input file"),
+    "empty": (
+        lambda b: b.dump.write_bytes(b""),
+        STRUCTURE,
+        " bytes are left\npg_restore: error: could not read from input file",
+    ),
     "gzip of itself": (gzip_dump, STRUCTURE, NO_ARCHIVE),
     "other byte": (
         lambda b: b.dump.write_bytes(b.dump.read_bytes()[:-1] + b"x"),
