@@ -59,7 +59,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from brain_core.config import DatabaseConfig, Retention
@@ -834,12 +834,8 @@ def shell_words(*words: str) -> str:
 
 
 def list_command(directory: Path) -> str:
-    """The command that lists the backups in a directory; if it does not exist, in the usual one."""
-    command = ["python3", "backup_db.py", "--list"]
-    is_usual = os.path.realpath(directory) == os.path.realpath(DEFAULT_OUTPUT_DIR)
-    if not is_usual and os.path.isdir(directory):
-        command += ["--output-dir", str(directory)]
-    return shell_words(*command)
+    """The command that lists the backups in a directory."""
+    return shell_words("python3", "backup_db.py", "--list", "--output-dir", str(directory))
 
 
 def verify_command(dump: str) -> str:
@@ -3306,23 +3302,11 @@ class Mode(NamedTuple):
     place: str = ""  # what is backed up, for the log
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, whose errors repeat what was typed, but only as a terminal can show it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit 2."""
-        super().error(printable(message))
-
-
 def typed_path(text: str) -> Path:
     """A path as it was typed; the shell leaves the ~ of `--output-dir=~/backups` to us."""
     if text == "":
         raise argparse.ArgumentTypeError("expected a path, not an empty text")
-    expanded = os.path.expanduser(text)
-    if expanded.startswith("~"):
-        problem = "no such user, or one without a home directory; if the name begins with ~"
-        raise argparse.ArgumentTypeError(f"{text}: {problem}: {shell_words('./' + text)}")
-    return Path(expanded)
+    return Path(os.path.expanduser(text))
 
 
 EXAMPLES = """\
@@ -3337,7 +3321,7 @@ exit codes:
 
 def build_parser() -> argparse.ArgumentParser:
     """The contract's options, and nothing else."""
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         prog="backup_db.py",
         usage="%(prog)s [--env ENV] [--output-dir DIR] [--verify FILE] [--list] [--help]",
         description=__doc__,

@@ -186,15 +186,6 @@ def test_tilde_is_the_home_directory(bare: Project) -> None:
     bare.run(f"--verify=~/kept/{dump.name}").succeeded()
 
 
-@pytest.mark.parametrize("mode", [["--list"], []], ids=["list", "back up"])
-def test_tilde_of_nobody_is_refused(mode: Sequence[str], sample: Project) -> None:
-    result = sample.run(*mode, "--output-dir", "~no such user/x").failed_with(2)
-    assert "error: argument --output-dir: ~no such user/x: no such user" in result.stderr
-    assert "'./~no such user/x'" in result.stderr
-    sample.run("--output-dir", "./~no such user/x").succeeded()
-    assert len(list((sample.directory / "~no such user" / "x").glob("*.dump"))) == 1
-
-
 @pytest.mark.parametrize(
     ("directory", "shown"),
     [
