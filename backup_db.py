@@ -74,7 +74,6 @@ METADATA_VERSION = 1
 STALL_SECONDS = 600  # without any movement, before a wait is given up
 ANSWER_SECONDS = 10  # added to it, for a server to report that it gave up by the same limit
 LOCK_RETRY_SECONDS = 1.0  # between two attempts; no lock is held meanwhile
-STILL_SECONDS = 10  # without movement, before another session looks for the blocker
 CONNECT_LIMIT_FACTOR = 3  # times libpq's limit for each host: a name may have several addresses
 CONNECT_LIMIT_SECONDS = 5  # added to that
 TOOL_SECONDS = 30  # for a tool to report its version
@@ -2139,7 +2138,6 @@ class Snapshot(NamedTuple):
     sizes: Mapping[int, int]  # bytes by oid, of the tables with rows and of LARGE_OBJECTS
     schemas: Mapping[int, str]  # names by oid
     facts: Mapping[str, Any]  # what the metadata says of the database
-    backend_pid: int  # ours, also behind a pooler, which gives libpq a number of its own
 
 
 class Run(NamedTuple):
@@ -2263,7 +2261,7 @@ def lock_and_export(session: Session, tables: list[Table], limit_ms: int) -> Sna
         names = ", ".join(f"ONLY {table.qualified_name}" for table in tables)
         session.query(f"LOCK TABLE {names} IN ACCESS SHARE MODE")
     session.query(f"SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {limit_ms}")
-    identifier, pid = session.query("SELECT pg_export_snapshot(), pg_backend_pid()")[0]
+    (identifier,) = session.query("SELECT pg_export_snapshot()")[0]
     if list_tables(session) != tables:
         return None
     sized = [LARGE_OBJECTS, *(table.oid for table in tables if table.copy)]
@@ -2271,7 +2269,7 @@ def lock_and_export(session: Session, tables: list[Table], limit_ms: int) -> Sna
     schemas = dict(session.query(SCHEMAS))
     facts = describe_database(session)
     session.query("SET LOCAL lock_timeout = 0")  # from here on Patience ends a wait
-    return Snapshot(identifier, tables, sizes, schemas, facts, pid)
+    return Snapshot(identifier, tables, sizes, schemas, facts)
 
 
 def dump_database(run: Run) -> tuple[Snapshot, dict[int, int], str]:
@@ -2377,7 +2375,6 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[i
             continue
         counts[table.oid] = 0
         if table.is_filtered or snapshot.sizes[table.oid]:
-            watch.counting = table.key
             try:
                 rows = session.copy_rows(table.copy, watch.counter, watch.tick)
             except ServerError as error:
@@ -2388,7 +2385,6 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[i
             if time.monotonic() - looked_at > TICK_SECONDS:  # most tables take less
                 watch.look()
                 looked_at = time.monotonic()
-    watch.counting = ""
     return counts
 
 
@@ -2402,19 +2398,16 @@ def find_renamed_schema(session: Session, snapshot: Snapshot) -> str | None:
     return None
 
 
-# pg_dump's backend and ours, and the relation that each waits for. (pg_stat_activity does not tell
-# that it waits where a role's setting "role" hides our own sessions from us.) Within a transaction
-# pg_stat_activity is frozen until pg_stat_clear_snapshot.
+# pg_dump's backend, and the relation that it waits for. Within a transaction pg_stat_activity is
+# frozen until pg_stat_clear_snapshot.
 ACTIVITY = """
 SELECT pg_stat_clear_snapshot();
-SELECT a.pid <> ours.pid, starts_with(a.query, 'COPY '),
+SELECT starts_with(a.query, 'COPY '),
        concat_ws(' ', a.query_start, a.state_change, p.bytes_processed),
        CASE WHEN pg_blocking_pids(a.pid) <> '{}' THEN (
          SELECT relation::bigint FROM pg_locks w WHERE w.pid = a.pid AND NOT w.granted LIMIT 1) END
-  FROM (SELECT %s AS pid) ours JOIN pg_stat_activity a
-    ON a.pid = ours.pid OR a.usename = session_user AND a.application_name = 'backup_db ' || %s
-  LEFT JOIN pg_stat_progress_copy p ON p.pid = a.pid
- ORDER BY 1 DESC
+  FROM pg_stat_activity a LEFT JOIN pg_stat_progress_copy p ON p.pid = a.pid
+ WHERE a.usename = session_user AND a.application_name = 'backup_db ' || %s
 """
 
 
@@ -2436,10 +2429,8 @@ class DumpWatch:
         self._written = 0
         self._patience = Patience()
         self._blocker: Blocker | None = None
-        self._looked_at = 0.0
         self.is_copying = False
         self.counter = RowCounter()
-        self.counting = ""  # the key of the table whose rows are being counted
 
     def wait(self, until: Callable[[], bool] = lambda: False) -> None:
         """Wait for pg_dump's end, or until the condition holds before it. Raises as `look` does."""
@@ -2464,17 +2455,10 @@ class DumpWatch:
         self._written = written
         if patience.watch(written=written, rows=self.counter.rows):
             self._blocker = None
-        still = min(patience.still_seconds, time.monotonic() - self._looked_at)
-        if self.counting and still > STILL_SECONDS:
-            # Our own session is busy. If another is refused, the blocker stays without a name.
-            with contextlib.suppress(ServerError), Session(self._run.config) as beside:
-                begin_read_only(beside)
-                self._ask(beside)
-            self._looked_at = time.monotonic()
         if self._blocker is not None:
-            waits = f"the count of {printable(self.counting)}" if self.counting else "pg_dump"
-            patience.check(f"{waits} waits for a lock: {self._blocker} blocks it", self._blocker)
-            self._run.progress.show(f"Waiting: {self._blocker} blocks {waits}")
+            what = f"pg_dump waits for a lock: {self._blocker} blocks it"
+            patience.check(what, self._blocker)
+            self._run.progress.show(f"Waiting: {self._blocker} blocks pg_dump")
             return
         patience.check("pg_dump has written nothing more, and no row was counted")
         fraction = DUMP_SHARE * min(written / (self._expected_bytes or 1), 1)
@@ -2485,21 +2469,16 @@ class DumpWatch:
         until pg_dump writes, then only when nothing moves. Raises DeadlockAhead as well."""
         check_signals()
         self.tick()
-        still = self._patience.still_seconds
-        if not self.is_copying or still > LOCK_RETRY_SECONDS or self._blocker is not None:
-            self._ask(self._run.session)
-
-    def _ask(self, session: Session) -> None:
-        self._blocker = None
-        rows = session.query(ACTIVITY, self._snapshot.backend_pid, self._snapshot.id)
-        for is_pg_dump, is_copying, activity, relation in rows:
-            if relation and self._blocker is None:
-                self._blocker = find_blocker(session, [relation])
-            if is_pg_dump:
-                self._patience.watch(activity=activity)
-                if self._blocker and self._blocker.is_waiting and not self.is_copying:
-                    raise DeadlockAhead(self._blocker)
-                self.is_copying |= bool(is_copying)
+        is_still = self._patience.still_seconds > LOCK_RETRY_SECONDS
+        if self.is_copying and not is_still and self._blocker is None:
+            return
+        session, self._blocker = self._run.session, None
+        for is_copying, activity, relation in session.query(ACTIVITY, self._snapshot.id):
+            self._patience.watch(activity=activity)
+            self._blocker = find_blocker(session, [relation]) if relation else None
+            if self._blocker and self._blocker.is_waiting and not self.is_copying:
+                raise DeadlockAhead(self._blocker)
+            self.is_copying |= bool(is_copying)
 
 
 DUMP_SHARE = 0.8  # of the whole run, as the progress line counts it; the rest is the read-back

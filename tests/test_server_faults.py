@@ -242,7 +242,7 @@ def test_migration_that_lets_go_is_waited_for(
 def test_migration_that_never_lets_go_is_named(
     phase: Phase, words: str, standing: Project, standing_database: Database
 ) -> None:
-    standing.rewrite({"STALL_SECONDS": 1, "STILL_SECONDS": 0.3, "LOCK_RETRY_SECONDS": 0.2})
+    standing.rewrite({"STALL_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.2})
     with untouched(standing), phase(standing, standing_database) as process:
         result = finish(process, NOTICED_SECONDS).failed_with(7, "Backup creation error")
         assert_nothing_runs(standing, standing_database)
