@@ -11,7 +11,7 @@ DEV_DB_NAME or DB_NAME names the database. .env.example has every variable.
 
 # Where to look for what:
 #   what happens, in order                create_backup; within it dump_database
-#   why this exit code, and what to do    "What can go wrong": ExitCode; search the message's words
+#   why this exit code, and what to do    "Failures"; search the message's words
 #   what programs are run, and how        "Programs"; find_tools, dump_snapshot, run_pg_restore
 #   can half a file be seen               "The directory": PartialBackup.publish
 #   what the server is asked              begin_read_only; the SQL of "The catalog", "The snapshot"
@@ -111,7 +111,7 @@ MOST_NAMES = 10  # in a message, which gives the number of the others
 
 
 # ---------------------------------------------------------------------------------------------
-# What can go wrong, and what to do
+# Failures: the exit codes, and what is raised
 # ---------------------------------------------------------------------------------------------
 
 
@@ -186,8 +186,9 @@ class DumpFailed(Exception):
         self.stderr_text = stderr_text
 
 
-# Every failure with steps of its own, in the order of their exit codes. What follows the last ": "
-# of a step is to be typed: shell commands, SQL (it ends in ";"), an option (--…), or a setting.
+# What follows the last ": " of a step is to be typed: shell commands, SQL (it ends in ";"), an
+# option (--…), or a setting. The remedies stand in the section of what fails: tools, connection
+# (CONNECTION_REMEDIES), server, files (FILE_REMEDIES: the only way from an errno to an exit code).
 
 AGAIN = "Run the backup again; earlier backups are untouched"
 CALM_HOUR = "Run the backup again, at an hour without migrations"
@@ -199,394 +200,6 @@ def fill_steps(text: str, **values: str) -> list[str]:
     SQL before, and printable. A line that comes out empty is no step."""
     steps = (line.format_map(values) for line in text.strip().splitlines())
     return [step for step in steps if step]
-
-
-def missing_package_failure(error: ImportError) -> Failure:
-    """A run-time package is not installed, or does not load. An environment of its own is always
-    right: a system's pip refuses (Debian, Homebrew), and venv's own words name what it lacks."""
-    script, requirements, venv = (
-        display_path(SCRIPT_DIR / name) for name in ("backup_db.py", "requirements.txt", ".venv")
-    )
-    make = shell_words(sys.executable, "-m", "venv", venv) + " && "
-    make += shell_words(f"{venv}/bin/pip", "install", "-r", requirements)
-    return Failure(
-        ExitCode.GENERAL,
-        f"a package is missing: {error} (python is {printable(sys.executable)})",
-        f"Install what the script needs: {make}",
-        f"Run it by the python there: {shell_words(f'{venv}/bin/python3', script)}",
-    )
-
-
-def foreign_config_failure(error: BaseException) -> Failure:
-    """brain_core/config.py is missing, or another project's, whose import may end in anything."""
-    path = SCRIPT_DIR / "brain_core" / "config.py"
-    words = " ".join(f"{type(error).__name__}: {error}".split())
-    problem = "is not the one that backup_db.py came with" if path.exists() else "is missing"
-    script, folder = (display_path(SCRIPT_DIR / name) for name in ("backup_db.py", "backup"))
-    move = f"{shell_words('mkdir', folder)} && {shell_words('mv', script, folder)}"
-    link = shell_words("ln", "-s", "../.env.local", folder)
-    return Failure(
-        ExitCode.GENERAL,
-        f"{display_path(path)} {problem}: {printable(words)}",
-        f"Where the project has a brain_core of its own, give backup_db.py another folder: {move}",
-        f"Copy the brain_core/ that it came with to beside it, and link the settings: {link}",
-        'All of it is in README.md, "Into an existing project"',
-    )
-
-
-# The first row whose pattern is in the error: libpq's own words, which are never translated, and
-# the server's in the C locale. In parentheses is what its catalog tells, or what PGSSLMODE is.
-CONNECTION_REMEDIES = {
-    r"\(missing\)|database \".*\" does not exist": """
-Verify database exists: psql -l {options}
-Check database name {name_place}
-Create database if needed: createdb {database} {options}""",
-    r"\(closed\)|is not currently accepting connections": """
-The database does not allow connections; check its name {name_place}
-Or allow them, as its owner in another database: ALTER DATABASE {sql_database} \
-ALLOW_CONNECTIONS true;""",
-    r"User does not have CONNECT privilege\.": """
-Grant it, as its owner in any database: GRANT CONNECT ON DATABASE {sql_database} TO {sql_user};
-Or back up as another role, set {user_place}""",
-    r"no password supplied": """
-Set the password {password_place}
-Or keep it in ~/.pgpass: add this line, then put the password into it: \
-echo {pgpass_line} >> ~/.pgpass
-A line there counts only with this very host, and in a file of mode 0600: chmod 600 ~/.pgpass""",
-    r"password retrieved from file": """
-The password in ~/.pgpass is wrong for this host and user: correct it there, or set the one \
-{password_place}
-Try it by hand: psql {options} -d {database}""",
-    r"password authentication failed": """
-{password_hint}
-Check the password {password_place}
-The server says the same of a user that is missing; check it {user_place}
-Try both by hand: psql {options} -d {database}""",
-    r"[Pp]eer authentication failed": """
-This socket lets a user in only as the role of the same name; set the user {user_place}
-Or connect by TCP with a password: set the host to 127.0.0.1 {host_place}""",
-    r"server does not support SSL": """
-The server has no TLS; set to prefer {sslmode_place}""",
-    r"\(PGSSLMODE=disable\)[\s\S]*(no encryption|SSL off)": """
-The server demands TLS; set to require {sslmode_place}""",
-    r"no pg_hba\.conf entry|pg_hba\.conf rejects": """
-Let this client in, above the other lines of the server's pg_hba.conf: {hba_line}
-See where that file is, as a superuser in any database: SHOW hba_file;
-Then, as a superuser in any database: SELECT pg_reload_conf();""",
-    r"role \".*\" does not exist": """
-Check the user {user_place}
-Or create it, as a superuser in any database: CREATE ROLE {sql_user} LOGIN;""",
-    r"is not permitted to log in": """
-Allow it, as a superuser in any database: ALTER ROLE {sql_user} LOGIN;
-Or back up as another role, set {user_place}""",
-    r"certificate verify failed|root certificate file": """
-Name the file of the certificate authority {sslrootcert_place}
-With system for that file it needs, beside it: SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt""",
-    r"does not match host name": """
-Use the host name that is in the certificate; set it {host_place}""",
-    r"could not translate host name": """
-Check the host {host_place}
-See whether this machine knows it: {look_up} {host}""",
-    r"Connection refused|on socket .* failed: No such file or directory": """
-See whether the server answers: pg_isready {options}
-Start it, where it is on this machine: {start}
-Or correct the address: the host {host_place}, and the port {port_place}""",
-    r"timeout expired|keeps us waiting|timed out|No route to host|Network is unreachable": """
-Let this machine in, where a firewall or a managed server's list of allowed addresses does not
-See whether the server answers: pg_isready {options}
-Or correct the address: the host {host_place}, and the port {port_place}""",
-    r"the database system is": """
-Run the backup again when the server accepts connections: pg_isready {options}""",
-    r"too many connections for role": """
-A backup needs two connections at once, and the role has a limit; -1 is none
-Raise it, as a superuser in any database: ALTER ROLE {sql_user} CONNECTION LIMIT -1;""",
-    r"too many connections for database": """
-A backup needs two connections at once, and the database has a limit; -1 is none
-Raise it, as its owner in any database: ALTER DATABASE {sql_database} CONNECTION LIMIT -1;""",
-    r"too many clients already|remaining connection slots|query_wait_timeout": """
-A backup needs two connections at once; run it when there is room, or raise max_connections
-See who is connected, as a superuser: SELECT datname, usename, count(*) FROM pg_stat_activity \
-GROUP BY 1, 2;""",
-    "": """
-See whether the server answers: pg_isready {options}
-Check the host {host_place}, and the port {port_place}
-Check the user {user_place}, and the password {password_place}
-Verify database exists: psql -l {options}
-Check libpq's own settings {libpq_place}""",
-}
-
-
-def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
-    """Why there is no connection. The cause is looked up in the catalog, where another database
-    lets us in; the server's words are shown as they are, in whatever language."""
-    # Where there was no answer in time, there is no other database to ask either.
-    text = ("" if error.lost else look_up_database(config)) or error.text
-    is_mac = sys.platform == "darwin"
-    asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) {text}"
-    cause = next(cause for cause in CONNECTION_REMEDIES if re.search(cause, asked))
-    user = config.user or current_user()
-    fields = (config.host, str(config.port), config.name, user)
-    line = ":".join(re.sub(r"([:\\])", r"\\\1", field) for field in fields)
-    hba = f"{sql_identifier(config.name)} {sql_identifier(user)}"
-    client = re.search(r'for host "([\w.:]+)"', error.text)
-    hba = f"host {hba} {client[1]}/{128 if ':' in client[1] else 32}" if client else f"local {hba}"
-    steps = fill_steps(
-        CONNECTION_REMEDIES[cause],
-        **{f"{name}_place": place for name, place in config.places.items()},
-        host=shell_words(config.host),
-        database=shell_words(config.name),
-        sql_database=sql_identifier(config.name),
-        sql_user=sql_identifier(user),
-        options=shell_words("-h", config.host, "-p", str(config.port), "-U", user),
-        password_hint=printable(config.password_hint),
-        pgpass_line=shell_words(f"{line}:PASSWORD"),
-        hba_line=f"{hba} scram-sha-256",
-        look_up="ping -c 1" if is_mac else "getent hosts",
-        start="brew services start postgresql" if is_mac else "sudo systemctl start postgresql",
-    )
-    code = ExitCode.PERMISSION if "CONNECT privilege" in cause else ExitCode.CONNECTION
-    return Failure(code, error.text, *steps)
-
-
-# The exit code, where it is always the same one, and the errnos; the last row is for all others.
-FILE_REMEDIES: Mapping[tuple[ExitCode | None, tuple[int, ...]], str] = {
-    (ExitCode.DISK_SPACE, (errno.ENOSPC, errno.EDQUOT)): """
-See what is full, blocks or inodes: df -h {path}; df -i {path}
-Free space there, or write elsewhere: --output-dir DIR""",
-    (ExitCode.PERMISSION, (errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP)): """
-See whether it is mounted read-only, or has no locks: findmnt -T {path}
-Mount it otherwise, or write elsewhere: --output-dir DIR""",
-    (ExitCode.PERMISSION, (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)): """
-See what it is: ls -ld {path}
-Name another path, or move it out of the way: mv -n {path} {path}.old""",
-    (ExitCode.PERMISSION, (errno.EACCES, errno.EPERM)): """
-See who may use it (this run is as user {user}): ls -ld {path}
-{instead}""",
-    (None, ()): """
-Check the file system: df -h {path}; sudo dmesg | tail
-Check the limit on a file's size, of FAT32 (4 GB) or of this session: ulimit -f""",
-}
-
-
-def file_failure(error: OSError, default_code: ExitCode = ExitCode.CREATION) -> Failure:
-    """The one place where an errno becomes an exit code; `default_code` is that of all others."""
-    text = "" if error.filename is None else os.fsdecode(error.filename)
-    detail = f"{display_path(Path(text))}: " if text else ""
-    detail += error.strerror or str(error)
-    return errno_failure(error.errno or 0, Path(text), detail, default_code)
-
-
-def errno_failure(
-    number: int, path: Path, detail: str, default_code: ExitCode = ExitCode.CREATION
-) -> Failure:
-    """The same for an errno that another program met, or none yet; `detail` says what happened."""
-    rows = FILE_REMEDIES.items()
-    code, text = next((code, text) for (code, these), text in rows if number in these or not these)
-    existing = (str(place) for place in (path, *path.parents) if os.path.lexists(place))
-    look_at, user = shell_words(next(existing, ".")), current_user()
-    own = "Give that user access, or"
-    instead = {
-        ExitCode.CONFIGURATION: f"Make it the owner: sudo {shell_words('chown', user, str(path))}",
-        ExitCode.GENERAL: f"{own} list another directory: --output-dir DIR",
-        ExitCode.VERIFICATION: f"{own} run this as the user who owns the backup",
-    }.get(default_code, f"{own} write elsewhere: --output-dir DIR")
-    steps = fill_steps(text, path=look_at, user=user, instead=instead)
-    return Failure(code or default_code, detail, *steps)
-
-
-@contextlib.contextmanager
-def with_filename(path: Path) -> Iterator[None]:
-    """Let an OSError from what is inside say which file it is about."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or os.fspath(path)
-        raise
-
-
-def current_user() -> str:
-    """The operating system's name for the user of this run, or its number."""
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
-
-
-# Where packages put the PostgreSQL tools, for the hint when PATH does not lead there (cron).
-TOOL_FOLDERS = (
-    "/usr/bin",
-    "/usr/local/bin",
-    "/usr/lib/postgresql/*/bin",
-    "/usr/pgsql-*/bin",
-    "/usr/local/pgsql/bin",
-    "/opt/homebrew/bin",
-    "/opt/homebrew/opt/*/bin",
-    "/usr/local/opt/*/bin",
-    "/opt/local/lib/postgresql*/bin",
-    "/Applications/Postgres.app/Contents/Versions/*/bin",
-)
-
-
-def path_hint(name: str, *at_least: int) -> list[str]:
-    """The step by which cron, or a shell, finds the newest tool in the usual folders; none where
-    there is none, or where the number in its folder's name is too low."""
-    import glob
-
-    def version(folder: str) -> tuple[int, ...]:
-        return tuple(int(number) for number in re.findall(r"\d+", folder))
-
-    folders = [folder for pattern in TOOL_FOLDERS for folder in glob.glob(pattern)]
-    found = [folder for folder in folders if os.access(os.path.join(folder, name), os.X_OK)]
-    newest = max(found, key=version, default="")
-    if not newest or version(newest) < at_least:
-        return []
-    line = f"PATH={newest}:/usr/local/bin:/usr/bin:/bin"
-    return [f"It is in {newest}. For cron, put this line above yours in the crontab: {line}"]
-
-
-def install_hint(major: int = 17) -> str:
-    """What to install, by this system's own package manager."""
-    import shutil
-
-    command = {
-        "apt-get": f"sudo apt-get install postgresql-client-{major}",
-        "dnf": f"sudo dnf install postgresql{major}",
-        "brew": f"brew install postgresql@{major}",
-    }
-    folders = "/usr/bin:/opt/homebrew/bin:/usr/local/bin"
-    manager = next((name for name in command if shutil.which(name, path=folders)), "apt-get")
-    return (
-        f"Install PostgreSQL's client tools, version {major} or newer (Debian and Ubuntu have "
-        f"newer ones from apt.postgresql.org): {command[manager]}"
-    )
-
-
-def missing_tool_failure(name: str) -> Failure:
-    """A tool that is not on PATH, or may not be run."""
-    import shutil
-
-    detail = f"{name} not found on PATH ({printable(os.environ.get('PATH', ''))})"
-    steps = path_hint(name)
-    if blocked := shutil.which(name, mode=os.F_OK):
-        detail = f"{printable(blocked)} is on PATH but may not be run by {current_user()}"
-        steps.append(f"Make it executable: {shell_words('chmod', '+x', blocked)}")
-    return Failure(ExitCode.TOOL, detail, *(steps or [install_hint()]))
-
-
-def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
-    """A tool that is too old, with a newer one where this machine has it."""
-    detail = f"{printable(tool.path)} is version {tool.version}, {because}"
-    steps = [*path_hint(os.path.basename(tool.path), major), install_hint(major)]
-    return Failure(ExitCode.TOOL, detail, *steps)
-
-
-def unreadable_compression_failure(pg_restore: Tool, compression: str, problem: str) -> Failure:
-    """A pg_restore that was built without the archive's compression."""
-    return Failure(
-        ExitCode.TOOL,
-        f"{printable(pg_restore.path)} ({pg_restore.version}) is built without "
-        f"{printable(compression.partition(':')[0])}, by which the backup is compressed\n{problem}",
-        *path_hint("pg_restore"),
-        install_hint(),
-        "For new backups another compression will do: BACKUP_COMPRESS=gzip:4",
-    )
-
-
-def wrapper_failure(pg_dump: Tool, stderr_text: str) -> Failure:
-    """A pg_dump that ended well, or could not open its file, and did not write where we look."""
-    return Failure(
-        ExitCode.TOOL,
-        f"{printable(pg_dump.path)} wrote nothing into the dump: is it a wrapper that runs on "
-        f"another machine, in a container or by sudo?\n{stderr_text}".rstrip(),
-        f"See what it is: file -L {shell_words(pg_dump.path)}",
-        "Put PostgreSQL's own tools first on PATH",
-        install_hint(),
-    )
-
-
-# By SQLSTATE
-SERVER_REMEDIES = {
-    "42501": "Grant the role what it lacks, or back up as another role",  # insufficient_privilege
-    # out_of_memory: the lock table is full
-    "53200": "Raise max_locks_per_transaction in postgresql.conf, and restart the server",
-    # serialization_failure: in a transaction that only reads, a standby's recovery conflict
-    "40001": "On the standby raise max_standby_streaming_delay, or set hot_standby_feedback = on",
-}
-
-
-def server_failure(error: ServerError, doing: str) -> Failure:
-    """The failure for a server error during `doing`, in the server's own words."""
-    detail = f"while {doing}: {error.text}"
-    step = SERVER_REMEDIES.get(error.sqlstate or "", SERVER_LOG)
-    if "conflict with recovery" in error.text:  # its SQLSTATE may be lost with the connection
-        step = SERVER_REMEDIES["40001"]
-    if error.lost:
-        detail = f"the connection to the server was lost while {doing}:\n{error.text}"
-    elif error.sqlstate == LOCK_NOT_AVAILABLE:
-        return stalled_failure(detail, None)
-    code = ExitCode.PERMISSION if error.sqlstate == "42501" else ExitCode.CREATION
-    return Failure(code, detail, step, AGAIN)
-
-
-def stalled_failure(what: str, blocker: Blocker | None) -> Failure:
-    """Nothing has moved for STALL_SECONDS."""
-    detail = f"gave up after {format_age(STALL_SECONDS)}: {what}"
-    activity = "SELECT pid, state, wait_event, query FROM pg_stat_activity;"
-    look = f"See what waits: psql {libpq_options()} -c {shell_words(activity)}"
-    return Failure(ExitCode.CREATION, detail, blocker.remedy if blocker else look, CALM_HOUR)
-
-
-def changing_failure(what: str) -> Failure:
-    """Something that locks do not protect has changed under each attempt."""
-    return Failure(ExitCode.CREATION, f"gave up after {DUMP_ATTEMPTS} attempts: {what}", CALM_HOUR)
-
-
-# Damage to the server's own data, which no repetition heals, and a value too large for its own text
-# form. XX001 is data_corrupted, XX002 index_corrupted.
-DAMAGE_SQLSTATES = {"XX001", "XX002"}
-DAMAGE = re.compile(
-    r"missing chunk number|unexpected chunk|invalid page in block|could not (read|open) .*\bbase/"
-    r"|could not access status of transaction|data is corrupt"
-    r"|invalid memory alloc request size|schema with OID \d+ does not exist"
-)
-COPIED_TABLE = re.compile(r"Command was: COPY (.+?) (?:\(.*\) )?TO stdout")
-
-
-def damage_failure(detail: str, table: str) -> Failure:
-    """The server cannot read its own data; `table` is quoted for SQL, empty where none is named."""
-    without = shell_words(f"--exclude-table-data={table or 'TABLE'}", "--file=rescued.dump")
-    return Failure(
-        ExitCode.CREATION,
-        f"the server cannot read its own data{f' of table {printable(table)}' if table else ''}; "
-        f"no repetition of the backup heals that\n{detail}",
-        f"Save all other rows now: pg_dump {libpq_options()} --format=custom {without}",
-        "Then take that table's rows from the newest earlier backup that has them",
-        f"See what else is damaged, as a superuser: pg_amcheck {libpq_options()}",
-        "Check the server's disk and memory, on its machine: sudo dmesg | tail -50",
-    )
-
-
-def dump_failure(failed: DumpFailed) -> Failure:
-    """pg_dump failed, and nothing here explains it: its own words are all there is."""
-    look = "See whether the system ran out of memory: sudo dmesg | grep -i 'killed process'"
-    steps = [look] if failed.status == -signal.SIGKILL else []
-    return Failure(ExitCode.CREATION, failed.stderr_text, *steps, SERVER_LOG, AGAIN)
-
-
-def unsound_dump_failure(partial: PartialBackup, problem: str) -> Failure:
-    """The failure for a new dump that is not what the database held."""
-    detail = f"the new dump does not hold what the database held\n{problem}"
-    if DiskRoom.of(partial.directory).is_full:
-        return errno_failure(errno.ENOSPC, partial.directory, f"the disk is full: {detail}")
-    return Failure(
-        ExitCode.VERIFICATION,
-        detail,
-        "Run the backup again",
-        "If it fails again, check the disk and the memory of this machine: sudo dmesg | tail -50",
-        f"The failed dump was deleted. Earlier backups: {list_command(partial.directory)}",
-    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1166,6 +779,86 @@ def tool_environment(*settings: str) -> dict[str, str]:
     } | {"LC_ALL": "C"}
 
 
+# Where packages put the PostgreSQL tools, for the hint when PATH does not lead there (cron).
+TOOL_FOLDERS = (
+    "/usr/bin",
+    "/usr/local/bin",
+    "/usr/lib/postgresql/*/bin",
+    "/usr/pgsql-*/bin",
+    "/usr/local/pgsql/bin",
+    "/opt/homebrew/bin",
+    "/opt/homebrew/opt/*/bin",
+    "/usr/local/opt/*/bin",
+    "/opt/local/lib/postgresql*/bin",
+    "/Applications/Postgres.app/Contents/Versions/*/bin",
+)
+
+
+def path_hint(name: str, *at_least: int) -> list[str]:
+    """The step by which cron, or a shell, finds the newest tool in the usual folders; none where
+    there is none, or where the number in its folder's name is too low."""
+    import glob
+
+    def version(folder: str) -> tuple[int, ...]:
+        return tuple(int(number) for number in re.findall(r"\d+", folder))
+
+    folders = [folder for pattern in TOOL_FOLDERS for folder in glob.glob(pattern)]
+    found = [folder for folder in folders if os.access(os.path.join(folder, name), os.X_OK)]
+    newest = max(found, key=version, default="")
+    if not newest or version(newest) < at_least:
+        return []
+    line = f"PATH={newest}:/usr/local/bin:/usr/bin:/bin"
+    return [f"It is in {newest}. For cron, put this line above yours in the crontab: {line}"]
+
+
+def install_hint(major: int = 17) -> str:
+    """What to install, by this system's own package manager."""
+    import shutil
+
+    command = {
+        "apt-get": f"sudo apt-get install postgresql-client-{major}",
+        "dnf": f"sudo dnf install postgresql{major}",
+        "brew": f"brew install postgresql@{major}",
+    }
+    folders = "/usr/bin:/opt/homebrew/bin:/usr/local/bin"
+    manager = next((name for name in command if shutil.which(name, path=folders)), "apt-get")
+    return (
+        f"Install PostgreSQL's client tools, version {major} or newer (Debian and Ubuntu have "
+        f"newer ones from apt.postgresql.org): {command[manager]}"
+    )
+
+
+def missing_tool_failure(name: str) -> Failure:
+    """A tool that is not on PATH, or may not be run."""
+    import shutil
+
+    detail = f"{name} not found on PATH ({printable(os.environ.get('PATH', ''))})"
+    steps = path_hint(name)
+    if blocked := shutil.which(name, mode=os.F_OK):
+        detail = f"{printable(blocked)} is on PATH but may not be run by {current_user()}"
+        steps.append(f"Make it executable: {shell_words('chmod', '+x', blocked)}")
+    return Failure(ExitCode.TOOL, detail, *(steps or [install_hint()]))
+
+
+def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
+    """A tool that is too old, with a newer one where this machine has it."""
+    detail = f"{printable(tool.path)} is version {tool.version}, {because}"
+    steps = [*path_hint(os.path.basename(tool.path), major), install_hint(major)]
+    return Failure(ExitCode.TOOL, detail, *steps)
+
+
+def wrapper_failure(pg_dump: Tool, stderr_text: str) -> Failure:
+    """A pg_dump that ended well, or could not open its file, and did not write where we look."""
+    return Failure(
+        ExitCode.TOOL,
+        f"{printable(pg_dump.path)} wrote nothing into the dump: is it a wrapper that runs on "
+        f"another machine, in a container or by sudo?\n{stderr_text}".rstrip(),
+        f"See what it is: file -L {shell_words(pg_dump.path)}",
+        "Put PostgreSQL's own tools first on PATH",
+        install_hint(),
+    )
+
+
 def find_tool(name: str, folder: str | None = None) -> Tool:
     """The program called `name`, in the folder or on PATH, asked for its version. Raises Failure
     with the PATH line that would find it."""
@@ -1530,6 +1223,18 @@ def check_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check:
     return Check(f"✗ Mismatch ({difference})", problem)
 
 
+def unreadable_compression_failure(pg_restore: Tool, compression: str, problem: str) -> Failure:
+    """A pg_restore that was built without the archive's compression."""
+    return Failure(
+        ExitCode.TOOL,
+        f"{printable(pg_restore.path)} ({pg_restore.version}) is built without "
+        f"{printable(compression.partition(':')[0])}, by which the backup is compressed\n{problem}",
+        *path_hint("pg_restore"),
+        install_hint(),
+        "For new backups another compression will do: BACKUP_COMPRESS=gzip:4",
+    )
+
+
 def check_restore_fits(pg_restore: Tool, metadata: Metadata, examination: Examination) -> None:
     """Raise Failure where pg_restore is too old for the archive, or lacks its compression."""
     problem = "" if examination.checksum.problem else examination.structure.problem
@@ -1754,8 +1459,90 @@ def begin_read_only(session: Session, isolation: str = "READ COMMITTED") -> None
 
 
 # ---------------------------------------------------------------------------------------------
-# The catalog: what is in the database, and what this role may read of it
+# The way to the server: why there is no connection, and what is in between
 # ---------------------------------------------------------------------------------------------
+
+
+# The first row whose pattern is in the error: libpq's own words, which are never translated, and
+# the server's in the C locale. In parentheses is what its catalog tells, or what PGSSLMODE is.
+CONNECTION_REMEDIES = {
+    r"\(missing\)|database \".*\" does not exist": """
+Verify database exists: psql -l {options}
+Check database name {name_place}
+Create database if needed: createdb {database} {options}""",
+    r"\(closed\)|is not currently accepting connections": """
+The database does not allow connections; check its name {name_place}
+Or allow them, as its owner in another database: ALTER DATABASE {sql_database} \
+ALLOW_CONNECTIONS true;""",
+    r"User does not have CONNECT privilege\.": """
+Grant it, as its owner in any database: GRANT CONNECT ON DATABASE {sql_database} TO {sql_user};
+Or back up as another role, set {user_place}""",
+    r"no password supplied": """
+Set the password {password_place}
+Or keep it in ~/.pgpass: add this line, then put the password into it: \
+echo {pgpass_line} >> ~/.pgpass
+A line there counts only with this very host, and in a file of mode 0600: chmod 600 ~/.pgpass""",
+    r"password retrieved from file": """
+The password in ~/.pgpass is wrong for this host and user: correct it there, or set the one \
+{password_place}
+Try it by hand: psql {options} -d {database}""",
+    r"password authentication failed": """
+{password_hint}
+Check the password {password_place}
+The server says the same of a user that is missing; check it {user_place}
+Try both by hand: psql {options} -d {database}""",
+    r"[Pp]eer authentication failed": """
+This socket lets a user in only as the role of the same name; set the user {user_place}
+Or connect by TCP with a password: set the host to 127.0.0.1 {host_place}""",
+    r"server does not support SSL": """
+The server has no TLS; set to prefer {sslmode_place}""",
+    r"\(PGSSLMODE=disable\)[\s\S]*(no encryption|SSL off)": """
+The server demands TLS; set to require {sslmode_place}""",
+    r"no pg_hba\.conf entry|pg_hba\.conf rejects": """
+Let this client in, above the other lines of the server's pg_hba.conf: {hba_line}
+See where that file is, as a superuser in any database: SHOW hba_file;
+Then, as a superuser in any database: SELECT pg_reload_conf();""",
+    r"role \".*\" does not exist": """
+Check the user {user_place}
+Or create it, as a superuser in any database: CREATE ROLE {sql_user} LOGIN;""",
+    r"is not permitted to log in": """
+Allow it, as a superuser in any database: ALTER ROLE {sql_user} LOGIN;
+Or back up as another role, set {user_place}""",
+    r"certificate verify failed|root certificate file": """
+Name the file of the certificate authority {sslrootcert_place}
+With system for that file it needs, beside it: SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt""",
+    r"does not match host name": """
+Use the host name that is in the certificate; set it {host_place}""",
+    r"could not translate host name": """
+Check the host {host_place}
+See whether this machine knows it: {look_up} {host}""",
+    r"Connection refused|on socket .* failed: No such file or directory": """
+See whether the server answers: pg_isready {options}
+Start it, where it is on this machine: {start}
+Or correct the address: the host {host_place}, and the port {port_place}""",
+    r"timeout expired|keeps us waiting|timed out|No route to host|Network is unreachable": """
+Let this machine in, where a firewall or a managed server's list of allowed addresses does not
+See whether the server answers: pg_isready {options}
+Or correct the address: the host {host_place}, and the port {port_place}""",
+    r"the database system is": """
+Run the backup again when the server accepts connections: pg_isready {options}""",
+    r"too many connections for role": """
+A backup needs two connections at once, and the role has a limit; -1 is none
+Raise it, as a superuser in any database: ALTER ROLE {sql_user} CONNECTION LIMIT -1;""",
+    r"too many connections for database": """
+A backup needs two connections at once, and the database has a limit; -1 is none
+Raise it, as its owner in any database: ALTER DATABASE {sql_database} CONNECTION LIMIT -1;""",
+    r"too many clients already|remaining connection slots|query_wait_timeout": """
+A backup needs two connections at once; run it when there is room, or raise max_connections
+See who is connected, as a superuser: SELECT datname, usename, count(*) FROM pg_stat_activity \
+GROUP BY 1, 2;""",
+    "": """
+See whether the server answers: pg_isready {options}
+Check the host {host_place}, and the port {port_place}
+Check the user {user_place}, and the password {password_place}
+Verify database exists: psql -l {options}
+Check libpq's own settings {libpq_place}""",
+}
 
 
 LOOK_UP_DATABASE = """
@@ -1776,6 +1563,38 @@ def look_up_database(config: DatabaseConfig) -> str:
     except ServerError:
         return ""
     return str(found[0][0]) if found else "(missing)"
+
+
+def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
+    """Why there is no connection. The cause is looked up in the catalog, where another database
+    lets us in; the server's words are shown as they are, in whatever language."""
+    # Where there was no answer in time, there is no other database to ask either.
+    text = ("" if error.lost else look_up_database(config)) or error.text
+    is_mac = sys.platform == "darwin"
+    asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) {text}"
+    cause = next(cause for cause in CONNECTION_REMEDIES if re.search(cause, asked))
+    user = config.user or current_user()
+    fields = (config.host, str(config.port), config.name, user)
+    line = ":".join(re.sub(r"([:\\])", r"\\\1", field) for field in fields)
+    hba = f"{sql_identifier(config.name)} {sql_identifier(user)}"
+    client = re.search(r'for host "([\w.:]+)"', error.text)
+    hba = f"host {hba} {client[1]}/{128 if ':' in client[1] else 32}" if client else f"local {hba}"
+    steps = fill_steps(
+        CONNECTION_REMEDIES[cause],
+        **{f"{name}_place": place for name, place in config.places.items()},
+        host=shell_words(config.host),
+        database=shell_words(config.name),
+        sql_database=sql_identifier(config.name),
+        sql_user=sql_identifier(user),
+        options=shell_words("-h", config.host, "-p", str(config.port), "-U", user),
+        password_hint=printable(config.password_hint),
+        pgpass_line=shell_words(f"{line}:PASSWORD"),
+        hba_line=f"{hba} scram-sha-256",
+        look_up="ping -c 1" if is_mac else "getent hosts",
+        start="brew services start postgresql" if is_mac else "sudo systemctl start postgresql",
+    )
+    code = ExitCode.PERMISSION if "CONNECT privilege" in cause else ExitCode.CONNECTION
+    return Failure(code, error.text, *steps)
 
 
 def open_session(config: DatabaseConfig) -> Session:
@@ -1813,6 +1632,10 @@ def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
         "pgbouncer on the server's own port, or in an entry with pool_mode=session",
     )
 
+
+# ---------------------------------------------------------------------------------------------
+# The catalog: what is in the database, and what this role may read of it
+# ---------------------------------------------------------------------------------------------
 
 # The relations of the database, and whether pg_dump reads them: of an extension's only the
 # configuration tables (PostgreSQL documentation, "Extension Configuration Tables").
@@ -2095,6 +1918,75 @@ def describe_database(session: Session) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------
 # The snapshot and the dump: locks first, then the snapshot, then pg_dump beside the counts
 # ---------------------------------------------------------------------------------------------
+
+
+# By SQLSTATE
+SERVER_REMEDIES = {
+    "42501": "Grant the role what it lacks, or back up as another role",  # insufficient_privilege
+    # out_of_memory: the lock table is full
+    "53200": "Raise max_locks_per_transaction in postgresql.conf, and restart the server",
+    # serialization_failure: in a transaction that only reads, a standby's recovery conflict
+    "40001": "On the standby raise max_standby_streaming_delay, or set hot_standby_feedback = on",
+}
+
+
+def server_failure(error: ServerError, doing: str) -> Failure:
+    """The failure for a server error during `doing`, in the server's own words."""
+    detail = f"while {doing}: {error.text}"
+    step = SERVER_REMEDIES.get(error.sqlstate or "", SERVER_LOG)
+    if "conflict with recovery" in error.text:  # its SQLSTATE may be lost with the connection
+        step = SERVER_REMEDIES["40001"]
+    if error.lost:
+        detail = f"the connection to the server was lost while {doing}:\n{error.text}"
+    elif error.sqlstate == LOCK_NOT_AVAILABLE:
+        return stalled_failure(detail, None)
+    code = ExitCode.PERMISSION if error.sqlstate == "42501" else ExitCode.CREATION
+    return Failure(code, detail, step, AGAIN)
+
+
+def stalled_failure(what: str, blocker: Blocker | None) -> Failure:
+    """Nothing has moved for STALL_SECONDS."""
+    detail = f"gave up after {format_age(STALL_SECONDS)}: {what}"
+    activity = "SELECT pid, state, wait_event, query FROM pg_stat_activity;"
+    look = f"See what waits: psql {libpq_options()} -c {shell_words(activity)}"
+    return Failure(ExitCode.CREATION, detail, blocker.remedy if blocker else look, CALM_HOUR)
+
+
+def changing_failure(what: str) -> Failure:
+    """Something that locks do not protect has changed under each attempt."""
+    return Failure(ExitCode.CREATION, f"gave up after {DUMP_ATTEMPTS} attempts: {what}", CALM_HOUR)
+
+
+# Damage to the server's own data, which no repetition heals, and a value too large for its own text
+# form. XX001 is data_corrupted, XX002 index_corrupted.
+DAMAGE_SQLSTATES = {"XX001", "XX002"}
+DAMAGE = re.compile(
+    r"missing chunk number|unexpected chunk|invalid page in block|could not (read|open) .*\bbase/"
+    r"|could not access status of transaction|data is corrupt"
+    r"|invalid memory alloc request size|schema with OID \d+ does not exist"
+)
+COPIED_TABLE = re.compile(r"Command was: COPY (.+?) (?:\(.*\) )?TO stdout")
+
+
+def damage_failure(detail: str, table: str) -> Failure:
+    """The server cannot read its own data; `table` is quoted for SQL, empty where none is named."""
+    without = shell_words(f"--exclude-table-data={table or 'TABLE'}", "--file=rescued.dump")
+    return Failure(
+        ExitCode.CREATION,
+        f"the server cannot read its own data{f' of table {printable(table)}' if table else ''}; "
+        f"no repetition of the backup heals that\n{detail}",
+        f"Save all other rows now: pg_dump {libpq_options()} --format=custom {without}",
+        "Then take that table's rows from the newest earlier backup that has them",
+        f"See what else is damaged, as a superuser: pg_amcheck {libpq_options()}",
+        "Check the server's disk and memory, on its machine: sudo dmesg | tail -50",
+    )
+
+
+def dump_failure(failed: DumpFailed) -> Failure:
+    """pg_dump failed, and nothing here explains it: its own words are all there is."""
+    look = "See whether the system ran out of memory: sudo dmesg | grep -i 'killed process'"
+    steps = [look] if failed.status == -signal.SIGKILL else []
+    return Failure(ExitCode.CREATION, failed.stderr_text, *steps, SERVER_LOG, AGAIN)
 
 
 class Blocker(NamedTuple):
@@ -2543,6 +2435,72 @@ def diagnose_dump(
 # ---------------------------------------------------------------------------------------------
 
 
+# The exit code, where it is always the same one, and the errnos; the last row is for all others.
+FILE_REMEDIES: Mapping[tuple[ExitCode | None, tuple[int, ...]], str] = {
+    (ExitCode.DISK_SPACE, (errno.ENOSPC, errno.EDQUOT)): """
+See what is full, blocks or inodes: df -h {path}; df -i {path}
+Free space there, or write elsewhere: --output-dir DIR""",
+    (ExitCode.PERMISSION, (errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP)): """
+See whether it is mounted read-only, or has no locks: findmnt -T {path}
+Mount it otherwise, or write elsewhere: --output-dir DIR""",
+    (ExitCode.PERMISSION, (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)): """
+See what it is: ls -ld {path}
+Name another path, or move it out of the way: mv -n {path} {path}.old""",
+    (ExitCode.PERMISSION, (errno.EACCES, errno.EPERM)): """
+See who may use it (this run is as user {user}): ls -ld {path}
+{instead}""",
+    (None, ()): """
+Check the file system: df -h {path}; sudo dmesg | tail
+Check the limit on a file's size, of FAT32 (4 GB) or of this session: ulimit -f""",
+}
+
+
+def file_failure(error: OSError, default_code: ExitCode = ExitCode.CREATION) -> Failure:
+    """The one place where an errno becomes an exit code; `default_code` is that of all others."""
+    text = "" if error.filename is None else os.fsdecode(error.filename)
+    detail = f"{display_path(Path(text))}: " if text else ""
+    detail += error.strerror or str(error)
+    return errno_failure(error.errno or 0, Path(text), detail, default_code)
+
+
+def errno_failure(
+    number: int, path: Path, detail: str, default_code: ExitCode = ExitCode.CREATION
+) -> Failure:
+    """The same for an errno that another program met, or none yet; `detail` says what happened."""
+    rows = FILE_REMEDIES.items()
+    code, text = next((code, text) for (code, these), text in rows if number in these or not these)
+    existing = (str(place) for place in (path, *path.parents) if os.path.lexists(place))
+    look_at, user = shell_words(next(existing, ".")), current_user()
+    own = "Give that user access, or"
+    instead = {
+        ExitCode.CONFIGURATION: f"Make it the owner: sudo {shell_words('chown', user, str(path))}",
+        ExitCode.GENERAL: f"{own} list another directory: --output-dir DIR",
+        ExitCode.VERIFICATION: f"{own} run this as the user who owns the backup",
+    }.get(default_code, f"{own} write elsewhere: --output-dir DIR")
+    steps = fill_steps(text, path=look_at, user=user, instead=instead)
+    return Failure(code or default_code, detail, *steps)
+
+
+@contextlib.contextmanager
+def with_filename(path: Path) -> Iterator[None]:
+    """Let an OSError from what is inside say which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
+
+
+def current_user() -> str:
+    """The operating system's name for the user of this run, or its number."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
 def make_directory(directory: Path) -> None:
     """Make the output directory, for its owner alone; one that is there stays as it is."""
     made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
@@ -2951,6 +2909,20 @@ def retire_backups(
 # ---------------------------------------------------------------------------------------------
 
 
+def unsound_dump_failure(partial: PartialBackup, problem: str) -> Failure:
+    """The failure for a new dump that is not what the database held."""
+    detail = f"the new dump does not hold what the database held\n{problem}"
+    if DiskRoom.of(partial.directory).is_full:
+        return errno_failure(errno.ENOSPC, partial.directory, f"the disk is full: {detail}")
+    return Failure(
+        ExitCode.VERIFICATION,
+        detail,
+        "Run the backup again",
+        "If it fails again, check the disk and the memory of this machine: sudo dmesg | tail -50",
+        f"The failed dump was deleted. Earlier backups: {list_command(partial.directory)}",
+    )
+
+
 def create_backup(
     config: DatabaseConfig,
     output_dir: Path,
@@ -2997,6 +2969,39 @@ def create_backup(
             removed, warnings = retire_backups(metadata, earlier, config.retention)
             paths = list_names(map(display_path, removed))
             announce([f"Removed:     {paths}"] if removed else [], warnings)
+
+
+def missing_package_failure(error: ImportError) -> Failure:
+    """A run-time package is not installed, or does not load. An environment of its own is always
+    right: a system's pip refuses (Debian, Homebrew), and venv's own words name what it lacks."""
+    script, requirements, venv = (
+        display_path(SCRIPT_DIR / name) for name in ("backup_db.py", "requirements.txt", ".venv")
+    )
+    make = shell_words(sys.executable, "-m", "venv", venv) + " && "
+    make += shell_words(f"{venv}/bin/pip", "install", "-r", requirements)
+    return Failure(
+        ExitCode.GENERAL,
+        f"a package is missing: {error} (python is {printable(sys.executable)})",
+        f"Install what the script needs: {make}",
+        f"Run it by the python there: {shell_words(f'{venv}/bin/python3', script)}",
+    )
+
+
+def foreign_config_failure(error: BaseException) -> Failure:
+    """brain_core/config.py is missing, or another project's, whose import may end in anything."""
+    path = SCRIPT_DIR / "brain_core" / "config.py"
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    problem = "is not the one that backup_db.py came with" if path.exists() else "is missing"
+    script, folder = (display_path(SCRIPT_DIR / name) for name in ("backup_db.py", "backup"))
+    move = f"{shell_words('mkdir', folder)} && {shell_words('mv', script, folder)}"
+    link = shell_words("ln", "-s", "../.env.local", folder)
+    return Failure(
+        ExitCode.GENERAL,
+        f"{display_path(path)} {problem}: {printable(words)}",
+        f"Where the project has a brain_core of its own, give backup_db.py another folder: {move}",
+        f"Copy the brain_core/ that it came with to beside it, and link the settings: {link}",
+        'All of it is in README.md, "Into an existing project"',
+    )
 
 
 def load_configuration(environment_option: str) -> DatabaseConfig:
