@@ -828,18 +828,6 @@ def install_hint(major: int = 17) -> str:
     )
 
 
-def missing_tool_failure(name: str) -> Failure:
-    """A tool that is not on PATH, or may not be run."""
-    import shutil
-
-    detail = f"{name} not found on PATH ({printable(os.environ.get('PATH', ''))})"
-    steps = path_hint(name)
-    if blocked := shutil.which(name, mode=os.F_OK):
-        detail = f"{printable(blocked)} is on PATH but may not be run by {current_user()}"
-        steps.append(f"Make it executable: {shell_words('chmod', '+x', blocked)}")
-    return Failure(ExitCode.TOOL, detail, *(steps or [install_hint()]))
-
-
 def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
     """A tool that is too old, with a newer one where this machine has it."""
     detail = f"{printable(tool.path)} is version {tool.version}, {because}"
@@ -866,7 +854,12 @@ def find_tool(name: str, folder: str | None = None) -> Tool:
 
     path = shutil.which(name, path=folder) or shutil.which(name)
     if path is None:
-        raise missing_tool_failure(name)
+        detail = f"{name} not found on PATH ({printable(os.environ.get('PATH', ''))})"
+        steps = path_hint(name) or [install_hint()]
+        if blocked := shutil.which(name, mode=os.F_OK):
+            detail = f"{printable(blocked)} is on PATH but may not be run by {current_user()}"
+            steps = [*path_hint(name), f"Make it executable: {shell_words('chmod', '+x', blocked)}"]
+        raise Failure(ExitCode.TOOL, detail, *steps)
     problem = f"has not answered within {TOOL_SECONDS} seconds"
     try:
         with Program([path, "--version"], tool_environment(), stdout=subprocess.PIPE) as program:
@@ -1223,18 +1216,6 @@ def check_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check:
     return Check(f"✗ Mismatch ({difference})", problem)
 
 
-def unreadable_compression_failure(pg_restore: Tool, compression: str, problem: str) -> Failure:
-    """A pg_restore that was built without the archive's compression."""
-    return Failure(
-        ExitCode.TOOL,
-        f"{printable(pg_restore.path)} ({pg_restore.version}) is built without "
-        f"{printable(compression.partition(':')[0])}, by which the backup is compressed\n{problem}",
-        *path_hint("pg_restore"),
-        install_hint(),
-        "For new backups another compression will do: BACKUP_COMPRESS=gzip:4",
-    )
-
-
 def check_restore_fits(pg_restore: Tool, metadata: Metadata, examination: Examination) -> None:
     """Raise Failure where pg_restore is too old for the archive, or lacks its compression."""
     problem = "" if examination.checksum.problem else examination.structure.problem
@@ -1243,8 +1224,15 @@ def check_restore_fits(pg_restore: Tool, metadata: Metadata, examination: Examin
         because = f"too old for this backup, which {pg_dump} made"
         raise older_tool_failure(pg_restore, least_major(metadata), because)
     if "does not support compression" in problem:
-        compression = metadata.compression or "the method"
-        raise unreadable_compression_failure(pg_restore, compression, problem)
+        compression = printable((metadata.compression or "the method").partition(":")[0])
+        raise Failure(
+            ExitCode.TOOL,
+            f"{printable(pg_restore.path)} ({pg_restore.version}) is built without "
+            f"{compression}, by which the backup is compressed\n{problem}",
+            *path_hint("pg_restore"),
+            install_hint(),
+            "For new backups another compression will do: BACKUP_COMPRESS=gzip:4",
+        )
 
 
 # ---------------------------------------------------------------------------------------------
