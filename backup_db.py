@@ -1414,6 +1414,7 @@ def decode_server_text(raw: bytes) -> str:
 # table's place (CVE-2024-7348); every later major version can.
 RESTRICTING_MINORS = {12: 20, 13: 16, 14: 13, 15: 8, 16: 4}
 
+# SET, and no SELECT of set_config: that would take the snapshot, before the tables are locked.
 BEGIN_READ_ONLY = """
 BEGIN ISOLATION LEVEL {isolation} READ ONLY;
 SET LOCAL search_path = '';
@@ -2335,6 +2336,11 @@ class DumpWatch:
         self._written = written
         if patience.watch(written=written, rows=self.counter.rows):
             self._blocker = None
+        if patience.still_seconds > STALL_SECONDS and self._blocker is None:
+            # Our own session may be busy. If another is refused, the blocker stays without a name.
+            with contextlib.suppress(ServerError), Session(self._run.config) as beside:
+                begin_read_only(beside)
+                self._ask(beside)
         if self._blocker is not None:
             what = f"pg_dump waits for a lock: {self._blocker} blocks it"
             patience.check(what, self._blocker)
@@ -2349,14 +2355,17 @@ class DumpWatch:
         until pg_dump writes, then only when nothing moves. Raises DeadlockAhead as well."""
         check_signals()
         self.tick()
-        is_still = self._patience.still_seconds > LOCK_RETRY_SECONDS
-        if self.is_copying and not is_still and self._blocker is None:
-            return
-        session, self._blocker = self._run.session, None
+        still = self._patience.still_seconds
+        if not self.is_copying or still > LOCK_RETRY_SECONDS or self._blocker is not None:
+            self._ask(self._run.session)
+
+    def _ask(self, session: Session) -> None:
+        self._blocker = None
         for is_copying, activity, relation in session.query(ACTIVITY, self._snapshot.id):
-            self._patience.watch(activity=activity)
             self._blocker = find_blocker(session, [relation]) if relation else None
-            if self._blocker and self._blocker.is_waiting and not self.is_copying:
+            if self._blocker is None:
+                self._patience.watch(activity=activity)
+            elif self._blocker.is_waiting and not self.is_copying:
                 raise DeadlockAhead(self._blocker)
             self.is_copying |= bool(is_copying)
 
