@@ -17,7 +17,7 @@ DEV_DB_NAME or DB_NAME names the database. .env.example has every variable.
 #   what the server is asked              begin_read_only; the SQL of "The catalog", "The snapshot"
 #   how a wait ends                       "Waiting": Background.wait, check_signals, Patience
 #   what verified means                   examine_dump, compare_contents, check_hash
-#   what is removed, and when             PartialBackup.close, remove_leftovers, retire_backups
+#   what is removed, and when             PartialBackup.begin and .close, retire_backups
 #   what is printed                       "Reports"; the progress line: Progress
 
 from __future__ import annotations
@@ -2551,22 +2551,6 @@ def database_lock(path: Path) -> Iterator[OpenFile]:
         yield file
 
 
-def remove_leftovers(directory: Path, prefix: str) -> None:
-    """Remove what a killed run of this database left; only with the lock held.
-
-    That is its partial files, and metadata that it published while its dump was still partial.
-    """
-    stem = f"{re.escape(prefix)}_{TIMESTAMP_PATTERN}"
-    suffixes = "|".join(map(re.escape, (DUMP_SUFFIX, METADATA_SUFFIX)))
-    partial = re.compile(rf"\.({stem})({suffixes}){re.escape(PARTIAL_SUFFIX)}")
-    for name in os.listdir(directory):
-        if match := partial.fullmatch(name):
-            dump = directory / (match[1] + DUMP_SUFFIX)
-            if match[2] == DUMP_SUFFIX and not os.path.lexists(dump):
-                metadata_path(dump).unlink(missing_ok=True)
-            (directory / name).unlink(missing_ok=True)
-
-
 class PartialBackup:
     """The two hidden files of a run, until both are complete and get their names.
 
@@ -2590,20 +2574,21 @@ class PartialBackup:
         self._files = []
 
     def begin(self) -> None:
-        """Create both files, in place of the last attempt's, under the name of this second, or of
-        the next that is free."""
+        """Create both files, in place of the last attempt's or a killed run's; they will have the
+        name of this second, or of the next that is free."""
         self.close()
         while True:
             self.moment = datetime.now(timezone.utc).replace(microsecond=0)
             stem = f"{self._prefix}_{iso_timestamp(self.moment).replace(':', '-')}"
             self.published_dump = self.directory / (stem + DUMP_SUFFIX)
-            names = (self.published_dump, metadata_path(self.published_dump))
-            if not any(map(os.path.lexists, names)):
+            described = metadata_path(self.published_dump)
+            if not os.path.lexists(self.published_dump) and not os.path.lexists(described):
                 break
             check_signals()
             time.sleep(TICK_SECONDS)
-        for name in names:
-            path = name.with_name(f".{name.name}{PARTIAL_SUFFIX}")
+        for suffix in (DUMP_SUFFIX, METADATA_SUFFIX):
+            path = self.directory / f".{self._prefix}{suffix}{PARTIAL_SUFFIX}"
+            path.unlink(missing_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             self._files.append(OpenFile.open(path, flags))
         self.dump, self._metadata = self._files
@@ -2783,15 +2768,15 @@ def latest_credible(now: datetime) -> str:
 
 
 def find_orphans(directory: Path) -> list[Path]:
-    """The metadata files whose dump is gone, but for those that a run is publishing."""
+    """The metadata files whose dump is gone, but for those that a run may be publishing."""
+    pattern = rf"(([^.].*_(?:dev|prod))_{TIMESTAMP_PATTERN}){re.escape(METADATA_SUFFIX)}"
     names = set(os.listdir(directory))
     return sorted(
         directory / name
         for name in names
-        if name.endswith(METADATA_SUFFIX)
-        and (stem := name.removesuffix(METADATA_SUFFIX)) + DUMP_SUFFIX not in names
-        and f".{stem}{DUMP_SUFFIX}{PARTIAL_SUFFIX}" not in names
-        and re.fullmatch(rf"[^.].*_(dev|prod)_{TIMESTAMP_PATTERN}", stem)
+        if (match := re.fullmatch(pattern, name))
+        and match[1] + DUMP_SUFFIX not in names
+        and f".{match[2]}{DUMP_SUFFIX}{PARTIAL_SUFFIX}" not in names
     )
 
 
@@ -2941,7 +2926,6 @@ def create_backup(
             database_lock(output_dir / f".{prefix}.lock") as lock,
             contextlib.closing(PartialBackup(output_dir, prefix)) as partial,
         ):
-            remove_leftovers(output_dir, prefix)
             earlier = verified_backups(output_dir, series)
             last = earlier[0][1] if earlier else None
             run = Run(config, tools, session, lock, partial, progress, last)

@@ -241,11 +241,11 @@ def standing(
         for stranger in (
             "notes.txt",
             f"{name}_2025-01-27T14-30-00Z.metadata.json",
-            f".{name}_dev_x_dev_2025-01-27T14-30-00Z.dump.partial",
-            f".{name}_dev_dev_2025-01-27T14-30-00Z.dump.partial",
-            f".{name}_prod_2025-01-27T14-30-00Z.metadata.json.partial",
-            f".x{name}_dev_2025-01-27T14-30-00Z.dump.partial",
-            f".{name}_dev_2025-01-27T14-30-00Z.dump.partial.partial",
+            f".{name}_dev_x_dev.dump.partial",
+            f".{name}_dev_dev.dump.partial",
+            f".{name}_prod.metadata.json.partial",
+            f".x{name}_dev.dump.partial",
+            f".{name}_dev.dump.partial.partial",
         ):
             (project.backups / stranger).write_text(stranger)
         project.backups.rename(earlier)

@@ -454,7 +454,7 @@ def test_list_names_what_needs_an_eye(make_project: MakeProject) -> None:
         put_pair(folder, "a b_dev", "dev", ago(days=days), 1).unlink()
     # A run that is publishing; a stranger's.
     running = put_pair(folder, "b_dev", "dev", "2026-01-01T00:00:00Z", 1)
-    running.rename(folder / f".{running.name}.partial")
+    running.rename(folder / ".b_dev.dump.partial")
     (folder / "c_2026-01-01T00-00-00Z.metadata.json").write_text("mine")
 
     assert "✓ Verified (it's kept.dump)\n" in project.run("--list").succeeded().stdout

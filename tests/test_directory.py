@@ -103,7 +103,7 @@ def test_database_with_a_dot_removes_nothing_of_another_whose_name_would_match(
 def test_clean_up_leaves_the_metadata_of_a_published_dump(standing: Project) -> None:
     """Beside a whole backup a partial dump of the same name, as after a clock was set back."""
     (dump,) = standing.dumps()
-    left = dump.with_name(f".{dump.name}.partial")
+    left = dump.with_name(f".{dump.name[:-26]}.dump.partial")  # _2025-01-27T14-30-00Z.dump
     left.write_text("of a run that was killed")
     before = published(standing.backups)
     standing.back_up()

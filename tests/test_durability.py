@@ -184,8 +184,8 @@ def test_directory_that_cannot_be_synced(error: str, standing: Project) -> None:
 @pytest.mark.parametrize(
     ("call", "kind", "named"),
     [
-        ("fsync", "dump", "Z.dump.partial"),
-        ("fsync", "metadata.json", "Z.metadata.json.partial"),
+        ("fsync", "dump", "_dev.dump.partial"),
+        ("fsync", "metadata.json", "_dev.metadata.json.partial"),
         ("/^lseek", "dump", "db/backups"),  # any other: where it was is said all the same
     ],
 )
@@ -196,7 +196,7 @@ def test_call_that_fails_says_for_which_file(
     with untouched(standing):
         process = standing.start()
         wait_until(lambda: paused(standing))
-        (path,) = standing.backups.glob(f".{standing_database.name}_dev_2*Z.{kind}.partial")
+        (path,) = standing.backups.glob(f".{standing_database.name}_dev.{kind}.partial")
         with failing(process, call, path, "EIO"):
             let_go(standing)
         result = finish(process).failed_with(7, "Backup creation error")

@@ -532,7 +532,7 @@ def test_freshness(nightly: Project) -> None:
     for hours, is_fresh in ((0, True), (25.9, True), (26.1, False)):
         moment = dump.stat().st_mtime - hours * 3600
         os.utime(dump, (moment, moment))
-        (nightly.backups / ".x_prod_2026-11-22T02-00-00Z.dump.partial").write_bytes(b"half")
+        (nightly.backups / ".x_prod.dump.partial").write_bytes(b"half")
         (nightly.backups / "x_dev_2026-11-22T02-00-00Z.dump").write_bytes(b"another")
         assert cron(check, nightly).returncode == (0 if is_fresh else 1)
         told = cron(FRESH, nightly).succeeded()
@@ -617,7 +617,7 @@ def test_value_of_backup_keep(value: str, nightly: Project) -> None:
 def test_copy_off_the_machine(nightly: Project, tmp_path: Path) -> None:
     nightly.back_up("--env", "prod")
     program("rsync", "rsync")
-    (nightly.backups / ".x_prod_2025-01-01T00-00-00Z.dump.partial").write_bytes(b"half")
+    (nightly.backups / ".x_prod.dump.partial").write_bytes(b"half")
     (nightly.backups / "mine.txt").write_bytes(b"mine")
     copies = tmp_path / "copies"
     shell(COPY.replace("backup@elsewhere:backups/", f"{copies}/"), nightly)

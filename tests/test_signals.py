@@ -197,7 +197,9 @@ def test_next_run_sweeps_what_a_killed_one_left(
     metadata = dump.name.removesuffix(".dump") + ".metadata.json"
     after = published(standing.backups)
     assert after.items() > before.items()
-    assert after.keys() - before.keys() == {dump.name, metadata}
+    # Killed between the two renames it leaves metadata without a dump, which --list names.
+    left_over = after.keys() - before.keys() - {dump.name, metadata}
+    assert len(left_over) == (phase == "between the renames")
 
 
 def test_pg_dump_that_outlives_a_killed_run_is_waited_for(
@@ -214,4 +216,4 @@ def test_pg_dump_that_outlives_a_killed_run_is_waited_for(
         assert "its pg_dump is still at work: pgrep -a pg_dump\n" in result.stderr, result
     wait_until(lambda: not processes_of(standing))
     standing.back_up()
-    assert not list(standing.backups.glob(f".{standing_database.name}_dev_2*.dump.partial"))
+    assert not list(standing.backups.glob(f".{standing_database.name}_dev.dump.partial"))
