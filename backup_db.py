@@ -98,10 +98,10 @@ STDERR_TAIL_BYTES = 64 * 1024
 METADATA_MAX_BYTES = 256 * 1024 * 1024
 
 # The least that a dump can be expected to need: a share of the last backup or, without one, of
-# the tables. Text compresses to 0.15 to 0.3 of its table, random bytes not at all.
+# the database. Text compresses to 0.15 to 0.3 of its table; indexes are not in a dump.
 NEED_OF_LAST_BACKUP = 0.8
-NEED_OF_TABLES = 0.03
-EXPECTED_OF_TABLES = 0.3  # for the progress line
+NEED_OF_DATABASE = 0.02
+EXPECTED_OF_DATABASE = 0.2  # for the progress line
 FULL_DISK_BYTES = 64 * 1024
 # The space on the disk that is left to others: the lesser of these two.
 RESERVE_BYTES = 256 * 1024 * 1024
@@ -1714,7 +1714,6 @@ class Table(NamedTuple):
     key: str  # its name in the metadata: without the schema where that is public
     root: int | None  # of a partition: the oid of its topmost table
     copy: str | None  # the statement to count by; None where the dump has no rows of its own
-    is_filtered: bool  # an extension's configuration table, of which pg_dump takes some rows
 
 
 # The tables that pg_dump locks, each with a statement that returns a line for each of its rows in
@@ -1730,8 +1729,7 @@ SELECT oid, name, key, NULLIF(pg_partition_root(oid)::oid, oid),
        CASE WHEN relkind = 'p' OR relpersistence = 'u' AND pg_is_in_recovery() THEN NULL
             WHEN condition <> '' THEN format('COPY (SELECT %s FROM %s %s) TO STDOUT',
                                              attname, name, condition)
-            ELSE format('COPY %s %s TO STDOUT', name, '(' || attname || ')') END,
-       COALESCE(condition, '') <> ''
+            ELSE format('COPY %s %s TO STDOUT', name, '(' || attname || ')') END
   FROM rel LEFT JOIN LATERAL (
        SELECT quote_ident(attname) AS attname FROM pg_attribute
         WHERE attrelid = rel.oid AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
@@ -2016,7 +2014,6 @@ class Snapshot(NamedTuple):
 
     id: str
     tables: Sequence[Table]
-    sizes: Mapping[int, int]  # bytes by oid, of the tables with rows and of LARGE_OBJECTS
     schemas: Mapping[int, str]  # names by oid
     facts: Mapping[str, Any]  # what the metadata says of the database
 
@@ -2118,14 +2115,6 @@ def take_snapshot(run: Run) -> Snapshot:
         pause(run.progress, what)
 
 
-# The bytes of each table with its TOAST; the functions take a lock themselves. (pg_table_size would
-# add the maps and TOAST's index, in five times the time.)
-TABLE_SIZES = """
-SELECT oid::bigint, COALESCE(pg_relation_size(oid), 0)
-       + COALESCE(pg_relation_size(NULLIF(reltoastrelid, 0)), 0)
-  FROM pg_class WHERE oid = ANY (%s::oid[])
-"""
-
 # Without those for temporary tables, which any session may create.
 SCHEMAS = "SELECT oid::bigint, nspname FROM pg_namespace WHERE nspname !~ '^pg_'"
 
@@ -2145,12 +2134,11 @@ def lock_and_export(session: Session, tables: list[Table], limit_ms: int) -> Sna
     (identifier,) = session.query("SELECT pg_export_snapshot()")[0]
     if list_tables(session) != tables:
         return None
-    sized = [LARGE_OBJECTS, *(table.oid for table in tables if table.copy)]
-    sizes = dict(session.query(TABLE_SIZES, sized))
+    session.query("SELECT pg_relation_size(%s)", LARGE_OBJECTS)  # pg_dump will wait for it, too
     schemas = dict(session.query(SCHEMAS))
     facts = describe_database(session)
     session.query("SET LOCAL lock_timeout = 0")  # from here on Patience ends a wait
-    return Snapshot(identifier, tables, sizes, schemas, facts)
+    return Snapshot(identifier, tables, schemas, facts)
 
 
 def dump_database(run: Run) -> tuple[Snapshot, dict[int, int], str]:
@@ -2246,7 +2234,6 @@ SLIPPED_IN_SQLSTATES = {"42P01", "3F000", "42809", "42703", "55000"}
 def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[int, int]:
     """The rows of every table, exactly, in the session's snapshot, by the table's oid.
 
-    A table without a byte is empty, but for a filtered one: its children are read too.
     (Counts taken from the archive alone would prove nothing of what the database held.)
     """
     counts = {}
@@ -2254,18 +2241,15 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[i
     for table in snapshot.tables:
         if table.copy is None:
             continue
-        counts[table.oid] = 0
-        if table.is_filtered or snapshot.sizes[table.oid]:
-            try:
-                rows = session.copy_rows(table.copy, watch.counter, watch.tick)
-            except ServerError as error:
-                if error.sqlstate in DAMAGE_SQLSTATES or DAMAGE.search(error.text):
-                    raise damage_failure(error.text, table.qualified_name) from None
-                raise
-            counts[table.oid] = rows
-            if time.monotonic() - looked_at > TICK_SECONDS:  # most tables take less
-                watch.look()
-                looked_at = time.monotonic()
+        try:
+            counts[table.oid] = session.copy_rows(table.copy, watch.counter, watch.tick)
+        except ServerError as error:
+            if error.sqlstate in DAMAGE_SQLSTATES or DAMAGE.search(error.text):
+                raise damage_failure(error.text, table.qualified_name) from None
+            raise
+        if time.monotonic() - looked_at > TICK_SECONDS:  # most tables take less
+            watch.look()
+            looked_at = time.monotonic()
     return counts
 
 
@@ -2669,11 +2653,11 @@ def require_room(directory: Path, need_bytes: int, why: str) -> None:
 def check_disk_space(run: Run, snapshot: Snapshot) -> int:
     """About how large the dump will be. Raises Failure only where it can hardly fit: a backup that
     would have fitted must not be refused, and DumpWatch handles a disk that fills."""
-    last, tables_bytes = run.last, sum(snapshot.sizes.values())
-    need, expected = NEED_OF_TABLES * tables_bytes, EXPECTED_OF_TABLES * tables_bytes
-    basis = f"{format_size(tables_bytes)} of tables"
+    last, database_bytes = run.last, snapshot.facts["database_size_bytes"]
+    need, expected = NEED_OF_DATABASE * database_bytes, EXPECTED_OF_DATABASE * database_bytes
+    basis = f"the database has {format_size(database_bytes)}"
     if last is not None and last.database_size_bytes:
-        growth = snapshot.facts["database_size_bytes"] / last.database_size_bytes
+        growth = database_bytes / last.database_size_bytes
         expected = growth * last.backup_size_bytes
         need = NEED_OF_LAST_BACKUP * expected
         basis = f"the last backup had {format_size(last.backup_size_bytes)}"

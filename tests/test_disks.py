@@ -45,7 +45,7 @@ def with_backups(directory: Path, project: Project) -> Path:
 )
 def test_full_disk(pages: Callable[[int], int], words: str, standing: Project) -> None:
     # Or it stops before.
-    standing.rewrite({"NEED_OF_LAST_BACKUP": 0, "NEED_OF_TABLES": 0, "RESERVE_SHARE": 0})
+    standing.rewrite({"NEED_OF_LAST_BACKUP": 0, "NEED_OF_DATABASE": 0, "RESERVE_SHARE": 0})
     size = earlier_size(standing)
     assert size % PAGE, "the dump ends with a page, and so has no last buffer to lose"
     with small_disk("size=8m") as disk:
