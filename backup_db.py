@@ -2315,7 +2315,9 @@ class DumpWatch:
         patience, written = self._patience, self._run.partial.dump.size_bytes
         self.is_copying |= written > 0
         if self._pg_dump.process.poll() is None:
+            last = self._run.last
             why = f"for others, and for the dump, which had come to {format_size(written)}"
+            why += f"; the last backup had {format_size(last.backup_size_bytes)}" if last else ""
             require_room(self._run.partial.directory, 2 * (written - self._written), why)
         self._written = written
         if patience.watch(written=written, rows=self.counter.rows):
