@@ -1931,6 +1931,15 @@ def server_failure(error: ServerError, doing: str) -> Failure:
     return Failure(code, detail, step, AGAIN)
 
 
+@contextlib.contextmanager
+def on_server(doing: str) -> Iterator[None]:
+    """Turn a ServerError into the failure of what is done inside."""
+    try:
+        yield
+    except ServerError as error:
+        raise server_failure(error, doing) from None
+
+
 def stalled_failure(what: str, blocker: Blocker | None) -> Failure:
     """Nothing has moved for STALL_SECONDS."""
     detail = f"gave up after {format_age(STALL_SECONDS)}: {what}"
@@ -2149,17 +2158,13 @@ def dump_database(run: Run) -> tuple[Snapshot, dict[int, int], str]:
     begins again, DUMP_ATTEMPTS times in all. So it does where a deadlock is ahead before pg_dump
     has written anything, until Patience ends that.
     """
-    attempts, waits_for = 0, ""
-    patience: Patience | None = None
+    attempts, patience = 0, None
     while True:
-        doing = "beginning again"
-        try:
-            if waits_for:
-                begin_again(run, waits_for)
-            doing = "locking the tables"
+        with on_server("locking the tables"):
             snapshot = take_snapshot(run)
-            doing = "dumping and counting the rows"
-            return snapshot, *dump_snapshot(run, snapshot)
+        try:
+            with on_server("dumping and counting the rows"):
+                return snapshot, *dump_snapshot(run, snapshot)
         except DeadlockAhead as ahead:
             patience = patience or Patience()
             patience.check(f"pg_dump waits for a lock: {ahead.blocker} blocks it", ahead.blocker)
@@ -2169,8 +2174,8 @@ def dump_database(run: Run) -> tuple[Snapshot, dict[int, int], str]:
             if failure := diagnose_dump(run, snapshot, error, attempts):
                 raise failure from None
             waits_for = "something changed meanwhile"
-        except ServerError as error:
-            raise server_failure(error, doing) from None
+        with on_server("beginning again"):
+            begin_again(run, waits_for)
 
 
 def begin_again(run: Run, waits_for: str) -> None:
@@ -3000,7 +3005,7 @@ def load_configuration(environment_option: str) -> DatabaseConfig:
 
 def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> Series:
     """Raise Failure for whatever makes a backup impossible; nothing is written yet."""
-    try:
+    with on_server("reading the catalog"):
         check_no_pooler(session, config)
         major = session.server_version // 10000
         if pg_dump.major < major:
@@ -3017,8 +3022,6 @@ def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> Ser
             if error.lost:
                 raise
         session.query("ROLLBACK")
-    except ServerError as error:
-        raise server_failure(error, "reading the catalog") from None
     return Series(database, config.environment.value, server)
 
 
