@@ -271,9 +271,9 @@ def test_verify_of_the_metadata_file_names_the_dump(bare: Project) -> None:
 @pytest.mark.parametrize(
     ("path", "command"),
     [
-        ("db/backups/no.dump", "python3 backup_db.py --list"),
+        ("db/backups/no.dump", "python3 backup_db.py --list --output-dir db/backups"),
         ("two words/no.dump", "python3 backup_db.py --list --output-dir 'two words'"),
-        ("nowhere/no.dump", "python3 backup_db.py --list"),
+        ("nowhere/no.dump", "python3 backup_db.py --list --output-dir nowhere"),
     ],
 )
 def test_verify_names_the_command_that_lists_what_is_there(
