@@ -446,8 +446,9 @@ def shell_words(*words: str) -> str:
 
 
 def list_command(directory: Path) -> str:
-    """The command that lists the backups in a directory."""
-    return shell_words("python3", "backup_db.py", "--list", "--output-dir", str(directory))
+    """The command that lists the backups in a directory; if it does not exist, in the usual one."""
+    where = ["--output-dir", str(directory)] if os.path.isdir(directory) else []
+    return shell_words("python3", "backup_db.py", "--list", *where)
 
 
 def verify_command(dump: str) -> str:
