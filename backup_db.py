@@ -59,7 +59,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from brain_core.config import DatabaseConfig, Retention
@@ -3257,6 +3257,14 @@ class Mode(NamedTuple):
     place: str = ""  # what is backed up, for the log
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors repeat what was typed (a shell's `*` types names of files)."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit 2."""
+        super().error(printable(message))
+
+
 def typed_path(text: str) -> Path:
     """A path as it was typed; the shell leaves the ~ of `--output-dir=~/backups` to us."""
     if text == "":
@@ -3276,7 +3284,7 @@ exit codes:
 
 def build_parser() -> argparse.ArgumentParser:
     """The contract's options, and nothing else."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="backup_db.py",
         usage="%(prog)s [--env ENV] [--output-dir DIR] [--verify FILE] [--list] [--help]",
         description=__doc__,

@@ -275,7 +275,6 @@ FAILURES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "no file": ({}, ("--verify", f"/{ESCAPES}.dump")),
     "no directory": ({}, ("--list", "--output-dir", f"/{ESCAPES}")),
     "no place": ({}, ("--output-dir", f"/dev/null/{ESCAPES}")),
-    "no home": ({}, ("--output-dir", f"~{ESCAPES}")),
     "environment": ({}, ("--env", ESCAPES)),
     "argument": ({}, (ESCAPES,)),
     "option": ({}, (f"--{ESCAPES}",)),

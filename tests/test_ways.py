@@ -219,7 +219,8 @@ def test_server_that_falls_silent_in_mid_count_is_given_up(
 ) -> None:
     standing.rewrite(STALL)
     with untouched(standing), silent_in_mid_count(standing, standing_database) as process:
-        finish(process, 10).failed_with(7, "Backup creation error")
+        # To ask for the blocker's name takes another connection: PGCONNECT_TIMEOUT.
+        finish(process, 40).failed_with(7, "Backup creation error")
 
 
 def test_signal_ends_a_count_on_a_silent_server(
