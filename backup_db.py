@@ -1138,6 +1138,17 @@ def invalid(problem: str) -> Check:
     return Check(f"✗ Invalid ({problem.splitlines()[0]})", problem)
 
 
+NO_ARCHIVE = "is no custom-format archive of pg_dump"
+
+
+def is_no_archive(file: Path) -> bool:
+    """Whether it does not begin like one; the toc.dat of the directory and tar formats differs in
+    the last of these bytes."""
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        return not re.match(rb"PGDMP.{5}\x01", opened.read(11), re.DOTALL)
+    return False
+
+
 class Examination(NamedTuple):
     """What the three checks of a dump found; None for one that was not made."""
 
@@ -1168,7 +1179,8 @@ def examine_dump(
         entries = list_data_entries(pg_restore, dump)
         structure = Check("✓ Valid (pg_restore --list succeeded)")
     except ArchiveError as error:
-        structure = invalid(str(error))
+        is_other = is_no_archive(dump.path)
+        structure = invalid(f"it {NO_ARCHIVE}\n{error}" if is_other else str(error))
     hashing = FileHash(dump)
 
     def on_tick(rows: int) -> None:
@@ -2945,35 +2957,46 @@ def create_backup(
 
 
 def missing_package_failure(error: ImportError) -> Failure:
-    """A run-time package is not installed, or does not load. An environment of its own is always
-    right: a system's pip refuses (Debian, Homebrew), and venv's own words name what it lacks."""
+    """A run-time package is not installed, or does not load."""
+    from importlib.util import find_spec
+
     script, requirements, venv = (
         display_path(SCRIPT_DIR / name) for name in ("backup_db.py", "requirements.txt", ".venv")
     )
+    # In an environment of its own, since a system's pip refuses (Debian, Homebrew).
     make = shell_words(sys.executable, "-m", "venv", venv) + " && "
     make += shell_words(f"{venv}/bin/pip", "install", "-r", requirements)
-    return Failure(
-        ExitCode.GENERAL,
-        f"a package is missing: {error} (python is {printable(sys.executable)})",
-        f"Install what the script needs: {make}",
-        f"Run it by the python there: {shell_words(f'{venv}/bin/python3', script)}",
-    )
+    run = shell_words(f"{venv}/bin/python3", script)
+    steps = [f"Install what the script needs: {make}", f"Run it by the python there: {run}"]
+    if os.path.exists(SCRIPT_DIR / ".venv" / "bin" / "python3"):
+        steps.reverse()
+    if sys.prefix != sys.base_prefix:
+        install = shell_words(sys.executable, "-m", "pip", "install", "-r", requirements)
+        steps = [f"Install what the script needs: {install}"]
+    elif not find_spec("ensurepip"):
+        steps.insert(0, "Install Debian's part of python3 for this: sudo apt install python3-venv")
+    detail = f"a package is missing: {error} (python is {printable(sys.executable)})"
+    return Failure(ExitCode.GENERAL, detail, *steps)
 
 
 def foreign_config_failure(error: BaseException) -> Failure:
     """brain_core/config.py is missing, or another project's, whose import may end in anything."""
     path = SCRIPT_DIR / "brain_core" / "config.py"
     words = " ".join(f"{type(error).__name__}: {error}".split())
-    problem = "is not the one that backup_db.py came with" if path.exists() else "is missing"
+    readme = 'All of it is in README.md, "Into an existing project"'
+    if not path.exists():
+        detail = f"{display_path(path)} is missing: {printable(words)}"
+        copy = "Copy brain_core/, beside backup_db.py, from where that came from"
+        return Failure(ExitCode.GENERAL, detail, copy, readme)
     script, folder = (display_path(SCRIPT_DIR / name) for name in ("backup_db.py", "backup"))
     move = f"{shell_words('mkdir', folder)} && {shell_words('mv', script, folder)}"
     link = shell_words("ln", "-s", "../.env.local", folder)
     return Failure(
         ExitCode.GENERAL,
-        f"{display_path(path)} {problem}: {printable(words)}",
-        f"Where the project has a brain_core of its own, give backup_db.py another folder: {move}",
-        f"Copy the brain_core/ that it came with to beside it, and link the settings: {link}",
-        'All of it is in README.md, "Into an existing project"',
+        f"{display_path(path)} is not the one that backup_db.py came with: {printable(words)}",
+        f"Leave that file as it is, and give backup_db.py a folder of its own: {move}",
+        f"Copy the brain_core/ that it came with into {folder}, and link the settings: {link}",
+        readme,
     )
 
 
@@ -3084,6 +3107,9 @@ def load_metadata(dump: Path) -> Metadata:
         detail = f"{display_path(path)} cannot be used: {printable(str(error))}"
     except FileNotFoundError:
         detail = f"there is no metadata file {display_path(path)}"
+        if is_no_archive(dump):
+            detail += f", and {display_path(dump)} {NO_ARCHIVE}"
+            raise Failure(ExitCode.VERIFICATION, detail, tell) from None
     raise Failure(ExitCode.VERIFICATION, detail, back, tell)
 
 

@@ -178,7 +178,7 @@ def gzip_dump(backup: Backup) -> None:
     backup.dump.write_bytes(gzip.compress(backup.dump.read_bytes()))
 
 
-NO_ARCHIVE = "did not find magic string in file header"
+NO_ARCHIVE = "it is no custom-format archive of pg_dump"
 
 # What is done to a backup, the check that finds it, and what the error says.
 DAMAGE: dict[str, tuple[Callable[[Backup], object], str, str]] = {
@@ -192,11 +192,7 @@ DAMAGE: dict[str, tuple[Callable[[Backup], object], str, str]] = {
         CHECKSUM,
         "Error: This file has changed since its backup: 3000 of ",
     ),
-    "empty": (
-        lambda b: b.dump.write_bytes(b""),
-        STRUCTURE,
-        " bytes are left\npg_restore: error: could not read from input file",
-    ),
+    "empty": (lambda b: b.dump.write_bytes(b""), STRUCTURE, f" bytes are left\n{NO_ARCHIVE}"),
     "gzip of itself": (gzip_dump, STRUCTURE, NO_ARCHIVE),
     "other byte": (
         lambda b: b.dump.write_bytes(b.dump.read_bytes()[:-1] + b"x"),
@@ -311,8 +307,8 @@ def test_what_is_no_dump_file_is_refused(backup: Backup, source: Database) -> No
         (backup.metadata, f"Name the dump: python3 backup_db.py --verify {backup.dump}"),
         (backup.dump.with_name("missing.dump"), "there is no file "),
         (Path("/dev/null"), "/dev/null is not a .dump file"),
-        (plain, "there is no metadata file "),
-        (toc, "there is no metadata file "),
+        (plain, f".metadata.json, and {plain} is no custom-format archive of pg_dump"),
+        (toc, f".metadata.json, and {toc} is no custom-format archive of pg_dump"),
     ):
         result = backup.project.run("--verify", path).failed_with(8)
         assert words in result.stderr, result
