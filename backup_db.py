@@ -578,6 +578,7 @@ class Metadata(NamedTuple):
     extensions: Mapping[str, str] | None = None
     roles: Sequence[str] | None = None
     role_attributes: Mapping[str, Mapping[str, Any]] | None = None
+    settings: Mapping[str, str] | None = None
     tablespaces: Sequence[str] | None = None
     database_tablespace: str | None = None
     restore: Sequence[str] | None = None
@@ -1760,7 +1761,8 @@ def list_tables(session: Session) -> list[Table]:
 # through to_jsonb; a null has no key. The roles are those that a restore names: owners and grantees
 # of the database and of all that is in it, roles with settings in it, owners of its subscriptions.
 # The bootstrap superuser (oid 10) is in most archives, but in no dependency. Where several grantors
-# gave a membership, its options add up.
+# gave a membership, its options add up. The settings are those that shape the text of the rows, as
+# our session has them, and so pg_dump's; a money type's values are read by lc_monetary again.
 DATABASE_FACTS = """
 WITH d AS (SELECT * FROM pg_database WHERE datname = current_database()),
 named (oid) AS (
@@ -1796,6 +1798,13 @@ SELECT json_strip_nulls(json_build_object(
                  FROM membership WHERE member = r.oid), '{}'),
              'connection_limit', rolconnlimit) ORDER BY rolname)
       FROM named JOIN pg_roles r USING (oid)),
+  'settings', json_build_object(
+    'bytea_output', current_setting('bytea_output'),
+    'lc_monetary', CASE WHEN EXISTS (
+      SELECT FROM (SELECT atttypid FROM pg_attribute UNION ALL SELECT typbasetype FROM pg_type
+                   UNION ALL SELECT rngsubtype FROM pg_range) AS used (type)
+       WHERE type IN ('money'::regtype, 'money[]'::regtype)) THEN current_setting('lc_monetary')
+      END),
   'tablespaces', (
     SELECT COALESCE(json_agg(spcname ORDER BY spcname), '[]') FROM pg_tablespace t
      WHERE spcname !~ '^pg_' AND (t.oid = dattablespace OR t.oid IN (
@@ -2222,8 +2231,10 @@ def dump_snapshot(run: Run, snapshot: Snapshot) -> tuple[dict[int, int], str]:
         f"--compress={run.tools.compress_value}",
         f"--file={dump.argument}",
     ]
-    # By this name its backend is found.
-    environment = {**tool_environment("PG"), "PGAPPNAME": f"backup_db {snapshot.id}"}
+    # By this name its backend is found. Times are written in UTC, whatever the database's setting:
+    # so the text of equal rows is equal on every server.
+    environment = {**tool_environment("PG"), "PGTZ": "UTC"}
+    environment["PGAPPNAME"] = f"backup_db {snapshot.id}"
     with Program(argv, environment, dump, run.lock) as pg_dump:
         watch = DumpWatch(run, pg_dump, snapshot, expected_bytes)
         watch.wait(until=lambda: watch.is_copying)
