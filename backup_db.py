@@ -68,7 +68,8 @@ if TYPE_CHECKING:
 
 SCRIPT_DIR = Path(__file__).resolve().parent
 DEFAULT_OUTPUT_DIR = SCRIPT_DIR / "db" / "backups"
-METADATA_VERSION = 1
+BACKUP_DB_VERSION = "2026.12"
+METADATA_VERSION = 1  # a reader refuses a higher one
 
 # Time limits, in seconds.
 STALL_SECONDS = 600  # without any movement, before a wait is given up
@@ -532,6 +533,10 @@ class MetadataError(ValueError):
     """Metadata that is missing, unreadable or ill-typed; the text names the key."""
 
 
+class NewerMetadata(MetadataError):
+    """Metadata that this release would misread."""
+
+
 def is_utc_time(value: object) -> bool:
     try:
         return iso_timestamp(parse_iso_timestamp(str(value))) == value
@@ -588,6 +593,10 @@ def read_metadata_values(path: str) -> dict[str, Any]:
         raise MetadataError(f"it is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise MetadataError("it is not a JSON object")
+    version = values.get("metadata_version")
+    if type(version) is int and version > METADATA_VERSION:
+        release = values.get("backup_db_version", "of an unknown version")
+        raise NewerMetadata(f"a newer backup_db.py made this: {release}")
     for key in REQUIRED_KEYS:
         if key not in values or not FITS[key](values[key]):
             raise MetadataError(f'the key "{key}" is missing, or not what it should be')
@@ -610,6 +619,7 @@ class Metadata(NamedTuple):
     table_oids: Mapping[str, int] | None = None
     partition_of: Mapping[str, str] | None = None
     metadata_version: int = METADATA_VERSION
+    backup_db_version: str | None = None
     system_identifier: str | None = None
     database_size_bytes: int | None = None
     compression: str | None = None
@@ -622,6 +632,7 @@ class Metadata(NamedTuple):
     extensions: Mapping[str, str] | None = None
     roles: Sequence[str] | None = None
     role_attributes: Mapping[str, Mapping[str, Any]] | None = None
+    settings: Mapping[str, str] | None = None
     tablespaces: Sequence[str] | None = None
     database_tablespace: str | None = None
     restore: Sequence[str] | None = None
@@ -655,16 +666,17 @@ class Metadata(NamedTuple):
     def total_rows(self) -> int:
         return sum(self.table_counts.values())
 
-    def verified(self, found: Examination, pg_restore: Tool, seconds: float) -> Metadata:
-        """A copy, with the results of the examination of the dump."""
+    def verified(self, examination: Examination, pg_restore: Tool, seconds: float) -> Metadata:
+        """A copy, with the results of the examination of a sound dump."""
+        assert examination.found is not None
         return self._replace(
-            checksum_sha256=found.digest,
+            checksum_sha256=examination.digest,
             duration_seconds=round(seconds, 3),
             verification={
                 "verified_at": iso_timestamp(datetime.now(timezone.utc)),
-                "rows_read_back": self.total_rows,
-                "tables_read_back": len(self.table_counts),
-                "large_objects_read_back": self.large_object_count,
+                "rows_read_back": sum(examination.found.rows.values()),
+                "tables_read_back": len(examination.found.rows),
+                "large_objects_read_back": examination.found.large_objects,
                 "pg_restore_version": pg_restore.version,
             },
         )
@@ -1522,6 +1534,7 @@ SET LOCAL lock_timeout = '{lock_seconds}s';
 SET LOCAL idle_in_transaction_session_timeout = 0;
 SET LOCAL row_security = off;
 SET LOCAL quote_all_identifiers = off;
+SET LOCAL TimeZone = 'UTC';
 """
 
 
@@ -1733,14 +1746,14 @@ WITH rel AS (
          format('%I.%I', nspname, relname) AS name,
          format(CASE nspname WHEN 'public' THEN '%2$I' ELSE '%I.%I' END, nspname, relname) AS key,
          x.extcondition[array_position(x.extconfig, c.oid)] AS condition,
-         c.relkind <> 'f' AND (x.oid IS NOT NULL OR (
+         c.relispopulated, c.relkind NOT IN ('f', 'm') AND (x.oid IS NOT NULL OR (
            m.objid IS NULL AND n.nspname <> 'information_schema')) AS is_dumped
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     LEFT JOIN pg_depend m
       ON m.classid = 'pg_class'::regclass AND m.objid = c.oid AND m.objsubid = 0
      AND m.deptype = 'e' AND m.refclassid = 'pg_extension'::regclass
     LEFT JOIN pg_extension x ON c.oid = ANY (x.extconfig)
-   WHERE c.relkind IN ('r', 'p', 'S', 'f') AND (x.oid IS NOT NULL OR n.nspname !~ '^pg_')),
+   WHERE c.relkind IN ('r', 'p', 'S', 'm', 'f') AND (x.oid IS NOT NULL OR n.nspname !~ '^pg_')),
 me AS (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
 """
 
@@ -1846,7 +1859,8 @@ def list_tables(session: Session) -> list[Table]:
 # through to_jsonb; a null has no key. The roles are those that a restore names: owners and grantees
 # of the database and of all that is in it, roles with settings in it, owners of its subscriptions.
 # The bootstrap superuser (oid 10) is in most archives, but in no dependency. Where several grantors
-# gave a membership, its options add up.
+# gave a membership, its options add up. The settings are those that shape the text of the rows, as
+# our session has them, and so pg_dump's; a money type's values are read by lc_monetary again.
 DATABASE_FACTS = """
 WITH d AS (SELECT * FROM pg_database WHERE datname = current_database()),
 named (oid) AS (
@@ -1880,8 +1894,16 @@ SELECT json_strip_nulls(json_build_object(
              'bypassrls', rolbypassrls, 'member_of', COALESCE((
                SELECT json_object_agg(role, options ORDER BY role)
                  FROM membership WHERE member = r.oid), '{}'),
-             'connection_limit', rolconnlimit) ORDER BY rolname)
+             'connection_limit', rolconnlimit, 'valid_until', rolvaliduntil,
+             'settings', rolconfig) ORDER BY rolname)
       FROM named JOIN pg_roles r USING (oid)),
+  'settings', json_build_object(
+    'bytea_output', current_setting('bytea_output'),
+    'lc_monetary', CASE WHEN EXISTS (
+      SELECT FROM (SELECT atttypid FROM pg_attribute UNION ALL SELECT typbasetype FROM pg_type
+                   UNION ALL SELECT rngsubtype FROM pg_range) AS used (type)
+       WHERE type IN ('money'::regtype, 'money[]'::regtype)) THEN current_setting('lc_monetary')
+      END),
   'tablespaces', (
     SELECT COALESCE(json_agg(spcname ORDER BY spcname), '[]') FROM pg_tablespace t
      WHERE spcname !~ '^pg_' AND (t.oid = dattablespace OR t.oid IN (
@@ -1891,10 +1913,14 @@ SELECT json_strip_nulls(json_build_object(
   'large_object_count', (SELECT count(*) FROM pg_largeobject_metadata)))::text FROM d
 """
 
+COMPUTED_ANEW = "contents of materialized views, which a restore computes anew"
+
 # What pg_dump silently omits, with exit status 0: (phrase, name, oid), a row each.
 NOT_INCLUDED = f"""
 {RELATIONS}
 SELECT 'data of foreign tables', key, oid FROM rel WHERE relkind = 'f'
+UNION ALL
+SELECT '{COMPUTED_ANEW}', key, oid FROM rel WHERE relkind = 'm' AND relispopulated AND objid IS NULL
 UNION ALL
 SELECT 'data of unlogged tables, which a standby does not have', key, oid
   FROM rel WHERE relkind = 'r' AND relpersistence = 'u' AND pg_is_in_recovery()
@@ -2305,8 +2331,10 @@ def dump_snapshot(run: RunContext, snapshot: Snapshot) -> tuple[list[int], str]:
         f"--compress={run.tools.compress_value}",
         f"--file={dump.argument}",
     ]
-    # By this name its backend is found.
-    environment = {**tool_environment("PG"), "PGAPPNAME": f"backup_db {snapshot.id}"}
+    # By this name its backend is found. Times are written in UTC, whatever the database's setting:
+    # so the text of equal rows is equal on every server.
+    environment = {**tool_environment("PG"), "PGTZ": "UTC"}
+    environment["PGAPPNAME"] = f"backup_db {snapshot.id}"
     with Program(argv, environment, dump, run.lock) as pg_dump:
         watch = DumpWatch(run, pg_dump, snapshot, expected_bytes)
         watch.wait(until=lambda: watch.is_copying)
@@ -3303,6 +3331,7 @@ def draft_metadata(
     draft = Metadata(
         backup_timestamp=iso_timestamp(run.partial.moment),
         environment=series.environment,
+        backup_db_version=BACKUP_DB_VERSION,
         backup_file=run.partial.published_dump.name,
         backup_size_bytes=run.partial.dump.size_bytes,
         checksum_sha256="",
@@ -3347,6 +3376,10 @@ def load_metadata(dump: Path) -> Metadata:
     tell = "What the dump alone can tell: pg_restore --file=/dev/null " + shell_words(str(dump))
     try:
         return Metadata.read(path)
+    except NewerMetadata as error:
+        step = "Verify it with that release of backup_db.py, or a newer one"
+        detail = f"{display_path(path)}: {printable(str(error))}; this is {BACKUP_DB_VERSION}"
+        raise Failure(ExitCode.VERIFICATION, detail, step, tell) from None
     except MetadataError as error:
         detail = f"{display_path(path)} cannot be used: {printable(str(error))}"
     except FileNotFoundError:
@@ -3405,8 +3438,10 @@ def creation_lines(dump: Path, made: Metadata) -> list[str]:
         "Verified:    ✓ Integrity check passed",
         f"Contents:    ✓ Match ({found})",
     ]
-    if made.not_included:
-        lines.append(f"Not included: {printable('; '.join(made.not_included))}")
+    # A restore brings these back, and each night they would hide what it does not.
+    left_out = [phrase for phrase in made.not_included if not phrase.startswith(COMPUTED_ANEW)]
+    if left_out:
+        lines.append(f"Not included: {printable('; '.join(left_out))}")
     return lines
 
 
@@ -3558,7 +3593,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="backup_db.py",
         usage="%(prog)s [--env ENV] [--output-dir DIR] [--verify FILE] [--list] [--help]",
-        description=__doc__,
+        description=f"{__doc__}\nThis is release {BACKUP_DB_VERSION}.",
         epilog=EXAMPLES + "".join(f"  {int(code)}  {code.category}\n" for code in ExitCode),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -126,7 +126,9 @@ def database_name_is_missing(stage: Stage) -> Result:
     return stage.project().run("--env", "prod")
 
 
-@situation(ExitCode.CONFIGURATION, "the port is not a number from 1 to 65535", "in .env.local: DEV_DB_PORT")
+@situation(
+    ExitCode.CONFIGURATION, "the port is not a number from 1 to 65535", "in .env.local: DEV_DB_PORT"
+)
 def port_is_none(stage: Stage) -> Result:
     return stage.project(settings={"DEV_DB_PORT": "65536"}).run()
 

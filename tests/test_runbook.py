@@ -16,7 +16,7 @@ from conftest import MakeProject
 from environment import TESTS
 from support import Database, Project, Result, metadata_path, new_database, read_metadata
 
-from backup_db import Metadata, restore_commands
+from backup_db import DATABASE_FACTS, Metadata, restore_commands
 
 EARLIER = TESTS / "earlier"
 
@@ -151,6 +151,30 @@ def type_comments(commands: list[str], project: Project) -> None:
     script = "\n".join(re.sub("^#", ":", line) for line in commands if line.startswith("#"))
     done = subprocess.run(["sh", "-e", "-c", script], cwd=project.backups, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b""), script
+
+
+MONEY = (
+    "CREATE TABLE t (prices money[])",
+    "CREATE TYPE price AS (amount money, since date)",
+    "CREATE DOMAIN price AS money",
+    "CREATE TYPE prices AS RANGE (SUBTYPE = money)",
+)
+
+
+def test_settings_name_what_shapes_the_rows(database: Database, make_project: MakeProject) -> None:
+    """As pg_dump had it; what money looks like only where there is money."""
+    database.psql(
+        f"""ALTER DATABASE {database.name} SET bytea_output = escape;
+        ALTER DATABASE {database.name} SET timezone = 'Asia/Kathmandu';
+        CREATE TABLE t AS SELECT '2026-01-01 12:00+00'::timestamptz AS moment, 'a b'::bytea"""
+    )
+    dump = make_project(database).back_up()
+    assert read_metadata(dump)["settings"] == {"bytea_output": "escape"}
+    rows = database.cluster.run("pg_restore", "--data-only", "--file=-", str(dump))
+    assert "\n2026-01-01 12:00:00+00\ta b\n" in rows
+    for sql in MONEY:
+        facts = database.psql(f"BEGIN; DROP TABLE t; {sql}; {DATABASE_FACTS}; ROLLBACK")
+        assert json.loads(facts)["settings"] == {"bytea_output": "escape", "lc_monetary": "C"}, sql
 
 
 @pytest.mark.parametrize(("server", "tools", "target"), PAIRS)
