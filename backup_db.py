@@ -70,6 +70,8 @@ SCRIPT_DIR = Path(__file__).resolve().parent
 DEFAULT_OUTPUT_DIR = SCRIPT_DIR / "db" / "backups"
 BACKUP_DB_VERSION = "2026.12"
 METADATA_VERSION = 1  # a reader refuses a higher one
+# Of the server, and of pg_dump: before it there is no pg_stat_progress_copy.
+OLDEST_MAJOR = 14
 
 # Time limits, in seconds.
 STALL_SECONDS = 600  # without any movement, before a wait is given up
@@ -952,32 +954,42 @@ class Tools(NamedTuple):
 def find_tools(config: DatabaseConfig) -> Tools:
     """Both tools, of versions that fit, with the compression to use."""
     pg_dump = find_tool("pg_dump")
+    if pg_dump.major < OLDEST_MAJOR:
+        because = f"and {OLDEST_MAJOR} is the oldest with which a backup can be verified"
+        raise older_tool_failure(pg_dump, OLDEST_MAJOR, because)
     # The one beside it is nearly always built with the same compressions.
     pg_restore = find_tool("pg_restore", os.path.dirname(pg_dump.path))
     if pg_restore.major < pg_dump.major:
         because = f"too old for the archives of pg_dump {pg_dump.version}"
         raise older_tool_failure(pg_restore, pg_dump.major, because)
-    wanted = config.compress or "zstd:3"
+    wanted = config.compress or ("zstd:3" if pg_dump.major >= 16 else "gzip:4")
     wanted = {"0": "none"}.get(wanted, f"gzip:{wanted}" if wanted.isdigit() else wanted)
     tools = Tools(pg_dump, pg_restore, wanted)
-    # pg_dump checks the value before it connects (tested on 15 to 18). The address leads nowhere:
-    # no server is asked, and no file is made.
-    options = ("--format=custom", f"--compress={tools.compress_value}", f"--file={os.devnull}")
-    nowhere = {"PGHOST": "/nowhere", "PGDATABASE": "probe"}
-    with Program([pg_dump.path, *options], tool_environment() | nowhere) as program:
-        program.wait(TOOL_SECONDS)
-        words = program.stderr_text
-    if "compress" not in words:
+    if not (refusal := compression_refusal(tools)):
         return tools
     if config.compress:
         raise Failure(
             ExitCode.CONFIGURATION,
             f"BACKUP_COMPRESS is {config.compress!r}, which pg_dump {pg_dump.version} "
-            f"does not take:\n{words}",
+            f"does not take:\n{refusal}",
             f"Correct it {config.setting_locations['compress']}",
             "Or leave it out; then zstd:3 is used where pg_dump has it, else gzip:4",
         )
     return tools._replace(compression="gzip:4")
+
+
+def compression_refusal(tools: Tools) -> str:
+    """pg_dump's words where it does not take the compression; nothing where it does."""
+    # Version 14 takes any text, and writes uncompressed.
+    if tools.pg_dump.major < 16 and not re.fullmatch(r"none|gzip:\d", tools.compression):
+        return "before version 16 it has none but gzip, with a level from 1 to 9"
+    # pg_dump checks the value before it connects (tested on 15 to 18). The address leads nowhere:
+    # no server is asked, and no file is made.
+    options = ("--format=custom", f"--compress={tools.compress_value}", f"--file={os.devnull}")
+    nowhere = {"PGHOST": "/nowhere", "PGDATABASE": "probe"}
+    with Program([tools.pg_dump.path, *options], tool_environment() | nowhere) as program:
+        program.wait(TOOL_SECONDS)
+        return program.stderr_text if "compress" in program.stderr_text else ""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3189,7 +3201,9 @@ def create_backup(
             )
             warnings = [warning, *complaints, *shrinkage_lines(metadata, recent)]
             announce(creation_lines(made.dump, metadata), warnings)
-            removed, warnings = retire_backups(made, earlier, config.retention)
+            # A name that may not be on the disk replaces no older backup.
+            retention = None if complaints else config.retention
+            removed, warnings = retire_backups(made, earlier, retention)
             paths = list_names(map(display_path, removed))
             announce([f"Removed:     {paths}"] if removed else [], warnings)
 
@@ -3270,9 +3284,7 @@ def load_configuration(environment_option: str) -> DatabaseConfig:
     except (Exception, SystemExit) as error:  # noqa: BLE001 - another project's may raise anything
         raise foreign_config_failure(error) from None
     try:
-        settings = read_settings(os.environ, SCRIPT_DIR)
-        warn(map(printable, settings.warnings))
-        return load_config(environment_option, settings)
+        return load_config(environment_option, read_settings(os.environ, SCRIPT_DIR))
     except ConfigurationError as error:
         raise Failure(
             ExitCode.CONFIGURATION, printable(str(error)), *map(printable, error.steps)
@@ -3297,6 +3309,15 @@ def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> Non
     with on_server("reading the catalog"):
         check_no_pooler(session, config)
         major = session.server_version // 10000
+        if major < OLDEST_MAJOR:
+            by_hand = f"pg_dump {libpq_options()} --format=custom --file=by_hand.dump"
+            raise Failure(
+                ExitCode.TOOL,
+                f"the server is version {major}, and {OLDEST_MAJOR} is the oldest that this works "
+                "with: before it a long dump cannot be watched",
+                f"Back it up by hand, which is not verified: {by_hand}",
+                "Then upgrade the server: PostgreSQL's project mends that version no more",
+            )
         if pg_dump.major < major:
             because = f"too old for the server, which is version {major}"
             raise older_tool_failure(pg_dump, major, because)
@@ -3496,7 +3517,8 @@ def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
     for series, members in by_series.items():
         text = f"{printable(series.environment)} {printable(series.database)}"
         if servers[series[:2]] > 1:
-            text += f" of server {printable(series.server or 'unknown')}"
+            version = printable(members[0].postgresql_version)
+            text += f" of server {printable(series.server or 'unknown')} (PostgreSQL {version})"
         size_bytes = sum(backup.size_bytes or 0 for backup in members)
         text += f": {plural(len(members), 'backup')}, {format_size(size_bytes)}; "
         if newest := newest_verified(members):

@@ -12,7 +12,7 @@ import enum
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -77,7 +77,6 @@ class Settings:
     values: Mapping[str, str]
     sources: Mapping[str, str]
     folder: Path
-    warnings: Sequence[str] = ()  # lines of other programs that do not parse
 
     def first(self, *names: str) -> tuple[str, str] | None:
         """The first of `names` that is set, as (name, value); None where none is."""
@@ -132,20 +131,19 @@ def read_settings(environ: Mapping[str, str], folder: Path) -> Settings:
     one that cannot be read, ModuleNotFoundError where there is a file but no python-dotenv.
     """
     layers = [("the environment", environ)]
-    warnings: list[str] = []
-    layers += [(name, _read_env_file(folder / name, warnings)) for name in ENV_FILES]
+    layers += [(name, _read_env_file(folder / name)) for name in ENV_FILES]
     values: dict[str, str] = {}
     sources: dict[str, str] = {}
     for source, layer in layers:
         for name, value in layer.items():
             if value and name not in values:
                 values[name], sources[name] = value, source
-    return Settings(MappingProxyType(values), MappingProxyType(sources), folder, warnings)
+    return Settings(MappingProxyType(values), MappingProxyType(sources), folder)
 
 
-def _read_env_file(path: Path, warnings: list[str]) -> dict[str, str]:
+def _read_env_file(path: Path) -> dict[str, str]:
     """The variables of one .env file, taken literally; nothing where there is no such file. What
-    does not parse, and is another program's, is added to `warnings`."""
+    does not parse, and is another program's, is left out."""
     try:
         # utf-8-sig: an editor's byte order mark is no part of the first name.
         stream = path.open(encoding="utf-8-sig")
@@ -174,15 +172,13 @@ def _read_env_file(path: Path, warnings: list[str]) -> dict[str, str]:
         # A bare NAME is a variable that is not set; `NAME: value` or `NAME:value` is a mistake.
         is_bare_text = binding.value is None and not (binding.key or "_").isidentifier()
         if binding.error or is_bare_text or "\0" in binding.original.string:
-            # The line itself is not shown: it may be the one with the password.
             text = binding.original.string
-            blank_lines = text[: len(text) - len(text.lstrip())].count("\n")
-            problem = f"line {binding.original.line + blank_lines} of {path} cannot be parsed"
             if not OUR_NAMES.search(text):
-                warnings.append(f"{problem}, and is left out")
                 continue
+            # The line itself is not shown: it may be the one with the password.
+            blank_lines = text[: len(text) - len(text.lstrip())].count("\n")
             raise ConfigurationError(
-                problem,
+                f"line {binding.original.line + blank_lines} of {path} cannot be parsed",
                 f"Write it as NAME=value, a value with spaces or quotes in single quotes: {path}",
                 "See .env.example for every variable",
             )

@@ -480,10 +480,8 @@ def test_line_that_cannot_be_parsed_is_named_but_never_shown(
         f"X={SECRET}\0",
     ],
 )
-def test_line_of_another_program_is_left_out_with_a_warning(line: str, tmp_path: Path) -> None:
+def test_line_of_another_program_is_left_out(line: str, tmp_path: Path) -> None:
     settings = settings_of(tmp_path, f"\nDB_NAME=b\n\n{line}\nDB_USER=u\n")
-    warning = f"line 4 of {tmp_path}/.env.local cannot be parsed, and is left out"
-    assert settings.warnings == [warning]
     assert dict(settings.values) == {"DB_NAME": "b", "DB_USER": "u"}
 
 
