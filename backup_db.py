@@ -592,7 +592,7 @@ def read_metadata_values(path: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise MetadataError(f"it is not JSON: {error}") from None
+        raise MetadataError(f"it is not a JSON object: {error}") from None
     if not isinstance(values, dict):
         raise MetadataError("it is not a JSON object")
     version = values.get("metadata_version")

@@ -325,7 +325,7 @@ def test_last_full_backup_outlives_an_emptied_database(
     sample_database.psql("TRUNCATE messages, conversations CASCADE")
     first = project.run().succeeded()
     assert "\nVerified:    ✓ Integrity check passed\n" in first.stdout
-    shrunk = "Warning: fewer rows than ever before: messages 0 (at least 3420 before), "
+    shrunk = "Warning: fewer rows than in the last backup: messages 0 (at least 3420 before), "
     assert first.stderr.startswith(shrunk), first
     for _ in range(3):
         night = project.run().succeeded()
@@ -353,7 +353,9 @@ def test_backups_of_another_server_are_left_alone(
     assert project.dumps() == [other, newest]
     assert not ours.exists()
     listed = project.run("--list").succeeded().stdout
-    assert "of server 4711: 1 backup, " in listed, listed
+    assert f"of server 4711 (PostgreSQL {values['postgresql_version']}): 1 backup, " in listed, (
+        listed
+    )
     values["system_identifier"] = None  # made before: of the same server
     metadata_path(other).write_text(json.dumps(values))
     held = f"Warning: db/backups/{other.name} is kept beyond BACKUP_KEEP: it has 1000307 rows, "

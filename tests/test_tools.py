@@ -66,7 +66,7 @@ def test_tool_that_may_not_be_executed(tool: str, standing: Project) -> None:
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        ("echo '{} (PostgreSQL) 9.6.24'", " is version 9.6.24, too old for the "),
+        ("echo '{} (PostgreSQL) 9.6.24'", " is version 9.6.24, {because} "),
         ("echo hello", " --version does not answer with a version: hello"),
         ("exit 0", " --version does not answer with a version: no output"),
         ("head -c 3000 /dev/urandom", " --version does not answer with a version: "),
@@ -85,7 +85,9 @@ def test_tool_that_does_not_tell_a_fit_version(
     fake_call(standing, tool, VERSION, script.format(tool))
     with untouched(standing):
         result = standing.run().failed_with(6, "Tool error")
-    assert f"Error: {standing.fakes / tool}{words.format(tool)}" in result.stderr, result
+    because = {"pg_dump": "and 14 is the oldest", "pg_restore": "too old for the archives of"}[tool]
+    words = words.format(tool, because=because)
+    assert f"Error: {standing.fakes / tool}{words}" in result.stderr, result
 
 
 def test_tool_that_leaves_a_process_behind_is_not_waited_for(standing: Project) -> None:
@@ -116,10 +118,8 @@ def test_tool_that_is_no_program(content: bytes, standing: Project) -> None:
             8,
             "pg_restore was ended by signal 11: Segmentation fault",
         ),
-        (TABLE_OF_CONTENTS, 'echo hm >&2; exec "$real" "$@"', 8, "hm\n"),
         (TABLE_OF_CONTENTS, "exit 0", 8, "table messages: not in the dump, 3420 expected"),
         (CONTENTS, "kill -SEGV $$", 8, "pg_restore was ended by signal 11: Segmentation fault"),
-        (CONTENTS, 'echo hm >&2; exec "$real" "$@"', 8, "hm\n"),
         (CONTENTS, "exit 0", 8, "lists the data of 5 tables, it holds that of 0"),
         (CONTENTS, "head -c 30000000 /dev/zero", 8, "a line that is no data and does not end"),
         (CONTENTS, '"$real" "$@" | head -c 3000', 8, "it breaks off within a table"),

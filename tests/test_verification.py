@@ -267,7 +267,7 @@ OTHERWISE = {
         CONTENTS,
         "0 large objects in the dump, 2 expected",
     ),
-    "rows as INSERT": (["--format=custom", "--inserts"], CONTENTS, "an unexpected line: INSERT"),
+    "rows as INSERT": (["--format=custom", "--inserts"], CONTENTS, "it holds that of 0"),
     "tar": (["--format=tar"], STRUCTURE, NO_ARCHIVE),
     "plain SQL": (["--format=plain"], STRUCTURE, NO_ARCHIVE),
 }
@@ -354,7 +354,7 @@ def test_missing_metadata_fails(backup: Backup) -> None:
 
 
 def test_unknown_keys_are_ignored(backup: Backup) -> None:
-    backup.edit(colour="green", metadata_version=2, duration_seconds="long", roles=3)
+    backup.edit(colour="green", duration_seconds="long", roles=3)
     backup.verify().succeeded()
 
 
@@ -444,7 +444,6 @@ LYING_DUMPS = {
 
 # What a pg_restore may do while it reads the rows, though the archive is whole.
 FAILING_RESTORES = {
-    "warns": ('"$real" "$@"; echo "pg_restore: warning: half of it" >&2', "warning: half of it"),
     "is killed": ('"$real" "$@"; kill -KILL $$', "ended by signal 9: Killed"),
     "crashes at once": ("kill -SEGV $$", "ended by signal 11: Segmentation fault"),
     "fails": ('"$real" "$@"; exit 3', "pg_restore ended with exit status 3"),
@@ -453,7 +452,7 @@ FAILING_RESTORES = {
     "loses a table": ('"$real" "$@" | sed "/^COPY public.empty/,/^..$/d"', "it holds that of 2"),
     "adds a table": (
         r'"$real" "$@"; echo "COPY public.more (a) FROM stdin;"; echo "\."',
-        "it holds that of 4",
+        "lists the data of 3 tables, it holds more",
     ),
     "loses a row": ('"$real" "$@" | sed "/^7\t/d"', "399 rows in the dump, 400 expected"),
     "is stuck": ("sleep 60", "pg_restore is stuck: silent for 2 seconds"),
