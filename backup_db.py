@@ -405,6 +405,8 @@ def printable(text: str) -> str:
     def escape(c: str) -> str:  # a byte that is not UTF-8 is the surrogate \udcXX
         return c.encode("unicode_escape").decode().replace(r"\udc", r"\x")
 
+    if text.isprintable():  # as nearly all are: a list has thousands
+        return text
     return "".join(c if c.isprintable() else escape(c) for c in text)
 
 
@@ -541,8 +543,11 @@ class NewerMetadata(MetadataError):
 
 def is_utc_time(value: object) -> bool:
     try:
-        return iso_timestamp(parse_iso_timestamp(str(value))) == value
-    except ValueError:
+        return (
+            re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", str(value), re.ASCII) is not None
+            and parse_iso_timestamp(str(value)) is not None
+        )
+    except ValueError:  # a 30th of February
         return False
 
 
@@ -571,10 +576,6 @@ class Series(NamedTuple):
     environment: str
     server: str | None = None  # system_identifier; None, where a service hides it, fits any
 
-    @property
-    def on_any_server(self) -> Series:
-        return self._replace(server=None)
-
     def matches(self, other: Series) -> bool:
         """Whether it is the same one; an older backup, with no server, counts as ours."""
         may_be_ours = self.server == other.server or None in (self.server, other.server)
@@ -587,10 +588,9 @@ def read_metadata_values(path: str) -> dict[str, Any]:
     status = os.stat(path)  # first: to open a pipe of that name would hang
     if not stat.S_ISREG(status.st_mode) or status.st_size > METADATA_MAX_BYTES:
         raise MetadataError("it is no metadata file")
-    with open(path, "rb") as file:
-        text = file.read()
     try:
-        values = json.loads(text)
+        with open(path, encoding="utf-8") as file:
+            values = json.loads(file.read())
     except (ValueError, RecursionError) as error:
         raise MetadataError(f"it is not a JSON object: {error}") from None
     if not isinstance(values, dict):
@@ -2943,28 +2943,31 @@ def find_backups(directory: Path) -> list[Backup]:
     """Every backup in the directory, broken ones too, the newest first. Raises OSError for the
     directory; whatever is wrong with a file is in its status."""
     backups = [
-        read_backup(directory / name)
+        read_backup(directory, name)
         for name in os.listdir(directory)
         if name.endswith(DUMP_SUFFIX) and not name.startswith(".")
     ]
     return sorted(backups, key=lambda backup: (backup.timestamp, backup.dump.name), reverse=True)
 
 
-def read_backup(dump: Path) -> Backup:
-    """One backup, from its metadata and the size of its dump."""
+def read_backup(directory: Path, name: str) -> Backup:
+    """The backup whose dump has this name, from its metadata and the size of its dump."""
+    dump, path = directory / name, f"{directory}/{name}"
     size_bytes: int | None = None
     with contextlib.suppress(OSError):  # unreadable, or a link to nowhere
-        found = os.stat(dump)
+        found = os.stat(path)
         size_bytes = found.st_size if stat.S_ISREG(found.st_mode) else None
     try:
-        return describe_backup(dump, size_bytes, read_metadata_values(str(metadata_path(dump))))
+        values = read_metadata_values(path.removesuffix(DUMP_SUFFIX) + METADATA_SUFFIX)
     except FileNotFoundError:
         status = Status.NO_METADATA
     except PermissionError:
         status = Status.NOT_READABLE
     except (OSError, MetadataError):
         status = Status.BAD_METADATA
-    match = FILE_NAME.fullmatch(dump.name)
+    else:
+        return describe_backup(dump, name, size_bytes, values)
+    match = FILE_NAME.fullmatch(name)
     if match is None:
         return Backup(dump, size_bytes, status, "-", Series("-", "-"))
     timestamp = "{date}T{hour}:{minute}:{second}Z".format_map(match.groupdict())
@@ -2973,7 +2976,9 @@ def read_backup(dump: Path) -> Backup:
     )
 
 
-def describe_backup(dump: Path, size_bytes: int | None, values: Mapping[str, Any]) -> Backup:
+def describe_backup(
+    dump: Path, name: str, size_bytes: int | None, values: Mapping[str, Any]
+) -> Backup:
     """A backup, by the values of its metadata."""
     optional = {
         key: value
@@ -2989,7 +2994,7 @@ def describe_backup(dump: Path, size_bytes: int | None, values: Mapping[str, Any
         status,
         values["backup_timestamp"],
         Series(values["database_name"], values["environment"], optional.get("system_identifier")),
-        is_renamed=values["backup_file"] != dump.name,
+        is_renamed=values["backup_file"] != name,
         total_rows=sum(values["table_counts"].values()),
         database_size_bytes=optional.get("database_size_bytes"),
         postgresql_version=values["postgresql_version"],
@@ -3189,16 +3194,15 @@ def create_backup(
             backups = find_backups(output_dir)
             earlier = verified_backups(backups, series)
             recent = read_recent(earlier)
-            last = next(iter(verified_backups(backups, series.on_any_server)), None)
+            of_any_server = verified_backups(backups, series._replace(server=None))
+            last = of_any_server[0] if of_any_server else None
             run = RunContext(config, tools, session, lock, partial, progress, last)
             snapshot, counts, warning = dump_database(run)
             session.close()  # nothing more is asked of the server
             Background(partial.dump.sync).wait()
             metadata = verify_new_dump(run, draft_metadata(run, snapshot, counts, series), started)
             complaints = publish(partial, metadata)
-            made = describe_backup(
-                partial.published_dump, metadata.backup_size_bytes, metadata._asdict()
-            )
+            made = read_backup(output_dir, partial.published_dump.name)
             warnings = [warning, *complaints, *shrinkage_lines(metadata, recent)]
             announce(creation_lines(made.dump, metadata), warnings)
             # A name that may not be on the disk replaces no older backup.
