@@ -11,7 +11,7 @@ Where to look for what:
     settings, passwords       test_config, test_secrets
     the way to the server     test_connections, test_ways, test_server_faults
     versions, tools           test_servers, test_tools, test_earlier
-    what a backup holds       test_counts, test_encodings, test_hostile_data, test_owners
+    what a backup holds       test_counts, test_facts, test_encodings, test_hostile_data, test_owners
     one moment, locks         test_snapshot
     what "verified" means     test_verification, test_contents, test_script_reader
     files and disks           test_directory, test_disks, test_durability

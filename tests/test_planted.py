@@ -9,6 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,31 @@ def test_file_swapped_while_the_run_goes_on(
     assert left.keys() - before.keys() <= {path.name}  # the stranger's own
     theirs.back_up()
     assert state(precious) == precious_before
+
+
+@pytest.mark.parametrize("suffix", [".dump", ".metadata.json"])
+def test_link_to_nowhere_under_the_final_name_stays(
+    suffix: str, theirs: Project, standing_database: Database
+) -> None:
+    """A rename would replace it, and whoever laid it there would miss it."""
+    before = published(theirs.backups)
+    fake_call(theirs, *CONTENTS, HOLD)
+    started = datetime.now(timezone.utc)
+    process = theirs.start()
+    wait_until(lambda: paused(theirs))
+    seconds = int((datetime.now(timezone.utc) - started).total_seconds()) + 2
+    links = [
+        theirs.backups / f"{standing_database.name}_dev_{moment:%Y-%m-%dT%H-%M-%SZ}{suffix}"
+        for moment in (started + timedelta(seconds=second) for second in range(seconds))
+    ]
+    for link in links:
+        link.symlink_to("nowhere")
+    let_go(theirs)
+    result = finish(process).failed_with(4, "Permission error")
+    assert "File exists" in result.stderr, result
+    after = published(theirs.backups)
+    assert after.items() - before.items() == {(link.name, after[link.name]) for link in links}
+    assert all(os.readlink(link) == "nowhere" for link in links)
 
 
 def test_everything_goes_through_the_descriptors(theirs: Project) -> None:

@@ -35,7 +35,7 @@ CREATE ROLE app LOGIN CREATEDB CREATEROLE REPLICATION BYPASSRLS CONNECTION LIMIT
     PASSWORD 'kept out of every backup';
 CREATE ROLE heir NOINHERIT IN ROLE reader;
 CREATE ROLE stranger;
-CREATE ROLE setter;
+CREATE ROLE setter CONNECTION LIMIT 0;
 CREATE ROLE subscriber SUPERUSER;
 CREATE ROLE :"hostile" SUPERUSER;
 GRANT reader TO app WITH ADMIN OPTION;
@@ -47,7 +47,7 @@ GRANT heir TO :"hostile";
 MEMBERSHIP = r"""
 GRANT reader TO heir WITH ADMIN FALSE, INHERIT TRUE, SET FALSE;
 SET ROLE app;
-GRANT reader TO heir WITH ADMIN TRUE, INHERIT FALSE, SET FALSE;
+GRANT reader TO heir WITH ADMIN TRUE, INHERIT FALSE, SET TRUE;
 """
 
 # What is in each of them.
@@ -241,20 +241,21 @@ def test_runbook_with_a_tablespace(
         server.psql(f'DROP TABLESPACE "{name}"')
 
 
-def test_runbook_of_the_database_that_every_server_has(
-    cluster: Cluster, elsewhere: Cluster, make_project: MakeProject
+@pytest.mark.parametrize("name", ["postgres", "template1"])
+def test_runbook_of_a_database_that_every_server_has(
+    name: str, cluster: Cluster, elsewhere: Cluster, make_project: MakeProject
 ) -> None:
-    postgres = Database(cluster, "postgres")
-    postgres.psql("CREATE TABLE only_here AS SELECT 1")
+    original = Database(cluster, name)
+    original.psql("CREATE TABLE only_here AS SELECT 1")
     try:
-        project = make_project(postgres)
+        project = make_project(original)
         commands = read_metadata(project.back_up())["restore"]
         type_comments(commands, project)
         type_runbook(commands, project, elsewhere).succeeded()
-        assert Database(elsewhere, "postgres").contents() == postgres.contents()
+        assert Database(elsewhere, name).contents() == original.contents()
     finally:
         for server in (cluster, elsewhere):
-            server.psql("DROP TABLE IF EXISTS only_here")
+            server.psql("DROP TABLE IF EXISTS only_here", name)
 
 
 def test_runbook_of_a_backup_made_before_there_were_any(tmp_path: Path) -> None:
@@ -272,4 +273,5 @@ def test_runbook_of_a_backup_made_before_there_were_any(tmp_path: Path) -> None:
         check=True,
     )
     assert "CREATE ROLE \"x'; touch harm; '\"" in project_free.stdout
+    assert "NOINHERIT" not in project_free.stdout  # of what is not known, PostgreSQL's default
     assert not list(tmp_path.iterdir())

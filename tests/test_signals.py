@@ -130,6 +130,19 @@ def test_further_signals_do_not_disturb_the_cleaning_up(
         assert_nothing_runs(standing, standing_database)
 
 
+def test_pause_before_another_attempt_holds_no_connection(
+    standing: Project, standing_database: Database
+) -> None:
+    """Nor a lock: a role that may have two connections gets both back."""
+    standing.rewrite({"LOCK_RETRY_SECONDS": 100})
+    fake_call(standing, *DUMP, "touch $HOME/paused; exit 1")
+    with untouched(standing):
+        process = standing.start()
+        wait_until(lambda: paused(standing))
+        wait_until(lambda: not sessions_on(standing_database), 10)
+        strike(process, signal.SIGTERM)
+
+
 def test_signal_that_nohup_ignores_stays_ignored(standing: Project) -> None:
     fake_call(standing, *TABLE_OF_CONTENTS, HOLD)
     process = standing.start(prefix=["nohup"])
