@@ -248,7 +248,6 @@ def test_link_that_is_retired_is_removed_and_not_what_it_leads_to(
     assert elsewhere.exists()
 
 
-@pytest.mark.servers(15)
 def test_past_backups_are_read_and_removed_under_the_lock(theirs: Project, tmp_path: Path) -> None:
     """Another run could begin to read them, or remove the same ones. And they may be on a slow
     disk: they are read before any table is locked."""

@@ -74,7 +74,6 @@ def test_signal_ends_the_first_process_of_a_container(
             assert_nothing_runs(standing, standing_database)
 
 
-@pytest.mark.servers(15)
 @pytest.mark.parametrize("number", TERMINATING, ids=lambda number: str(number.name))
 def test_signal_between_the_renames_leaves_a_whole_backup(
     number: signal.Signals, standing: Project, standing_database: Database
@@ -190,9 +189,7 @@ def test_ctrl_c_in_a_terminal_prints_one_line(
 # -- SIGKILL: the script itself cannot clean up ---------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "phase", [*PHASES, pytest.param("between the renames", marks=pytest.mark.servers(15))]
-)
+@pytest.mark.parametrize("phase", [*PHASES, "between the renames"])
 def test_next_run_sweeps_what_a_killed_one_left(
     phase: str, standing: Project, standing_database: Database
 ) -> None:

@@ -107,9 +107,12 @@ def test_verify_and_list_need_only_python_and_pg_restore(backup: Backup, tmp_pat
 @pytest.mark.parametrize(
     ("major", "compression", "words"),
     [
-        (15, "gzip:4", ["is version 15.", "which pg_dump 17.", "version 17 or newer"]),
-        (16, "gzip:4", ["is version 16.", "which pg_dump 17.", "version 17 or newer"]),
-        (18, "zstd:3", ["is built without zstd", "BACKUP_COMPRESS=gzip"]),
+        pytest.param(major, compression, words, marks=pytest.mark.servers(major))
+        for major, compression, words in (
+            (15, "gzip:4", ["is version 15.", "which pg_dump 17.", "version 17 or newer"]),
+            (16, "gzip:4", ["is version 16.", "which pg_dump 17.", "version 17 or newer"]),
+            (18, "zstd:3", ["is built without zstd", "BACKUP_COMPRESS=gzip"]),
+        )
     ],
 )
 def test_unfit_pg_restore_is_a_tool_error(
@@ -132,6 +135,7 @@ def test_damage_is_told_before_an_old_pg_restore(backup: Backup, make_project: M
     assert "This file has changed since its backup: 5 of " in result.stderr, result
 
 
+@pytest.mark.servers(18)
 def test_newer_pg_restore_will_do(originals: Callable[[str], Backup]) -> None:
     backup = originals("gzip:4")
     path = f"{installation(18)}:/usr/bin:/bin"
