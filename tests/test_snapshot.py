@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from conftest import MakeProject
-from faults import BETWEEN_TRIES
+from faults import BETWEEN_TRIES, WIDE
 from psycopg2.extensions import connection as Connection  # noqa: N812 - a class, oddly named
 from support import (
     Database,
@@ -132,6 +132,7 @@ def wait_for(observer: Connection, condition: str) -> object:
     return found[0][0]
 
 
+OUR_COUNT = "application_name = 'backup_db' AND query LIKE 'COPY %'"
 PG_DUMP = "application_name LIKE 'backup_db %'"
 
 
@@ -221,6 +222,42 @@ def test_rows_are_there_whatever_comes_before_pg_dump_looks(
     assert_restores(dump, chat)
 
 
+# Two schemas that swap their names, after pg_dump and before our count have come to them.
+SWAPPING = f"""
+{WIDE}
+CREATE SCHEMA live;
+CREATE TABLE live.orders AS SELECT 1 AS id;
+CREATE SCHEMA staged;
+CREATE TABLE staged.orders AS SELECT 'x' AS name FROM generate_series(1, 2);
+"""
+SWAP = """
+BEGIN;
+ALTER SCHEMA live RENAME TO old;
+ALTER SCHEMA staged RENAME TO live;
+ALTER SCHEMA old RENAME TO staged;
+COMMIT;
+"""
+
+
+def test_tables_that_take_each_others_places_before_they_are_counted(
+    chat: Database, observer: Connection, make_project: MakeProject
+) -> None:
+    """The one by that name does not even have the column that is counted by: once again."""
+    chat.psql(SWAPPING)
+    project = make_project(chat, constants={"LOCK_RETRY_SECONDS": 0.1})
+    with closing(connect(chat)) as session:
+        execute(session, "BEGIN; REINDEX TABLE wide")
+        run = project.start()
+        for counter in (OUR_COUNT, PG_DUMP):
+            wait_for(observer, counter)
+        chat.psql(SWAP)
+        execute(session, "COMMIT")
+    finish(run).succeeded()
+    (dump,) = project.dumps()
+    assert table_counts(dump)["live.orders"] == 2
+    assert_restores(dump, chat)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -269,19 +306,32 @@ def test_table_created_between_the_locks_and_the_snapshot_is_in(
     assert_restores(dump, chat)
 
 
-@pytest.mark.parametrize("dropped", ["TABLE chat.messages", "SCHEMA chat"])
+@pytest.mark.parametrize(
+    ("migration", "rows"),
+    [
+        ("DROP TABLE chat.messages CASCADE", None),
+        ("DROP SCHEMA chat CASCADE", None),
+        # The number of tables is what it was, and so are their names.
+        ("DROP TABLE chat.messages CASCADE; CREATE TABLE chat.messages AS SELECT 1 AS id", 1),
+    ],
+    ids=["table", "schema", "table that is made anew"],
+)
 def test_what_is_dropped_while_it_is_being_locked_is_not_in(
-    dropped: str, chat: Database, observer: Connection, make_project: MakeProject
+    migration: str,
+    rows: int | None,
+    chat: Database,
+    observer: Connection,
+    make_project: MakeProject,
 ) -> None:
     """There is nothing to lock by then: once again."""
     chat.psql("CREATE TABLE stays AS SELECT 1 AS n")
     project = make_project(chat, constants=LISTED)
     run = project.start()
     wait_until(lambda: sessions(observer, IS_LISTED))
-    chat.psql(f"DROP {dropped} CASCADE")
+    chat.psql(migration)
     finish(run).succeeded()
     (dump,) = project.dumps()
-    assert "chat.messages" not in table_counts(dump)
+    assert table_counts(dump).get("chat.messages") == rows
     assert_restores(dump, chat)
 
 

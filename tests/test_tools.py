@@ -14,9 +14,10 @@ from faults import (
     fake_call,
     let_go,
     paused,
+    sessions_on,
     untouched,
 )
-from support import Project, finish, wait_until
+from support import Database, Project, finish, wait_until
 
 TOOLS = ("pg_dump", "pg_restore")
 VERSION = "--version"
@@ -49,6 +50,27 @@ def test_verification_names_the_path_line_too(standing: Project) -> None:
     (dump,) = standing.dumps()
     result = standing.run("--verify", dump, env=hide_tools(standing)).failed_with(6, "Tool error")
     assert f"It is in {standing.bin_dir}. For cron" in result.stderr, result
+
+
+def test_older_tools_in_the_usual_folders_are_no_way_out(standing: Project) -> None:
+    folder = standing.directory / "9" / "bin"
+    folder.mkdir(parents=True)
+    standing.rewrite({"TOOL_FOLDERS": ("9/bin",)})
+    fake_call(standing, "pg_dump", VERSION, "echo 'pg_dump (PostgreSQL) 9.6.24'")
+    (folder / "pg_dump").symlink_to(standing.fakes / "pg_dump")
+    result = standing.run().failed_with(6, "Tool error")
+    assert "crontab" not in result.stderr, result
+    assert "client tools, version 17 or newer" in result.stderr, result
+
+
+def test_pg_restore_beside_pg_dump_comes_before_one_that_is_earlier_on_path(
+    standing: Project,
+) -> None:
+    older = standing.fakes / "pg_restore"
+    older.write_text("#!/bin/sh\necho 'pg_restore (PostgreSQL) 9.6.24'\n")
+    older.chmod(0o755)
+    assert not (standing.fakes / "pg_dump").exists()
+    standing.back_up()
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -109,7 +131,6 @@ def test_tool_that_is_no_program(content: bytes, standing: Project) -> None:
     ("call", "script", "code", "words"),
     [
         (DUMP, "kill -SEGV $$", 7, "pg_dump was ended by signal 11: Segmentation fault"),
-        (DUMP, "kill -KILL $$", 7, "killed process"),  # the out-of-memory killer's way
         (DUMP, 'echo "disc \tfull\a?" >&2; exit 3', 7, "Error: disc     full\\x07?\n"),
         (DUMP, "exit 0", 6, "wrote nothing into the dump: is it a wrapper that runs on another"),
         (
@@ -132,6 +153,15 @@ def test_tool_that_fails_at_its_work(
     with untouched(standing):
         result = standing.run().failed_with(code)
     assert words in result.stderr, result
+
+
+def test_pg_dump_that_is_killed_is_not_started_again(standing: Project) -> None:
+    """The out-of-memory killer's way: it would be killed again."""
+    fake_call(standing, *DUMP, 'echo x >>"$HOME/tries"; kill -KILL $$')
+    with untouched(standing):
+        result = standing.run().failed_with(7, "Backup creation error")
+    assert "killed process" in result.stderr, result
+    assert (standing.directory / "home" / "tries").read_text() == "x\n"
 
 
 def test_warnings_of_pg_dump_are_passed_on(standing: Project) -> None:
@@ -222,8 +252,11 @@ def test_late_words_of_a_programs_child_go_nowhere(standing: Project) -> None:
     assert result.stderr == ""
 
 
-def test_descriptors_are_given_back(standing: Project) -> None:
-    """Those of a pg_dump that is started again, and of programs that are asked for a version."""
+def test_descriptors_and_connections_are_given_back(
+    standing: Project, standing_database: Database
+) -> None:
+    """Those of a pg_dump that is started again, and of programs that are asked for a version. While
+    the dump is read back, nobody is held up by a lock or a snapshot of ours."""
     standing.rewrite({"LOCK_RETRY_SECONDS": 0.1})
     fake_call(
         standing,
@@ -240,5 +273,6 @@ def test_descriptors_are_given_back(standing: Project) -> None:
         return [link for link in others if "pipe:" in os.path.realpath(link)]
 
     wait_until(lambda: len(open_pipes()) <= 2)  # pg_restore's output and its words
+    wait_until(lambda: not sessions_on(standing_database), 10)
     let_go(standing)
     finish(process).succeeded()
