@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import pwd
@@ -35,7 +36,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 # Python packages that bring a whole PostgreSQL, and where in them it is.
 PACKAGED = {
@@ -131,6 +132,7 @@ class Cluster:
         self.host = "127.0.0.1"
         self.port = random.choice(PORTS)
         self.password = secrets.token_urlsafe()  # of `postgres`
+        self._log: IO[bytes] = io.BytesIO()
         self._guard = subprocess.Popen(
             [sys.executable, "-I", __file__, bin_dir],
             env={**os.environ, GUARDED: json.dumps({**ENVIRON, **(environ or {})})},
