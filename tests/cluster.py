@@ -195,7 +195,12 @@ class Cluster:
         """Become a hot standby of a server that runs; before the first start of this one."""
         shutil.rmtree(self.data_dir)
         self.password = primary.password
-        source = f"host={primary.directory} port={primary.port} user=postgres"
+        # Over loopback: of root's servers none gets to the socket of another.
+        passwords = self.directory / "passwords"
+        passwords.touch(mode=0o600)
+        passwords.write_text(f"*:*:*:postgres:{primary.password}")
+        os.chown(passwords, self.directory.stat().st_uid, -1)
+        source = f"host={primary.host} port={primary.port} user=postgres passfile={passwords}"
         options = ("--write-recovery-conf", "--checkpoint=fast", "--no-sync")
         self._ask("pg_basebackup", f"--dbname={source}", f"--pgdata={self.data_dir}", *options)
         self.configure({"port": str(self.port), "unix_socket_directories": str(self.directory)})
