@@ -442,8 +442,20 @@ def display_path(path: Path) -> str:
 
 
 def shell_words(*words: str) -> str:
-    """A command as a person can paste it."""
-    return " ".join(printable(shlex.quote(word)) for word in words)
+    """A command as a person can paste it: in every shell, and printable. What a terminal would obey
+    or not show is written as `"$(printf 'kun\\302\\240den')"`."""
+
+    def octal(c: str) -> str:
+        return "".join(f"\\{byte:03o}" for byte in c.encode("utf-8", "surrogateescape"))
+
+    def quote(word: str) -> str:
+        if word.isprintable():
+            return shlex.quote(word)
+        doubled = word.replace("\\", "\\\\").replace("%", "%%")
+        escaped = (c if c.isprintable() and c != "'" else octal(c) for c in doubled)
+        return f"\"$(printf '{''.join(escaped)}')\""
+
+    return " ".join(map(quote, words))
 
 
 def list_command(directory: Path) -> str:
@@ -467,7 +479,16 @@ def libpq_options(user: str | None = None) -> str:
 
 def sql_identifier(name: str) -> str:
     """A name quoted for SQL; unprintable characters, such as a newline, are in SQL's escapes."""
-    quoted = '"' + name.replace('"', '""') + '"'
+    return sql_quoted(name, '"')
+
+
+def sql_literal(text: str) -> str:
+    """A text quoted for SQL in the same way."""
+    return sql_quoted(text, "'")
+
+
+def sql_quoted(text: str, mark: str) -> str:
+    quoted = mark + text.replace(mark, mark * 2) + mark
     if quoted.isprintable():
         return quoted
     return "U&" + re.sub(r"[^ -~]|\\", lambda found: f"\\+{ord(found.group()):06X}", quoted)
@@ -480,11 +501,14 @@ PARTIAL_SUFFIX = ".partial"
 
 
 def file_prefix(database: str, environment: str) -> str:
-    """The name of a backup's files up to the timestamp, valid on FAT and NTFS too."""
-    encoded = re.sub(  # a byte that is not UTF-8 arrives as a lone surrogate
-        r'^[.-]|[/%\\"*:<>?|\0-\x1f\x7f-\x9f\ud800-\udfff]',
-        lambda unsafe: "%" + unsafe[0].encode(errors="surrogateescape").hex("%").upper(),
-        database,
+    """The name of a backup's files up to the timestamp: printable, and valid on FAT and NTFS."""
+
+    def percent(c: str) -> str:  # a byte that is not UTF-8 arrives as a lone surrogate
+        return "%" + c.encode(errors="surrogateescape").hex("%").upper()
+
+    encoded = "".join(
+        c if c.isprintable() and c not in '/%\\"*:<>?|' and (i or c not in ".-") else percent(c)
+        for i, c in enumerate(database)
     )
     ending = "" if encoded.endswith(f"_{environment}") else f"_{environment}"
     return encoded + ending
@@ -1872,49 +1896,49 @@ def least_major(metadata: Metadata) -> int:
 
 def restore_commands(metadata: Metadata) -> list[str]:
     """The shell commands, one a line, that restore this backup on a fresh server. They are made of
-    the metadata's other facts alone, and drop nothing.
-
-    Names are quoted in comments too: an interactive zsh takes a pasted comment for a command.
-    """
-    lines = [
-        f"# For PostgreSQL {least_major(metadata)} or newer: server, psql and pg_restore",
-        "# In the folder of the dump, with PGHOST, PGPORT and PGUSER set, the user a superuser",
+    the metadata's other facts alone, and drop nothing."""
+    return [
+        *comment_lines(metadata),
         *role_commands(metadata.roles or [], metadata.role_attributes or {}),
+        *database_commands(metadata),
     ]
-    if extensions := set(metadata.extensions or {}) - {"plpgsql"}:
-        names = shell_words(*sorted(extensions))
-        lines.append(f"# The server needs the packages of the extensions {names}")
+
+
+def comment_lines(metadata: Metadata) -> Iterator[str]:
+    """The first lines of `restore_commands`: what a person has to know, and to prepare.
+
+    An interactive zsh takes a pasted comment for a command: so they read as the words of one.
+    """
+    file = shell_words(str(metadata_path(Path(metadata.backup_file))))
+    code = "import json, sys; print(*json.load(open(sys.argv[1]))[sys.argv[2]], sep=chr(10))"
+    yield f"# These lines as they are to be typed: jq -r '.restore[]' {file}"
+    yield f"# Or: python3 -X utf8 -c {shell_words(code)} {file} restore"
+    yield f"# For PostgreSQL {least_major(metadata)} or newer, the server and its tools"
+    yield "# In the folder of the dump, with PGHOST, PGPORT, PGUSER and PGPASSWORD of a superuser"
+    extensions = [
+        shell_words(name, version)
+        for name, version in sorted((metadata.extensions or {}).items())
+        if name != "plpgsql"
+    ]
+    if extensions:
+        yield f"# The server needs the packages of these extensions: {', '.join(extensions)}"
+    of_system = {(metadata.locale or {}).get(key) for key in ("collate", "ctype")}
+    of_system |= {(metadata.settings or {}).get("lc_monetary")}
+    if locales := sorted(name for name in of_system if name not in (None, "C", "POSIX")):
+        yield f"# The server needs these locales, see locale -a: {shell_words(*locales)}"
     if metadata.tablespaces:
-        without = "" if metadata.database_tablespace else ", or without them: --no-tablespaces"
         names = shell_words(*metadata.tablespaces)
-        lines.append(f"# First make its tablespaces by CREATE TABLESPACE, {names}{without}")
-    target = ["--create", "--dbname=postgres"]
-    if metadata.database_name in {"postgres", "template1"}:  # on every server
-        target = [f"--dbname={metadata.database_name}"]
-        lines.append("# Settings, grants and comment of this database itself do not come back")
-    command = ["pg_restore", *target, "--exit-on-error", "--jobs=4", metadata.backup_file]
-    # The database may be read-only by its own settings, which are restored before its tables.
-    writable = "PGOPTIONS='-c default_transaction_read_only=off'"
-    return [*lines, f"{writable} {shell_words(*command)}"]
+        without = "" if metadata.database_tablespace else ", or its tables go to pg_default"
+        yield f"# First make its tablespaces by CREATE TABLESPACE: {names}{without}"
 
 
 def role_commands(
     roles: Sequence[str], attributes: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
     """The lines of `restore_commands` that make the roles, then their memberships."""
-
-    def psql(sql: str) -> str:
-        return shell_words("psql", "--no-psqlrc", "--dbname=postgres", "--command", sql)
-
     yield "# A role that is there already says so and stays as it is, the others get no password"
     for role in roles:
-        facts = attributes.get(role, {})
-        flags = ["superuser", "createrole", "createdb", "login", "replication", "bypassrls"]
-        words = [flag.upper() for flag in flags if facts.get(flag)]
-        words += [] if facts.get("inherit", True) else ["NOINHERIT"]
-        if (limit := facts.get("connection_limit", -1)) != -1:
-            words.append(f"CONNECTION LIMIT {limit:d}")
-        yield psql(" ".join(["CREATE ROLE", sql_identifier(role), *words])) + " || true"
+        yield psql_command(*role_statements(role, attributes.get(role, {}))) + " || true"
     for role in roles:
         for group, options in attributes.get(role, {}).get("member_of", {}).items():
             if group not in roles and not group.startswith("pg_"):  # PostgreSQL's own are there
@@ -1925,7 +1949,87 @@ def role_commands(
                 kinds = ("admin", "inherit", "set")
                 words = [f"{kind} {bool(options.get(kind))}".upper() for kind in kinds]
             grant = f"GRANT {sql_identifier(group)} TO {sql_identifier(role)}"
-            yield psql(grant + (f" WITH {', '.join(words)}" if words else ""))
+            yield psql_command(grant + (f" WITH {', '.join(words)}" if words else ""))
+
+
+def psql_command(*statements: str) -> str:
+    """A psql that stops at the first statement that fails."""
+    commands = " ".join(f"--command={shell_words(statement)}" for statement in statements)
+    options = "--no-psqlrc --no-password --set=ON_ERROR_STOP=1 --dbname=postgres"
+    return f"psql {options} {commands}"
+
+
+def role_statements(role: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    """What makes a role, and gives it its settings; one that the server refuses is left out."""
+    flags = ["superuser", "createrole", "createdb", "login", "replication", "bypassrls"]
+    words = [flag.upper() for flag in flags if facts.get(flag)]
+    words += [] if facts.get("inherit", True) else ["NOINHERIT"]
+    if (limit := facts.get("connection_limit", -1)) != -1:
+        words.append(f"CONNECTION LIMIT {limit:d}")
+    if "valid_until" in facts:
+        words.append(f"VALID UNTIL {sql_literal(facts['valid_until'])}")
+    yield " ".join(["CREATE ROLE", sql_identifier(role), *words])
+    if settings := facts.get("settings", []):
+        yield r"\unset ON_ERROR_STOP"
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        values = split_list(value) if name in LIST_SETTINGS else [value]
+        literals = ", ".join(map(sql_literal, values))
+        yield f"ALTER ROLE {sql_identifier(role)} SET {sql_identifier(name)} TO {literals}"
+
+
+# Settings whose value is a list of names, as pg_dump knows them (variable_is_guc_list_quote).
+LIST_SETTINGS = {
+    "local_preload_libraries",
+    "search_path",
+    "session_preload_libraries",
+    "shared_preload_libraries",
+    "temp_tablespaces",
+    "unix_socket_directories",
+}
+
+
+def split_list(value: str) -> list[str]:
+    """The names in such a setting's value, in which some are quoted; an empty list is one empty
+    name."""
+    found = re.findall(r'"((?:[^"]|"")*)"|([^",\s]+)', value)
+    return [quoted.replace('""', '"') or bare for quoted, bare in found] or [""]
+
+
+def database_commands(metadata: Metadata) -> Iterator[str]:
+    """The lines of `restore_commands` that make the database, fill it and analyze it.
+
+    To make it (`--schema=-` is no schema of its) fails where one of that name is there, and nothing
+    is added to that. The filling goes on past what is refused. It is done section by section: with
+    --jobs alone a row trigger of a partitioned table may be there before its rows, and fire.
+    """
+    name, dump = metadata.database_name, shell_words(metadata.backup_file)
+    # Another value of these, which the database or the role may have, refuses rows or bends them.
+    bending = {"default_transaction_read_only": "off", "array_nulls": "on"}
+    if lc_monetary := (metadata.settings or {}).get("lc_monetary"):
+        bending["lc_monetary"] = re.sub(r"([\\\s])", r"\\\1", lc_monetary)
+    options = shell_words(" ".join(f"-c {key}={value}" for key, value in bending.items()))
+    pg_restore = f"PGOPTIONS={options} pg_restore --no-password"
+    fill = f"{pg_restore} --dbname={dbname_word(name)} --section=$section --jobs=4"
+    analyze = f"vacuumdb --no-password --quiet --analyze-in-stages --dbname={dbname_word(name)}"
+    if name in {"postgres", "template1"}:  # on every server: only an error stops a second time
+        yield "# Settings, grants and comment of this database itself do not come back"
+        make, otherwise = "", "exit 1"
+        fill += " --exit-on-error"
+    else:
+        yield f"# For another try: dropdb {shell_words('--', name)}"
+        yield "# Make it, then fill it, past what is refused: each error is told, exit status 1"
+        make = f"{pg_restore} --create --schema=- --exit-on-error --dbname=postgres {dump} && "
+        otherwise = "rc=1"
+    sections = f"for section in pre-data data post-data; do {fill} {dump} || {otherwise}; done"
+    yield f"{make}( rc=0; {sections}; {analyze}; exit $rc )"
+
+
+def dbname_word(name: str) -> str:
+    """A database's name behind `--dbname=`, where a name like `k=v` or a URL would be parsed."""
+    if "=" in name or "://" in name or not name.isprintable():
+        name = "dbname='" + re.sub(r"([\\'])", r"\\\1", name) + "'"
+    return shell_words(name)
 
 
 def describe_database(session: Session) -> dict[str, Any]:
