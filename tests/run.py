@@ -20,6 +20,7 @@ Where to look for what:
     the day of the restore    test_runbook, test_rehearse
     README, sample database   test_readme, test_sample
 
+    the rehearsal itself      rehearse, values
     what the tests share      support, faults, conftest, cluster, environment, sample
     speed and size            benchmark (no test: it is run by hand)
 """
