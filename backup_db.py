@@ -68,12 +68,16 @@ if TYPE_CHECKING:
 
 SCRIPT_DIR = Path(__file__).resolve().parent
 DEFAULT_OUTPUT_DIR = SCRIPT_DIR / "db" / "backups"
-METADATA_VERSION = 1
+BACKUP_DB_VERSION = "2026.12"
+METADATA_VERSION = 1  # a reader refuses a higher one
+# Of the server, and of pg_dump: before it there is no pg_stat_progress_copy.
+OLDEST_MAJOR = 14
 
 # Time limits, in seconds.
 STALL_SECONDS = 600  # without any movement, before a wait is given up
-ANSWER_SECONDS = 10  # added to it, for a server to report that it gave up by the same limit
+ANSWER_SECONDS = 10  # extra time for the server to report that its own lock_timeout ended a query
 LOCK_RETRY_SECONDS = 1.0  # between two attempts; no lock is held meanwhile
+FREED_SECONDS = 2.0  # for the server to free the connection of a pg_dump that has ended
 CONNECT_LIMIT_FACTOR = 3  # times libpq's limit for each host: a name may have several addresses
 CONNECT_LIMIT_SECONDS = 5  # added to that
 TOOL_SECONDS = 30  # for a tool to report its version
@@ -82,9 +86,7 @@ ORPHAN_SECONDS = 1  # for the server to notice that this process was killed, and
 TICK_SECONDS = 0.1  # between two checks during any wait
 REDRAW_SECONDS = 0.2  # between two states of the progress line
 
-# Our own wait for table locks stays below PostgreSQL's deadlock_timeout (1 s by default, and half
-# of it where it is set lower): a backup that waits longer while it holds other tables makes a
-# migration the deadlock victim.
+# No wait of ours while we hold locks is longer: PostgreSQL's deadlock_timeout is 1 s by default.
 LOCK_TIMEOUT_MS = 500
 DUMP_LOCK_TIMEOUT = "10s"
 DUMP_ATTEMPTS = 3
@@ -107,6 +109,7 @@ FULL_DISK_BYTES = 64 * 1024
 RESERVE_BYTES = 256 * 1024 * 1024
 RESERVE_SHARE = 0.02
 
+RECENT_BACKUPS = 7  # in which the tables' rows are compared with those of a new one
 MOST_NAMES = 10  # in a message, which gives the number of the others
 
 
@@ -150,32 +153,43 @@ class Failure(Exception):
         self.detail = detail
         self.steps = steps
         self.report = report
-        self.place = ""  # what was backed up, for the log
+        self.log_location = ""  # what was backed up, and where
 
 
 class ServerError(Exception):
     """What the server, or libpq, answered instead of a result; libpq has no SQLSTATE of its own."""
 
-    def __init__(self, text: str, sqlstate: str | None = None, lost: bool = False) -> None:
+    def __init__(self, text: str, sqlstate: str | None = None) -> None:
         # "FATAL:  ", in any language: libpq puts two spaces there.
         self.text = printable_lines(re.sub(r"(?m)(^|: )(\w+):  (?=\S)", r"\1\2: ", text))
         self.sqlstate = sqlstate
-        self.lost = lost
+
+
+class ConnectionLost(ServerError):
+    """The connection has ended: only `Session.close` and `Session.connect` are left."""
+
+
+class NoAnswer(ConnectionLost):
+    """There was no answer in time. There is no point in asking the same server anything else."""
 
 
 class ArchiveError(Exception):
     """A dump that pg_restore cannot read, or that does not read as pg_dump writes it."""
 
 
-class DeadlockAhead(Exception):
-    """Whoever blocks pg_dump waits too, and so may be waiting for us."""
+class ChecksumDiffers(Exception):
+    """The hash of a dump is known to differ: what is in it need not be read any further."""
 
-    def __init__(self, blocker: Blocker) -> None:
+
+class LetGo(Exception):
+    """pg_dump waits for a lock, and somebody waits for ours: every lock has to go, at once."""
+
+    def __init__(self, blocker: Blocker | None) -> None:
         self.blocker = blocker
 
 
 class SnapshotLost(Exception):
-    """Something changed under the snapshot that its locks do not protect: begin again."""
+    """A name has changed under the snapshot, which no lock prevents: begin again."""
 
 
 class DumpFailed(Exception):
@@ -236,7 +250,7 @@ def catch_signals() -> None:
 
 
 def check_signals() -> None:
-    """Raise Interrupted if a terminating signal has come; of several, it is the first.
+    """Raise Interrupted if a terminating signal has come; if several came, the first of them.
 
     Called on each tick of a wait, and before each step that cannot be undone. Nothing is
     interrupted between two calls: no fork or rename needs a guard. A clean-up never calls it.
@@ -271,7 +285,10 @@ class Background(threading.Thread, Generic[T]):
         super().__init__(daemon=True)
         self._call = call
         self._error: BaseException | None = None
-        self.start()
+        try:
+            self.start()
+        except RuntimeError as error:  # "can't start new thread"
+            raise MemoryError(str(error)) from None
 
     def run(self) -> None:
         try:
@@ -304,13 +321,13 @@ class Patience:
         self._seen: dict[str, object] = {}
         self._moved_at = time.monotonic()
 
-    def watch(self, **seen: object) -> bool:
-        """Whether a value differs from the last call's: that is movement."""
-        has_moved = not seen.items() <= self._seen.items()
-        if has_moved:
+    def has_moved(self, **seen: object) -> bool:
+        """Record the values; return True if any changed."""
+        has_changed = not seen.items() <= self._seen.items()
+        if has_changed:
             self._seen |= seen
             self._moved_at = time.monotonic()
-        return has_moved
+        return has_changed
 
     @property
     def still_seconds(self) -> float:
@@ -322,9 +339,9 @@ class Patience:
             raise stalled_failure(what, blocker)
 
 
-def pause(progress: Progress, waits_for: str) -> None:
-    """Wait for a moment before the next attempt; the caller holds no lock."""
-    sleeping = Background(lambda: time.sleep(LOCK_RETRY_SECONDS))
+def pause(progress: Progress, waits_for: str, seconds: float = LOCK_RETRY_SECONDS) -> None:
+    """Wait for a moment before the next attempt."""
+    sleeping = Background(lambda: time.sleep(seconds))
     sleeping.wait(lambda: progress.show(f"Waiting: {waits_for}"))
 
 
@@ -388,6 +405,8 @@ def printable(text: str) -> str:
     def escape(c: str) -> str:  # a byte that is not UTF-8 is the surrogate \udcXX
         return c.encode("unicode_escape").decode().replace(r"\udc", r"\x")
 
+    if text.isprintable():  # as nearly all are: a list has thousands
+        return text
     return "".join(c if c.isprintable() else escape(c) for c in text)
 
 
@@ -441,8 +460,20 @@ def display_path(path: Path) -> str:
 
 
 def shell_words(*words: str) -> str:
-    """A command as a person can paste it."""
-    return " ".join(printable(shlex.quote(word)) for word in words)
+    """A command as a person can paste it: in every shell, and printable. What a terminal would obey
+    or not show is written as `"$(printf 'kun\\302\\240den')"`."""
+
+    def octal(c: str) -> str:
+        return "".join(f"\\{byte:03o}" for byte in c.encode("utf-8", "surrogateescape"))
+
+    def quote(word: str) -> str:
+        if word.isprintable():
+            return shlex.quote(word)
+        doubled = word.replace("\\", "\\\\").replace("%", "%%")
+        escaped = (c if c.isprintable() and c != "'" else octal(c) for c in doubled)
+        return f"\"$(printf '{''.join(escaped)}')\""
+
+    return " ".join(map(quote, words))
 
 
 def list_command(directory: Path) -> str:
@@ -466,24 +497,42 @@ def libpq_options(user: str | None = None) -> str:
 
 def sql_identifier(name: str) -> str:
     """A name quoted for SQL; unprintable characters, such as a newline, are in SQL's escapes."""
-    quoted = '"' + name.replace('"', '""') + '"'
+    return sql_quoted(name, '"')
+
+
+def sql_literal(text: str) -> str:
+    """A text quoted for SQL in the same way."""
+    return sql_quoted(text, "'")
+
+
+def sql_quoted(text: str, mark: str) -> str:
+    quoted = mark + text.replace(mark, mark * 2) + mark
     if quoted.isprintable():
         return quoted
     return "U&" + re.sub(r"[^ -~]|\\", lambda found: f"\\+{ord(found.group()):06X}", quoted)
 
 
-TIMESTAMP_PATTERN = r"\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}Z"
 DUMP_SUFFIX = ".dump"
 METADATA_SUFFIX = ".metadata.json"
 PARTIAL_SUFFIX = ".partial"
+# A published file's: PartialBackup.begin makes them.
+FILE_NAME = re.compile(
+    r"(?P<prefix>[^.].*?(?:_(?P<environment>dev|prod))?)"
+    r"_(?P<date>\d{4}-\d\d-\d\d)T(?P<hour>\d\d)-(?P<minute>\d\d)-(?P<second>\d\d)Z"
+    r"\.(?:dump|metadata\.json)",
+    re.DOTALL,
+)
 
 
 def file_prefix(database: str, environment: str) -> str:
-    """The name of a backup's files up to the timestamp, valid on FAT and NTFS too."""
-    encoded = re.sub(  # a byte that is not UTF-8 arrives as a lone surrogate
-        r'^[.-]|[/%\\"*:<>?|\0-\x1f\x7f-\x9f\ud800-\udfff]',
-        lambda unsafe: "%" + unsafe[0].encode(errors="surrogateescape").hex("%").upper(),
-        database,
+    """The name of a backup's files up to the timestamp: printable, and valid on FAT and NTFS."""
+
+    def percent(c: str) -> str:  # a byte that is not UTF-8 arrives as a lone surrogate
+        return "%" + c.encode(errors="surrogateescape").hex("%").upper()
+
+    encoded = "".join(
+        c if c.isprintable() and c not in '/%\\"*:<>?|' and (i or c not in ".-") else percent(c)
+        for i, c in enumerate(database)
     )
     ending = "" if encoded.endswith(f"_{environment}") else f"_{environment}"
     return encoded + ending
@@ -512,24 +561,31 @@ class MetadataError(ValueError):
     """Metadata that is missing, unreadable or ill-typed; the text names the key."""
 
 
+class NewerMetadata(MetadataError):
+    """Metadata that this release would misread."""
+
+
 def is_utc_time(value: object) -> bool:
     try:
-        return iso_timestamp(parse_iso_timestamp(str(value))) == value
-    except ValueError:
+        return (
+            re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", str(value), re.ASCII) is not None
+            and parse_iso_timestamp(str(value)) is not None
+        )
+    except ValueError:  # a 30th of February
         return False
 
 
-def check_for(annotation: Any) -> Callable[[Any], object]:
+def test_for(annotation: Any) -> Callable[[Any], object]:
     """A function that tells whether a value from JSON fits the annotation of its field. An int is
     always a number of something, which fits into PostgreSQL's bigint."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if type(None) in parts:
-        return check_for(parts[0])
+        return test_for(parts[0])
     if origin is Mapping:
-        fits = check_for(parts[1])
+        fits = test_for(parts[1])
         return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
     if origin is Sequence:
-        fits = check_for(parts[0])
+        fits = test_for(parts[0])
         return lambda value: isinstance(value, list) and all(map(fits, value))
     if annotation is int:
         return lambda value: type(value) is int and 0 <= value < 2**63
@@ -544,10 +600,33 @@ class Series(NamedTuple):
     environment: str
     server: str | None = None  # system_identifier; None, where a service hides it, fits any
 
-    def has(self, other: Series) -> bool:
+    def matches(self, other: Series) -> bool:
         """Whether it is the same one; an older backup, with no server, counts as ours."""
         may_be_ours = self.server == other.server or None in (self.server, other.server)
         return may_be_ours and self[:2] == other[:2]
+
+
+def read_metadata_values(path: str) -> dict[str, Any]:
+    """The values of a metadata file, by key. The required ones are checked, the optional ones not.
+    Raises MetadataError, naming the key; OSError."""
+    status = os.stat(path)  # first: to open a pipe of that name would hang
+    if not stat.S_ISREG(status.st_mode) or status.st_size > METADATA_MAX_BYTES:
+        raise MetadataError("it is no metadata file")
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.loads(file.read())
+    except (ValueError, RecursionError) as error:
+        raise MetadataError(f"it is not a JSON object: {error}") from None
+    if not isinstance(values, dict):
+        raise MetadataError("it is not a JSON object")
+    version = values.get("metadata_version")
+    if type(version) is int and version > METADATA_VERSION:
+        release = values.get("backup_db_version", "of an unknown version")
+        raise NewerMetadata(f"a newer backup_db.py made this: {release}")
+    for key in REQUIRED_KEYS:
+        if key not in values or not FITS[key](values[key]):
+            raise MetadataError(f'the key "{key}" is missing, or not what it should be')
+    return values
 
 
 class Metadata(NamedTuple):
@@ -566,6 +645,7 @@ class Metadata(NamedTuple):
     table_oids: Mapping[str, int] | None = None
     partition_of: Mapping[str, str] | None = None
     metadata_version: int = METADATA_VERSION
+    backup_db_version: str | None = None
     system_identifier: str | None = None
     database_size_bytes: int | None = None
     compression: str | None = None
@@ -578,6 +658,7 @@ class Metadata(NamedTuple):
     extensions: Mapping[str, str] | None = None
     roles: Sequence[str] | None = None
     role_attributes: Mapping[str, Mapping[str, Any]] | None = None
+    settings: Mapping[str, str] | None = None
     tablespaces: Sequence[str] | None = None
     database_tablespace: str | None = None
     restore: Sequence[str] | None = None
@@ -591,17 +672,8 @@ class Metadata(NamedTuple):
     @classmethod
     def read(cls, path: Path) -> Metadata:
         """Read and check a metadata file. Raises MetadataError, naming the key; OSError."""
-        status = path.stat()  # first: to open a pipe of that name would hang
-        if not stat.S_ISREG(status.st_mode) or status.st_size > METADATA_MAX_BYTES:
-            raise MetadataError("it is no metadata file")
-        try:
-            values = {**json.loads(path.read_bytes())}
-        except (TypeError, ValueError, RecursionError) as error:
-            raise MetadataError(f"it is not a JSON object: {error}") from None
+        values = read_metadata_values(str(path))
         fitting = {key: value for key, value in values.items() if key in FITS and FITS[key](value)}
-        for key in cls._fields:
-            if key not in fitting and key not in cls._field_defaults:
-                raise MetadataError(f'the key "{key}" is missing, or not what it should be')
         if values.get("table_oids") is not None:  # older backups have none
             oids, keys = fitting.get("table_oids", {}), values["table_counts"].keys()
             if oids.keys() != keys or len({*oids.values()}) < len(keys):
@@ -609,15 +681,10 @@ class Metadata(NamedTuple):
         return cls(**fitting)
 
     @property
-    def moment(self) -> datetime:
-        """The time of the snapshot."""
-        return parse_iso_timestamp(self.backup_timestamp)
-
-    @property
     def series(self) -> Series:
         return Series(self.database_name, self.environment, self.system_identifier)
 
-    def names(self, dump: Path) -> bool:
+    def describes(self, dump: Path) -> bool:
         """Whether the dump still has the name under which it was made."""
         return self.backup_file == dump.name
 
@@ -625,22 +692,24 @@ class Metadata(NamedTuple):
     def total_rows(self) -> int:
         return sum(self.table_counts.values())
 
-    def verified(self, found: Examination, pg_restore: Tool, seconds: float) -> Metadata:
-        """A copy, with the results of the examination of the dump."""
+    def verified(self, examination: Examination, pg_restore: Tool, seconds: float) -> Metadata:
+        """A copy, with the results of the examination of a sound dump."""
+        assert examination.found is not None
         return self._replace(
-            checksum_sha256=found.digest,
+            checksum_sha256=examination.digest,
             duration_seconds=round(seconds, 3),
             verification={
                 "verified_at": iso_timestamp(datetime.now(timezone.utc)),
-                "rows_read_back": self.total_rows,
-                "tables_read_back": len(self.table_counts),
-                "large_objects_read_back": self.large_object_count,
+                "rows_read_back": sum(examination.found.rows.values()),
+                "tables_read_back": len(examination.found.rows),
+                "large_objects_read_back": examination.found.large_objects,
                 "pg_restore_version": pg_restore.version,
             },
         )
 
 
-FITS = {key: check_for(hint) for key, hint in typing.get_type_hints(Metadata).items()} | {
+REQUIRED_KEYS = [key for key in Metadata._fields if key not in Metadata._field_defaults]
+FITS = {key: test_for(hint) for key, hint in typing.get_type_hints(Metadata).items()} | {
     "backup_timestamp": is_utc_time,
     "checksum_sha256": lambda value: re.fullmatch("[0-9a-f]{64}", str(value)),
 }
@@ -666,7 +735,11 @@ class OpenFile(NamedTuple):
         """Open the file; a new one is readable only by its owner. Raises OSError."""
         low = os.open(path, flags | os.O_CLOEXEC, 0o600)
         try:
-            return cls(path, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100))
+            try:
+                high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100)
+            except OSError:  # ulimit -n allows no number that high
+                high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10)
+            return cls(path, high)
         finally:
             os.close(low)
 
@@ -715,7 +788,12 @@ class Program(contextlib.AbstractContextManager["Program"]):
             pass_fds=[file.descriptor for file in files],
             start_new_session=True,  # Ctrl-C is ours to pass on
         )
-        self._drain = Background(self._read_stderr)
+        try:
+            self._drain = Background(self._read_stderr)
+        except MemoryError:  # no room for a thread: `with` has not begun yet
+            self.process.kill()
+            self.process.wait()
+            raise
 
     def _read_stderr(self) -> None:
         assert self.process.stderr is not None
@@ -836,15 +914,15 @@ def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
     return Failure(ExitCode.TOOL, detail, *steps)
 
 
-def wrapper_failure(pg_dump: Tool, stderr_text: str) -> Failure:
-    """A pg_dump that ended well, or could not open its file, and did not write where we look."""
+def wrapper_failure(tool: Tool, problem: str, stderr_text: str) -> Failure:
+    """A tool that does not reach our file, which it inherits as /dev/fd/N."""
     return Failure(
         ExitCode.TOOL,
-        f"{printable(pg_dump.path)} wrote nothing into the dump: is it a wrapper that runs on "
-        f"another machine, in a container or by sudo?\n{stderr_text}".rstrip(),
-        f"See what it is: file -L {shell_words(pg_dump.path)}",
-        "Put PostgreSQL's own tools first on PATH",
-        install_hint(),
+        f"{printable(tool.path)} {problem}: is it a wrapper that runs on another machine, in a "
+        f"container or by sudo?\n{stderr_text}".rstrip(),
+        f"See what it is: file -L {shell_words(tool.path)}",
+        *(path_hint(os.path.basename(tool.path), tool.major) or [install_hint(tool.major)]),
+        "Or put the folder of PostgreSQL's own tools first on PATH",
     )
 
 
@@ -900,32 +978,42 @@ class Tools(NamedTuple):
 def find_tools(config: DatabaseConfig) -> Tools:
     """Both tools, of versions that fit, with the compression to use."""
     pg_dump = find_tool("pg_dump")
+    if pg_dump.major < OLDEST_MAJOR:
+        because = f"and {OLDEST_MAJOR} is the oldest with which a backup can be verified"
+        raise older_tool_failure(pg_dump, OLDEST_MAJOR, because)
     # The one beside it is nearly always built with the same compressions.
     pg_restore = find_tool("pg_restore", os.path.dirname(pg_dump.path))
     if pg_restore.major < pg_dump.major:
         because = f"too old for the archives of pg_dump {pg_dump.version}"
         raise older_tool_failure(pg_restore, pg_dump.major, because)
-    wanted = config.compress or "zstd:3"
+    wanted = config.compress or ("zstd:3" if pg_dump.major >= 16 else "gzip:4")
     wanted = {"0": "none"}.get(wanted, f"gzip:{wanted}" if wanted.isdigit() else wanted)
     tools = Tools(pg_dump, pg_restore, wanted)
-    # pg_dump checks the value before it connects (tested on 15 to 18). The address leads nowhere:
-    # no server is asked, and no file is made.
-    options = ("--format=custom", f"--compress={tools.compress_value}", f"--file={os.devnull}")
-    nowhere = {"PGHOST": "/nowhere", "PGDATABASE": "probe"}
-    with Program([pg_dump.path, *options], tool_environment() | nowhere) as program:
-        program.wait(TOOL_SECONDS)
-        words = program.stderr_text
-    if "compress" not in words:
+    if not (refusal := compression_refusal(tools)):
         return tools
     if config.compress:
         raise Failure(
             ExitCode.CONFIGURATION,
             f"BACKUP_COMPRESS is {config.compress!r}, which pg_dump {pg_dump.version} "
-            f"does not take:\n{words}",
-            f"Correct it {config.places['compress']}",
+            f"does not take:\n{refusal}",
+            f"Correct it {config.setting_locations['compress']}",
             "Or leave it out; then zstd:3 is used where pg_dump has it, else gzip:4",
         )
     return tools._replace(compression="gzip:4")
+
+
+def compression_refusal(tools: Tools) -> str:
+    """pg_dump's words where it does not take the compression; nothing where it does."""
+    # Version 14 takes any text, and writes uncompressed.
+    if tools.pg_dump.major < 16 and not re.fullmatch(r"none|gzip:\d", tools.compression):
+        return "before version 16 it has none but gzip, with a level from 1 to 9"
+    # pg_dump checks the value before it connects (tested on 15 to 18). The address leads nowhere:
+    # no server is asked, and no file is made.
+    options = ("--format=custom", f"--compress={tools.compress_value}", f"--file={os.devnull}")
+    nowhere = {"PGHOST": "/nowhere", "PGDATABASE": "probe"}
+    with Program([tools.pg_dump.path, *options], tool_environment() | nowhere) as program:
+        program.wait(TOOL_SECONDS)
+        return program.stderr_text if "compress" in program.stderr_text else ""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -959,29 +1047,28 @@ class ScriptReader:
     Data lines are never parsed: COPY escapes every newline and every backslash within a
     value, so that a row is a line and only the end of the data is the line `\\.` (PostgreSQL
     documentation, "COPY", text format). Names are not escaped: within double quotes a COPY
-    statement may span lines. They are not parsed either. Everything else in the script must be what
-    pg_restore is known to write there (15 to 18); otherwise the archive counts as damaged.
+    statement may span lines. They are not parsed either. Other lines are passed over: releases add
+    some, and what is lost is seen from the numbers of blocks, rows and large objects.
     """
 
     STATEMENT = re.compile(
         rb'(?P<copy>COPY (?:[^"\n]|"[^"]*")* FROM stdin;\n)'
         rb"|(?P<large_object>SELECT pg_catalog\.lo_open\(.*\n)"
-        rb"|(?P<harmless>\n|(?:--|SET |BEGIN;|COMMIT;|\\restrict |\\unrestrict |"
-        rb"SELECT pg_catalog\.(?:set_config|lowrite|lo_close)\().*\n)"
-        rb"|(?P<unexpected>(?!COPY ).*\n)"
+        rb"|(?P<other>(?!COPY ).*\n)"
     )
     # The names of 1,600 columns take a third of it, pg_restore's piece of a large object 32 KiB.
     LONGEST_STATEMENT_BYTES = 1024 * 1024
     END_OF_DATA = b"\n\\.\n"
 
-    def __init__(self) -> None:
+    def __init__(self, most_blocks: int) -> None:
         self.blocks: list[int] = []  # the rows of each COPY, in order
         self.large_objects = 0
+        self._most_blocks = most_blocks
         self._unread = b""
         self._is_in_data = False
 
     def feed(self, block: bytes) -> None:
-        """Read the next block. Raises ArchiveError for what pg_restore never writes."""
+        """Read the next block. Raises ArchiveError for more tables than `most_blocks`."""
         script = self._unread + block
         position = 0
         while True:
@@ -999,21 +1086,24 @@ class ScriptReader:
                 self._is_in_data = False
                 position += len(self.END_OF_DATA)
             elif statement := self.STATEMENT.match(script, position):
-                kind = statement.lastgroup
-                if kind == "unexpected":
-                    line = printable(statement.group()[:200].decode("latin-1"))
-                    raise ArchiveError(f"an unexpected line: {line}")
-                if kind == "copy":
-                    self._is_in_data = True
-                    self.blocks.append(0)
-                self.large_objects += kind == "large_object"
-                # The newline before the first row is the one that ends the statement.
-                position = statement.end() - self._is_in_data
+                position = statement.end()
+                if statement["copy"]:
+                    position -= 1  # the newline before the first row ends the statement, too
+                    self._begin_data()
+                elif statement["large_object"]:
+                    self.large_objects += 1
             else:
                 break
         self._unread = script[position:]
         if len(self._unread) > self.LONGEST_STATEMENT_BYTES:
             raise ArchiveError("a line that is no data and does not end")
+
+    def _begin_data(self) -> None:
+        if len(self.blocks) == self._most_blocks:
+            listed = plural(self._most_blocks, "table")
+            raise ArchiveError(f"its table of contents lists the data of {listed}, it holds more")
+        self._is_in_data = True
+        self.blocks.append(0)
 
     def finish(self) -> None:
         """Raises ArchiveError where the script breaks off."""
@@ -1028,11 +1118,12 @@ def run_pg_restore(
     stdin: bytes = b"",
     on_block: Callable[[bytes], None],
     on_tick: Callable[[], object] = lambda: None,
-) -> None:
+) -> str:
     """Let pg_restore read the dump to its successful end; `on_block` is called with each piece of
-    what it writes, `on_tick` meanwhile. Raises ArchiveError, with its words, where it fails or
-    warns, and where it is silent for too long."""
+    what it writes, `on_tick` meanwhile. Returns its warnings. Raises ArchiveError, with its words,
+    where it fails, and where it is silent for too long."""
     os.lseek(dump.descriptor, 0, os.SEEK_SET)  # see OpenFile
+    # By the format's name: without it pg_restore reads other formats too, even a directory.
     argv = [pg_restore.path, "--format=custom", *options, dump.argument]
     pipe = subprocess.PIPE
     with Program(argv, tool_environment(), dump, stdin=pipe, stdout=pipe) as program:
@@ -1059,8 +1150,9 @@ def run_pg_restore(
                 raise ArchiveError(f"{program.name} is stuck: silent for {silence}")
 
         Background(read).wait(tick)
-        if program.stderr_text:
+        if program.process.returncode:
             raise ArchiveError(program.stderr_text)
+        return program.stderr_text
 
 
 # Dump id; oid of the catalog, oid of the object, kind. For a table's data the object is the table;
@@ -1076,14 +1168,25 @@ def list_data_entries(pg_restore: Tool, dump: OpenFile) -> dict[bytes, int]:
     return {dump_id: int(oid) for dump_id, oid in TOC_DATA_ENTRY.findall(b"".join(listing))}
 
 
+class Contents(NamedTuple):
+    """What pg_restore has decoded of a dump, and its warnings."""
+
+    rows: Mapping[int, int]  # by the table's oid
+    large_objects: int
+    warnings: str
+
+
 def read_contents(
     pg_restore: Tool, dump: OpenFile, entries: Mapping[bytes, int], on_tick: Callable[[int], None]
-) -> tuple[dict[int, int], int]:
-    """Let pg_restore decode every data entry. Returns the numbers of rows, by the table's oid, and
-    of large objects. pg_restore writes the entries in the order of `entries`: the k-th COPY is the
-    k-th table's. The memory this takes does not grow with the archive. Raises ArchiveError."""
-    reader = ScriptReader()
-    run_pg_restore(
+) -> Contents:
+    """Let pg_restore decode every data entry. It writes them in the order of `entries`: the k-th
+    COPY is the k-th table's. The memory this takes does not grow with the archive. Raises
+    ArchiveError."""
+    oids = [oid for oid in entries.values() if oid]
+    reader = ScriptReader(len(oids))
+    # --use-list leaves out all but the data: a large object's comment may hold any line, that of a
+    # COPY too.
+    warnings = run_pg_restore(
         pg_restore,
         dump,
         *("--data-only", "--use-list=/dev/stdin", "--file=-"),
@@ -1092,14 +1195,12 @@ def read_contents(
         on_tick=lambda: on_tick(sum(reader.blocks)),
     )
     reader.finish()
-    oids = [oid for oid in entries.values() if oid]
-    rows = dict(zip(oids, reader.blocks, strict=False))
-    if not len(rows) == len(oids) == len(reader.blocks):
+    if not len(set(oids)) == len(oids) == len(reader.blocks):
         raise ArchiveError(
             f"its table of contents lists the data of {plural(len(set(oids)), 'table')}, "
             f"it holds that of {len(reader.blocks)}"
         )
-    return rows, reader.large_objects
+    return Contents(dict(zip(oids, reader.blocks, strict=True)), reader.large_objects, warnings)
 
 
 class Check(NamedTuple):
@@ -1109,10 +1210,10 @@ class Check(NamedTuple):
     problem: str = ""
 
 
-def compare_contents(rows: Mapping[int, int], large_objects: int, expected: Metadata) -> Check:
+def compare_contents(found: Contents, expected: Metadata) -> Check:
     """Whether the archive's contents are what was counted; if not, every difference."""
     counts, objects = expected.table_counts, expected.large_object_count or 0
-    problems = []
+    rows, problems = found.rows, []
     if expected.table_oids is None:  # an older backup: only the numbers can be compared
         if sorted(rows.values()) != sorted(counts.values()):
             problems.append("the tables in the dump have other numbers of rows than were counted")
@@ -1123,9 +1224,10 @@ def compare_contents(rows: Mapping[int, int], large_objects: int, expected: Meta
                 problems.append(f"table {key}: {found_rows} the dump, {counts[key]} expected")
         uncounted = rows.keys() - expected.table_oids.values()
         problems += [f"table with the oid {oid}: in the dump, but not counted" for oid in uncounted]
-    if large_objects != objects:
-        problems.append(f"{plural(large_objects, 'large object')} in the dump, {objects} expected")
-    summary = row_summary(sum(rows.values()), len(rows), large_objects)
+    if found.large_objects != objects:
+        in_dump = plural(found.large_objects, "large object")
+        problems.append(f"{in_dump} in the dump, {objects} expected")
+    summary = row_summary(sum(rows.values()), len(rows), found.large_objects)
     if not problems:
         return Check(f"✓ Match ({summary})")
     expectation = row_summary(expected.total_rows, len(counts), objects)
@@ -1156,6 +1258,12 @@ class Examination(NamedTuple):
     checksum: Check
     structure: Check
     contents: Check | None
+    found: Contents | None
+
+    @property
+    def warnings(self) -> str:
+        """What pg_restore said of a dump that it could read."""
+        return self.found.warnings if self.found else ""
 
     @property
     def problem(self) -> str:
@@ -1172,9 +1280,9 @@ def examine_dump(
 
     The hash and the contents are read at the same time. Once the checksum is known to differ, no
     more is read, and the contents are discarded. `begin` is the fraction of the whole run that came
-    before. Raises Failure, Interrupted.
+    before. Raises Failure where pg_restore is not up to this archive, Interrupted.
     """
-    contents = None
+    contents, found = None, None
     try:
         entries = list_data_entries(pg_restore, dump)
         structure = Check("✓ Valid (pg_restore --list succeeded)")
@@ -1184,8 +1292,8 @@ def examine_dump(
     hashing = FileHash(dump)
 
     def on_tick(rows: int) -> None:
-        if not hashing.is_alive() and (problem := check_hash(dump, hashing, expected).problem):
-            raise ArchiveError(problem)
+        if not hashing.is_alive() and compare_hash(dump, hashing, expected).problem:
+            raise ChecksumDiffers
         hashed = hashing.done_bytes / (expected.backup_size_bytes or 1)
         done = (hashed + rows / (expected.total_rows or 1)) / 2
         progress.show("Verifying", begin + (1 - begin) * done, f"{rows} rows read back")
@@ -1193,16 +1301,20 @@ def examine_dump(
     if not structure.problem and dump.size_bytes == expected.backup_size_bytes:
         try:
             found = read_contents(pg_restore, dump, entries, on_tick)
-            contents = compare_contents(*found, expected)
+            contents = compare_contents(found, expected)
         except ArchiveError as error:
             contents = invalid(str(error))
-    checksum = check_hash(dump, hashing, expected)
+        except ChecksumDiffers:
+            pass
+    checksum = compare_hash(dump, hashing, expected)
     if checksum.problem:
-        return Examination("", checksum, structure, None)
-    return Examination(hashing.wait(), checksum, structure, contents)
+        return Examination("", checksum, structure, None, None)
+    examination = Examination(hashing.wait(), checksum, structure, contents, found)
+    check_restore_fits(pg_restore, dump, expected, examination.problem)
+    return examination
 
 
-def check_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check:
+def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check:
     """Whether every byte was hashed, and the hash is the one that the metadata has, if any."""
     size_bytes, checksum = expected.backup_size_bytes, expected.checksum_sha256
     found = dump.size_bytes
@@ -1220,18 +1332,18 @@ def check_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check:
         else:
             difference = f"expected {checksum[:12]}..., found {digest[:12]}..."
     problem = difference
-    if checksum and not expected.names(dump.path):
-        described = f"describes another backup: {printable(expected.backup_file)}"
-        problem = f"{display_path(metadata_path(dump.path))} {described}"
+    if checksum and not expected.describes(dump.path):
+        metadata_file = display_path(metadata_path(dump.path))
+        problem = f"{metadata_file} describes another backup: {printable(expected.backup_file)}"
     elif checksum:
         left = f"{found} of {size_bytes} bytes are left" if found < size_bytes else difference
         problem = f"This file has changed since its backup: {left}"
     return Check(f"✗ Mismatch ({difference})", problem)
 
 
-def check_restore_fits(pg_restore: Tool, metadata: Metadata, examination: Examination) -> None:
-    """Raise Failure where pg_restore is too old for the archive, or lacks its compression."""
-    problem = "" if examination.checksum.problem else examination.structure.problem
+def check_restore_fits(pg_restore: Tool, dump: OpenFile, metadata: Metadata, problem: str) -> None:
+    """Raise Failure where the problem is pg_restore's and not the archive's: it is too old, lacks
+    the compression, or has no way to the file."""
     if problem and pg_restore.major < least_major(metadata):
         pg_dump = f"pg_dump {printable(metadata.pg_dump_version)}"
         because = f"too old for this backup, which {pg_dump} made"
@@ -1242,9 +1354,17 @@ def check_restore_fits(pg_restore: Tool, metadata: Metadata, examination: Examin
             ExitCode.TOOL,
             f"{printable(pg_restore.path)} ({pg_restore.version}) is built without "
             f"{compression}, by which the backup is compressed\n{problem}",
-            *path_hint("pg_restore"),
-            install_hint(),
+            *path_hint("pg_restore", least_major(metadata)),
+            install_hint(least_major(metadata)),
             "For new backups another compression will do: BACKUP_COMPRESS=gzip:4",
+        )
+    if "could not open input file" in problem:
+        if os.path.exists(dump.argument):
+            raise wrapper_failure(pg_restore, "cannot open the dump", problem)
+        raise Failure(
+            ExitCode.TOOL,
+            f"{printable(pg_restore.path)} cannot open the dump: /dev/fd is missing\n{problem}",
+            "Mount what it leads to: sudo mount -t proc proc /proc",
         )
 
 
@@ -1263,9 +1383,11 @@ KEEPALIVES = {
 
 
 class RowCounter:
-    """Where the rows of a COPY go: psycopg2 writes them one by one."""
+    """Where the rows of one COPY after the other go: psycopg2 writes them one by one."""
 
-    rows = 0
+    def __init__(self) -> None:
+        self.rows = 0  # of all
+        self.finished: list[int] = []  # the rows of each COPY that has ended
 
     def write(self, _row: bytes) -> None:
         self.rows += 1
@@ -1299,7 +1421,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
         try:
             self._connection = self._call(self._open, limit)
         except ServerError as error:
-            error.lost = time.monotonic() - started >= config.connect_seconds
+            if time.monotonic() - started >= config.connect_seconds:
+                raise NoAnswer(error.text) from None
             raise
         self.server_version = int(self._connection.server_version)  # 170010 for 17.10
         # As libpq knows it; a pooler hands out a number of its own.
@@ -1330,24 +1453,28 @@ class Session(contextlib.AbstractContextManager["Session"]):
         try:
             result: T = self._running.wait(on_tick, seconds)
         except TimeoutError:
-            place = f'"{self._config.host}", port {self._config.port}'
-            answer = f"no answer from {place} within {format_age(seconds)}"
-            raise ServerError(answer, lost=True) from None
+            address = f'"{self._config.host}", port {self._config.port}'
+            answer = f"no answer from {address} within {format_age(seconds)}"
+            raise NoAnswer(answer) from None
         except UnicodeDecodeError as error:
             raise ServerError(decode_server_text(error.object)) from None
         except (psycopg2.Error, ValueError) as error:
-            sqlstate = getattr(error, "pgcode", None)
-            lost = sqlstate is None and self._connection is not None and self._connection.closed
-            # psycopg2 often has no more than "no message from the libpq" for a lost connection.
-            text = (lost and self._connection.info.error_message) or getattr(error, "pgerror", None)
-            # What is not UTF-8 before a login some Pythons lose (seen on 3.11.2, not on 3.11.7).
-            unread = "the server's words are not UTF-8, and lost on this Python; psql shows them"
-            text = (text or str(error)).strip() or unread
-            raise ServerError(text, sqlstate, bool(lost)) from None
+            raise self._translate(error) from None
         finally:
             if not self._running.is_alive():
                 self._running = None
         return result
+
+    def _translate(self, error: Exception) -> ServerError:
+        """The server's or libpq's words for what psycopg2 raised."""
+        sqlstate, text = getattr(error, "pgcode", None), getattr(error, "pgerror", None)
+        # What is not UTF-8 before a login some Pythons lose (seen on 3.11.2, not on 3.11.7).
+        unread = "the server's words are not UTF-8, and lost on this Python; psql shows them"
+        text = (text or str(error)).strip() or unread
+        if sqlstate is None and self._connection is not None and self._connection.closed:
+            # psycopg2 often has no more than "no message from the libpq" for a lost connection.
+            return ConnectionLost(self._connection.info.error_message or text)
+        return ServerError(text, sqlstate)
 
     def query(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         """Run a statement, or several in one string, and return the rows of the last. Text is
@@ -1363,21 +1490,28 @@ class Session(contextlib.AbstractContextManager["Session"]):
             for row in self._call(execute, STALL_SECONDS + ANSWER_SECONDS)
         ]
 
-    def copy_rows(self, statement: str, counter: RowCounter, on_tick: Callable[[], None]) -> int:
-        """Run a `COPY … TO STDOUT` and return how many rows came; `counter` counts them on the way,
-        their contents are discarded."""
+    def copy_rows(
+        self, statements: Iterable[str], counter: RowCounter, on_tick: Callable[[], None]
+    ) -> None:
+        """Run a `COPY … TO STDOUT` after the other, at least one, until a tick has passed: a thread
+        for each would take longer than the COPY of a small table. `counter` counts the rows; their
+        contents are discarded. Where one fails, `counter.finished` tells which."""
 
-        def copy() -> int:
+        def copy() -> None:
             # psycopg2 prints a FATAL that ends a COPY by sys.excepthook, and raises it as well.
             hook, sys.excepthook = sys.excepthook, lambda *_exception: None
+            started = time.monotonic()
             try:
                 with self._connection.cursor() as cursor:
-                    cursor.copy_expert(statement.encode("utf-8", "surrogateescape"), counter)
-                    return int(cursor.rowcount)
+                    for statement in statements:
+                        cursor.copy_expert(statement.encode("utf-8", "surrogateescape"), counter)
+                        counter.finished.append(int(cursor.rowcount))
+                        if time.monotonic() - started > TICK_SECONDS:
+                            return
             finally:
                 sys.excepthook = hook
 
-        return self._call(copy, float("inf"), on_tick)
+        self._call(copy, float("inf"), on_tick)
 
     def close(self) -> None:
         """Close the connection: its locks, its snapshot and a query that runs end at once."""
@@ -1396,12 +1530,11 @@ class Session(contextlib.AbstractContextManager["Session"]):
         import socket
         import struct
 
-        with (
-            contextlib.suppress(OSError, import_psycopg2().Error),  # it is gone already
-            socket.socket(fileno=os.dup(self._connection.fileno())) as connection,
-        ):
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError, import_psycopg2().Error):  # it is gone already
+            connection = socket.socket(fileno=os.dup(self._connection.fileno()))
+            with connection:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.shutdown(socket.SHUT_RDWR)
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
@@ -1425,9 +1558,10 @@ def decode_server_text(raw: bytes) -> str:
 
 # For each major version the first minor release that can refuse a view or foreign table in a
 # table's place (CVE-2024-7348); every later major version can.
-RESTRICTING_MINORS = {12: 20, 13: 16, 14: 13, 15: 8, 16: 4}
+RESTRICTING_MINORS = {14: 13, 15: 8, 16: 4}
 
-# SET, and no SELECT of set_config: that would take the snapshot, before the tables are locked.
+# No SELECT may stand here: it would take the snapshot before the tables are locked, and a table
+# that is emptied in between would be dumped, and counted, as empty.
 BEGIN_READ_ONLY = """
 BEGIN ISOLATION LEVEL {isolation} READ ONLY;
 SET LOCAL search_path = '';
@@ -1436,6 +1570,7 @@ SET LOCAL lock_timeout = '{lock_seconds}s';
 SET LOCAL idle_in_transaction_session_timeout = 0;
 SET LOCAL row_security = off;
 SET LOCAL quote_all_identifiers = off;
+SET LOCAL TimeZone = 'UTC';
 """
 
 
@@ -1454,10 +1589,10 @@ def begin_read_only(session: Session, isolation: str = "READ COMMITTED") -> None
     try:
         # Should this process be killed, the server ends a long count or wait by itself.
         session.query(f"{begin}SET LOCAL client_connection_check_interval = '{ORPHAN_SECONDS}s'")
-    except ServerError as error:
-        if error.lost:
-            raise
-        session.query(f"ROLLBACK; {begin}")  # not every platform can check that
+    except ConnectionLost:
+        raise
+    except ServerError:  # not every platform can check that
+        session.query(f"ROLLBACK; {begin}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1470,62 +1605,62 @@ def begin_read_only(session: Session, isolation: str = "READ COMMITTED") -> None
 CONNECTION_REMEDIES = {
     r"\(missing\)|database \".*\" does not exist": """
 Verify database exists: psql -l {options}
-Check database name {name_place}
+Check database name {name_location}
 Create database if needed: createdb {database} {options}""",
     r"\(closed\)|is not currently accepting connections": """
-The database does not allow connections; check its name {name_place}
+The database does not allow connections; check its name {name_location}
 Or allow them, as its owner in another database: ALTER DATABASE {sql_database} \
 ALLOW_CONNECTIONS true;""",
     r"User does not have CONNECT privilege\.": """
 Grant it, as its owner in any database: GRANT CONNECT ON DATABASE {sql_database} TO {sql_user};
-Or back up as another role, set {user_place}""",
+Or back up as another role, set {user_location}""",
     r"no password supplied": """
-Set the password {password_place}
+Set the password {password_location}
 Or keep it in ~/.pgpass: add this line, then put the password into it: \
 echo {pgpass_line} >> ~/.pgpass
 A line there counts only with this very host, and in a file of mode 0600: chmod 600 ~/.pgpass""",
     r"password retrieved from file": """
 The password in ~/.pgpass is wrong for this host and user: correct it there, or set the one \
-{password_place}
+{password_location}
 Try it by hand: psql {options} -d {database}""",
     r"password authentication failed": """
 {password_hint}
-Check the password {password_place}
-The server says the same of a user that is missing; check it {user_place}
+Check the password {password_location}
+The server says the same of a user that is missing; check it {user_location}
 Try both by hand: psql {options} -d {database}""",
     r"[Pp]eer authentication failed": """
-This socket lets a user in only as the role of the same name; set the user {user_place}
-Or connect by TCP with a password: set the host to 127.0.0.1 {host_place}""",
+This socket lets a user in only as the role of the same name; set the user {user_location}
+Or connect by TCP with a password: set the host to 127.0.0.1 {host_location}""",
     r"server does not support SSL": """
-The server has no TLS; set to prefer {sslmode_place}""",
+The server has no TLS; set to prefer {sslmode_location}""",
     r"\(PGSSLMODE=disable\)[\s\S]*(no encryption|SSL off)": """
-The server demands TLS; set to require {sslmode_place}""",
+The server demands TLS; set to require {sslmode_location}""",
     r"no pg_hba\.conf entry|pg_hba\.conf rejects": """
 Let this client in, above the other lines of the server's pg_hba.conf: {hba_line}
 See where that file is, as a superuser in any database: SHOW hba_file;
 Then, as a superuser in any database: SELECT pg_reload_conf();""",
     r"role \".*\" does not exist": """
-Check the user {user_place}
+Check the user {user_location}
 Or create it, as a superuser in any database: CREATE ROLE {sql_user} LOGIN;""",
     r"is not permitted to log in": """
 Allow it, as a superuser in any database: ALTER ROLE {sql_user} LOGIN;
-Or back up as another role, set {user_place}""",
+Or back up as another role, set {user_location}""",
     r"certificate verify failed|root certificate file": """
-Name the file of the certificate authority {sslrootcert_place}
+Name the file of the certificate authority {sslrootcert_location}
 With system for that file it needs, beside it: SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt""",
     r"does not match host name": """
-Use the host name that is in the certificate; set it {host_place}""",
+Use the host name that is in the certificate; set it {host_location}""",
     r"could not translate host name": """
-Check the host {host_place}
+Check the host {host_location}
 See whether this machine knows it: {look_up} {host}""",
     r"Connection refused|on socket .* failed: No such file or directory": """
 See whether the server answers: pg_isready {options}
 Start it, where it is on this machine: {start}
-Or correct the address: the host {host_place}, and the port {port_place}""",
+Or correct the address: the host {host_location}, and the port {port_location}""",
     r"timeout expired|keeps us waiting|timed out|No route to host|Network is unreachable": """
 Let this machine in, where a firewall or a managed server's list of allowed addresses does not
 See whether the server answers: pg_isready {options}
-Or correct the address: the host {host_place}, and the port {port_place}""",
+Or correct the address: the host {host_location}, and the port {port_location}""",
     r"the database system is": """
 Run the backup again when the server accepts connections: pg_isready {options}""",
     r"too many connections for role": """
@@ -1540,10 +1675,10 @@ See who is connected, as a superuser: SELECT datname, usename, count(*) FROM pg_
 GROUP BY 1, 2;""",
     "": """
 See whether the server answers: pg_isready {options}
-Check the host {host_place}, and the port {port_place}
-Check the user {user_place}, and the password {password_place}
+Check the host {host_location}, and the port {port_location}
+Check the user {user_location}, and the password {password_location}
 Verify database exists: psql -l {options}
-Check libpq's own settings {libpq_place}""",
+Check libpq's own settings {libpq_location}""",
 }
 
 
@@ -1571,7 +1706,7 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     """Why there is no connection. The cause is looked up in the catalog, where another database
     lets us in; the server's words are shown as they are, in whatever language."""
     # Where there was no answer in time, there is no other database to ask either.
-    text = ("" if error.lost else look_up_database(config)) or error.text
+    text = ("" if isinstance(error, NoAnswer) else look_up_database(config)) or error.text
     is_mac = sys.platform == "darwin"
     asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) {text}"
     cause = next(cause for cause in CONNECTION_REMEDIES if re.search(cause, asked))
@@ -1583,7 +1718,7 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     hba = f"host {hba} {client[1]}/{128 if ':' in client[1] else 32}" if client else f"local {hba}"
     steps = fill_steps(
         CONNECTION_REMEDIES[cause],
-        **{f"{name}_place": place for name, place in config.places.items()},
+        **{f"{name}_location": place for name, place in config.setting_locations.items()},
         host=shell_words(config.host),
         database=shell_words(config.name),
         sql_database=sql_identifier(config.name),
@@ -1620,16 +1755,16 @@ def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
     if session.query(ask) == [(session.backend_pid,)]:
         return
     with open_session(config) as other:
-        pairs = {(session.query(ask)[0], other.query(ask)[0]) for _round in range(10)}
-    (ours, theirs), *changed = pairs
-    if ours != theirs and not changed:
+        answers = [(session.query(ask), other.query(ask)) for _round in range(10)]
+    ours, theirs = answers[0]
+    if ours != theirs and all(answer == answers[0] for answer in answers):
         return
     raise Failure(
         ExitCode.CONFIGURATION,
         "there is a connection pooler in transaction or statement mode in between: a backup through"
         " it would break the application's queries, and could be wrong itself",
-        f"Set the server's own address: the host {config.places['host']}, and the port "
-        f"{config.places['port']}",
+        f"Set the server's own address: the host {config.setting_locations['host']}, and the port "
+        f"{config.setting_locations['port']}",
         "Neon has it under the host name without -pooler, Supabase on port 5432 in place of 6543, "
         "pgbouncer on the server's own port, or in an entry with pool_mode=session",
     )
@@ -1647,14 +1782,14 @@ WITH rel AS (
          format('%I.%I', nspname, relname) AS name,
          format(CASE nspname WHEN 'public' THEN '%2$I' ELSE '%I.%I' END, nspname, relname) AS key,
          x.extcondition[array_position(x.extconfig, c.oid)] AS condition,
-         c.relkind <> 'f' AND (x.oid IS NOT NULL OR (
+         c.relispopulated, c.relkind NOT IN ('f', 'm') AND (x.oid IS NOT NULL OR (
            m.objid IS NULL AND n.nspname <> 'information_schema')) AS is_dumped
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     LEFT JOIN pg_depend m
       ON m.classid = 'pg_class'::regclass AND m.objid = c.oid AND m.objsubid = 0
      AND m.deptype = 'e' AND m.refclassid = 'pg_extension'::regclass
     LEFT JOIN pg_extension x ON c.oid = ANY (x.extconfig)
-   WHERE c.relkind IN ('r', 'p', 'S', 'f') AND (x.oid IS NOT NULL OR n.nspname !~ '^pg_')),
+   WHERE c.relkind IN ('r', 'p', 'S', 'm', 'f') AND (x.oid IS NOT NULL OR n.nspname !~ '^pg_')),
 me AS (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
 """
 
@@ -1760,7 +1895,8 @@ def list_tables(session: Session) -> list[Table]:
 # through to_jsonb; a null has no key. The roles are those that a restore names: owners and grantees
 # of the database and of all that is in it, roles with settings in it, owners of its subscriptions.
 # The bootstrap superuser (oid 10) is in most archives, but in no dependency. Where several grantors
-# gave a membership, its options add up.
+# gave a membership, its options add up. The settings are those that shape the text of the rows, as
+# our session has them, and so pg_dump's; a money type's values are read by lc_monetary again.
 DATABASE_FACTS = """
 WITH d AS (SELECT * FROM pg_database WHERE datname = current_database()),
 named (oid) AS (
@@ -1794,8 +1930,16 @@ SELECT json_strip_nulls(json_build_object(
              'bypassrls', rolbypassrls, 'member_of', COALESCE((
                SELECT json_object_agg(role, options ORDER BY role)
                  FROM membership WHERE member = r.oid), '{}'),
-             'connection_limit', rolconnlimit) ORDER BY rolname)
+             'connection_limit', rolconnlimit, 'valid_until', rolvaliduntil,
+             'settings', rolconfig) ORDER BY rolname)
       FROM named JOIN pg_roles r USING (oid)),
+  'settings', json_build_object(
+    'bytea_output', current_setting('bytea_output'),
+    'lc_monetary', CASE WHEN EXISTS (
+      SELECT FROM (SELECT atttypid FROM pg_attribute UNION ALL SELECT typbasetype FROM pg_type
+                   UNION ALL SELECT rngsubtype FROM pg_range) AS used (type)
+       WHERE type IN ('money'::regtype, 'money[]'::regtype)) THEN current_setting('lc_monetary')
+      END),
   'tablespaces', (
     SELECT COALESCE(json_agg(spcname ORDER BY spcname), '[]') FROM pg_tablespace t
      WHERE spcname !~ '^pg_' AND (t.oid = dattablespace OR t.oid IN (
@@ -1805,10 +1949,14 @@ SELECT json_strip_nulls(json_build_object(
   'large_object_count', (SELECT count(*) FROM pg_largeobject_metadata)))::text FROM d
 """
 
+COMPUTED_ANEW = "contents of materialized views, which a restore computes anew"
+
 # What pg_dump silently omits, with exit status 0: (phrase, name, oid), a row each.
 NOT_INCLUDED = f"""
 {RELATIONS}
 SELECT 'data of foreign tables', key, oid FROM rel WHERE relkind = 'f'
+UNION ALL
+SELECT '{COMPUTED_ANEW}', key, oid FROM rel WHERE relkind = 'm' AND relispopulated AND objid IS NULL
 UNION ALL
 SELECT 'data of unlogged tables, which a standby does not have', key, oid
   FROM rel WHERE relkind = 'r' AND relpersistence = 'u' AND pg_is_in_recovery()
@@ -1844,49 +1992,49 @@ def least_major(metadata: Metadata) -> int:
 
 def restore_commands(metadata: Metadata) -> list[str]:
     """The shell commands, one a line, that restore this backup on a fresh server. They are made of
-    the metadata's other facts alone, and drop nothing.
-
-    Names are quoted in comments too: an interactive zsh takes a pasted comment for a command.
-    """
-    lines = [
-        f"# For PostgreSQL {least_major(metadata)} or newer: server, psql and pg_restore",
-        "# In the folder of the dump, with PGHOST, PGPORT and PGUSER set, the user a superuser",
+    the metadata's other facts alone, and drop nothing."""
+    return [
+        *comment_lines(metadata),
         *role_commands(metadata.roles or [], metadata.role_attributes or {}),
+        *database_commands(metadata),
     ]
-    if extensions := set(metadata.extensions or {}) - {"plpgsql"}:
-        names = shell_words(*sorted(extensions))
-        lines.append(f"# The server needs the packages of the extensions {names}")
+
+
+def comment_lines(metadata: Metadata) -> Iterator[str]:
+    """The first lines of `restore_commands`: what a person has to know, and to prepare.
+
+    An interactive zsh takes a pasted comment for a command: so they read as the words of one.
+    """
+    file = shell_words(str(metadata_path(Path(metadata.backup_file))))
+    code = "import json, sys; print(*json.load(open(sys.argv[1]))[sys.argv[2]], sep=chr(10))"
+    yield f"# These lines as they are to be typed: jq -r '.restore[]' {file}"
+    yield f"# Or: python3 -X utf8 -c {shell_words(code)} {file} restore"
+    yield f"# For PostgreSQL {least_major(metadata)} or newer, the server and its tools"
+    yield "# In the folder of the dump, with PGHOST, PGPORT, PGUSER and PGPASSWORD of a superuser"
+    extensions = [
+        shell_words(name, version)
+        for name, version in sorted((metadata.extensions or {}).items())
+        if name != "plpgsql"
+    ]
+    if extensions:
+        yield f"# The server needs the packages of these extensions: {', '.join(extensions)}"
+    of_system = {(metadata.locale or {}).get(key) for key in ("collate", "ctype")}
+    of_system |= {(metadata.settings or {}).get("lc_monetary")}
+    if locales := sorted(name for name in of_system if name not in (None, "C", "POSIX")):
+        yield f"# The server needs these locales, see locale -a: {shell_words(*locales)}"
     if metadata.tablespaces:
-        without = "" if metadata.database_tablespace else ", or without them: --no-tablespaces"
         names = shell_words(*metadata.tablespaces)
-        lines.append(f"# First make its tablespaces by CREATE TABLESPACE, {names}{without}")
-    target = ["--create", "--dbname=postgres"]
-    if metadata.database_name in {"postgres", "template1"}:  # on every server
-        target = [f"--dbname={metadata.database_name}"]
-        lines.append("# Settings, grants and comment of this database itself do not come back")
-    command = ["pg_restore", *target, "--exit-on-error", "--jobs=4", metadata.backup_file]
-    # The database may be read-only by its own settings, which are restored before its tables.
-    writable = "PGOPTIONS='-c default_transaction_read_only=off'"
-    return [*lines, f"{writable} {shell_words(*command)}"]
+        without = "" if metadata.database_tablespace else ", or its tables go to pg_default"
+        yield f"# First make its tablespaces by CREATE TABLESPACE: {names}{without}"
 
 
 def role_commands(
     roles: Sequence[str], attributes: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
     """The lines of `restore_commands` that make the roles, then their memberships."""
-
-    def psql(sql: str) -> str:
-        return shell_words("psql", "--no-psqlrc", "--dbname=postgres", "--command", sql)
-
     yield "# A role that is there already says so and stays as it is, the others get no password"
     for role in roles:
-        facts = attributes.get(role, {})
-        flags = ["superuser", "createrole", "createdb", "login", "replication", "bypassrls"]
-        words = [flag.upper() for flag in flags if facts.get(flag)]
-        words += [] if facts.get("inherit", True) else ["NOINHERIT"]
-        if (limit := facts.get("connection_limit", -1)) != -1:
-            words.append(f"CONNECTION LIMIT {limit:d}")
-        yield psql(" ".join(["CREATE ROLE", sql_identifier(role), *words])) + " || true"
+        yield psql_command(*role_statements(role, attributes.get(role, {}))) + " || true"
     for role in roles:
         for group, options in attributes.get(role, {}).get("member_of", {}).items():
             if group not in roles and not group.startswith("pg_"):  # PostgreSQL's own are there
@@ -1897,7 +2045,87 @@ def role_commands(
                 kinds = ("admin", "inherit", "set")
                 words = [f"{kind} {bool(options.get(kind))}".upper() for kind in kinds]
             grant = f"GRANT {sql_identifier(group)} TO {sql_identifier(role)}"
-            yield psql(grant + (f" WITH {', '.join(words)}" if words else ""))
+            yield psql_command(grant + (f" WITH {', '.join(words)}" if words else ""))
+
+
+def psql_command(*statements: str) -> str:
+    """A psql that stops at the first statement that fails."""
+    commands = " ".join(f"--command={shell_words(statement)}" for statement in statements)
+    options = "--no-psqlrc --no-password --set=ON_ERROR_STOP=1 --dbname=postgres"
+    return f"psql {options} {commands}"
+
+
+def role_statements(role: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    """What makes a role, and gives it its settings; one that the server refuses is left out."""
+    flags = ["superuser", "createrole", "createdb", "login", "replication", "bypassrls"]
+    words = [flag.upper() for flag in flags if facts.get(flag)]
+    words += [] if facts.get("inherit", True) else ["NOINHERIT"]
+    if (limit := facts.get("connection_limit", -1)) != -1:
+        words.append(f"CONNECTION LIMIT {limit:d}")
+    if "valid_until" in facts:
+        words.append(f"VALID UNTIL {sql_literal(facts['valid_until'])}")
+    yield " ".join(["CREATE ROLE", sql_identifier(role), *words])
+    if settings := facts.get("settings", []):
+        yield r"\unset ON_ERROR_STOP"
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        values = split_list(value) if name in LIST_SETTINGS else [value]
+        literals = ", ".join(map(sql_literal, values))
+        yield f"ALTER ROLE {sql_identifier(role)} SET {sql_identifier(name)} TO {literals}"
+
+
+# Settings whose value is a list of names, as pg_dump knows them (variable_is_guc_list_quote).
+LIST_SETTINGS = {
+    "local_preload_libraries",
+    "search_path",
+    "session_preload_libraries",
+    "shared_preload_libraries",
+    "temp_tablespaces",
+    "unix_socket_directories",
+}
+
+
+def split_list(value: str) -> list[str]:
+    """The names in such a setting's value, in which some are quoted; an empty list is one empty
+    name."""
+    found = re.findall(r'"((?:[^"]|"")*)"|([^",\s]+)', value)
+    return [quoted.replace('""', '"') or bare for quoted, bare in found] or [""]
+
+
+def database_commands(metadata: Metadata) -> Iterator[str]:
+    """The lines of `restore_commands` that make the database, fill it and analyze it.
+
+    To make it (`--schema=-` is no schema of its) fails where one of that name is there, and nothing
+    is added to that. The filling goes on past what is refused. It is done section by section: with
+    --jobs alone a row trigger of a partitioned table may be there before its rows, and fire.
+    """
+    name, dump = metadata.database_name, shell_words(metadata.backup_file)
+    # Another value of these, which the database or the role may have, refuses rows or bends them.
+    bending = {"default_transaction_read_only": "off", "array_nulls": "on"}
+    if lc_monetary := (metadata.settings or {}).get("lc_monetary"):
+        bending["lc_monetary"] = re.sub(r"([\\\s])", r"\\\1", lc_monetary)
+    options = shell_words(" ".join(f"-c {key}={value}" for key, value in bending.items()))
+    pg_restore = f"PGOPTIONS={options} pg_restore --no-password"
+    fill = f"{pg_restore} --dbname={dbname_word(name)} --section=$section --jobs=4"
+    analyze = f"vacuumdb --no-password --quiet --analyze-in-stages --dbname={dbname_word(name)}"
+    if name in {"postgres", "template1"}:  # on every server: only an error stops a second time
+        yield "# Settings, grants and comment of this database itself do not come back"
+        make, otherwise = "", "exit 1"
+        fill += " --exit-on-error"
+    else:
+        yield f"# For another try: dropdb {shell_words('--', name)}"
+        yield "# Make it, then fill it, past what is refused: each error is told, exit status 1"
+        make = f"{pg_restore} --create --schema=- --exit-on-error --dbname=postgres {dump} && "
+        otherwise = "rc=1"
+    sections = f"for section in pre-data data post-data; do {fill} {dump} || {otherwise}; done"
+    yield f"{make}( rc=0; {sections}; {analyze}; exit $rc )"
+
+
+def dbname_word(name: str) -> str:
+    """A database's name behind `--dbname=`, where a name like `k=v` or a URL would be parsed."""
+    if "=" in name or "://" in name or not name.isprintable():
+        name = "dbname='" + re.sub(r"([\\'])", r"\\\1", name) + "'"
+    return shell_words(name)
 
 
 def describe_database(session: Session) -> dict[str, Any]:
@@ -1920,7 +2148,7 @@ def describe_database(session: Session) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------
 
 
-# By SQLSTATE
+# By SQLSTATE.
 SERVER_REMEDIES = {
     "42501": "Grant the role what it lacks, or back up as another role",  # insufficient_privilege
     # out_of_memory: the lock table is full
@@ -1936,7 +2164,7 @@ def server_failure(error: ServerError, doing: str) -> Failure:
     step = SERVER_REMEDIES.get(error.sqlstate or "", SERVER_LOG)
     if "conflict with recovery" in error.text:  # its SQLSTATE may be lost with the connection
         step = SERVER_REMEDIES["40001"]
-    if error.lost:
+    if isinstance(error, ConnectionLost):
         detail = f"the connection to the server was lost while {doing}:\n{error.text}"
     elif error.sqlstate == LOCK_NOT_AVAILABLE:
         return stalled_failure(detail, None)
@@ -1961,18 +2189,14 @@ def stalled_failure(what: str, blocker: Blocker | None) -> Failure:
     return Failure(ExitCode.CREATION, detail, blocker.remedy if blocker else look, CALM_HOUR)
 
 
-def changing_failure(what: str) -> Failure:
-    """Something that locks do not protect has changed under each attempt."""
-    return Failure(ExitCode.CREATION, f"gave up after {DUMP_ATTEMPTS} attempts: {what}", CALM_HOUR)
-
-
-# Damage to the server's own data, which no repetition heals, and a value too large for its own text
-# form. XX001 is data_corrupted, XX002 index_corrupted.
+# Damage to the server's own data, which no repetition heals, and a value or a row over 1 GB in its
+# text form. XX001 is data_corrupted, XX002 index_corrupted.
 DAMAGE_SQLSTATES = {"XX001", "XX002"}
 DAMAGE = re.compile(
     r"missing chunk number|unexpected chunk|invalid page in block|could not (read|open) .*\bbase/"
     r"|could not access status of transaction|data is corrupt"
-    r"|invalid memory alloc request size|schema with OID \d+ does not exist"
+    r"|invalid memory alloc request size|Cannot enlarge string buffer"
+    r"|schema with OID \d+ does not exist"
 )
 COPIED_TABLE = re.compile(r"Command was: COPY (.+?) (?:\(.*\) )?TO stdout")
 
@@ -2036,11 +2260,16 @@ class Snapshot(NamedTuple):
 
     id: str
     tables: Sequence[Table]
-    schemas: Mapping[int, str]  # names by oid
+    names: Names
     facts: Mapping[str, Any]  # what the metadata says of the database
 
+    @property
+    def copied_tables(self) -> list[Table]:
+        """Those whose rows are in the dump."""
+        return [table for table in self.tables if table.copy is not None]
 
-class Run(NamedTuple):
+
+class RunContext(NamedTuple):
     """What a run works with, from the moment that it holds the lock."""
 
     config: DatabaseConfig
@@ -2049,21 +2278,21 @@ class Run(NamedTuple):
     lock: OpenFile
     partial: PartialBackup
     progress: Progress
-    last: Metadata | None  # of the last backup of this database and environment
+    last: Backup | None  # the last one of this database and environment
 
 
 LOCK_NOT_AVAILABLE = "55P03"
-# also query_canceled (statement_timeout), deadlock_detected, undefined_table, invalid_schema_name
+# Also query_canceled (by an administrator), deadlock_detected, undefined_table, and
+# invalid_schema_name.
 LOCK_RETRY_SQLSTATES = {LOCK_NOT_AVAILABLE, "57014", "40P01", "42P01", "3F000"}
 
 LARGE_OBJECTS = 2613  # the oid of pg_largeobject, which holds them
 
-# The server's deadlock_timeout, and for how many tables there is room in its lock table. All
-# sessions share that, and we take one place for each table (PostgreSQL documentation, "Lock
-# Management"). Fast-path locks are not in it.
-LOCK_LIMITS = """
-SELECT (SELECT setting::int FROM pg_settings WHERE name = 'deadlock_timeout'),
-       current_setting('max_locks_per_transaction')::int * (1 + sum(setting::int))
+# For how many tables there is room in the server's lock table. All sessions share that, and we take
+# one place for each table (PostgreSQL documentation, "Lock Management"). Fast-path locks are not in
+# it.
+LOCK_ROOM = """
+SELECT current_setting('max_locks_per_transaction')::int * (1 + sum(setting::int))
        - (SELECT count(DISTINCT (database, relation)) FROM pg_locks
            WHERE locktype = 'relation' AND NOT fastpath)
   FROM pg_settings
@@ -2096,7 +2325,7 @@ def find_blocker(session: Session, relations: Iterable[int]) -> Blocker | None:
     return Blocker(*found[0]) if found else None
 
 
-def take_snapshot(run: Run) -> Snapshot:
+def take_snapshot(run: RunContext) -> Snapshot:
     """Lock the tables, then export a snapshot that sees them as they stay.
 
     TRUNCATE and an ALTER TABLE that rewrites are not MVCC-safe (PostgreSQL documentation,
@@ -2111,102 +2340,98 @@ def take_snapshot(run: Run) -> Snapshot:
     while True:
         begin_read_only(session)
         tables = list_tables(session)
-        deadlock_timeout_ms, room = session.query(LOCK_LIMITS)[0]
+        ((room,),) = session.query(LOCK_ROOM)
         session.query("COMMIT")
         if len(tables) > room:
             need = f"{plural(len(tables), 'table')} to lock, and room for {room}"
             detail = f"{need} in the server's lock table"
             raise Failure(ExitCode.CREATION, detail, SERVER_REMEDIES["53200"])
         run.partial.begin()
-        what = "the set of tables changes all the time"
+        in_the_way = "the set of tables changes all the time"
         try:
-            limit_ms = max(1, min(LOCK_TIMEOUT_MS, deadlock_timeout_ms // 2))
-            if snapshot := lock_and_export(session, tables, limit_ms):
+            if snapshot := lock_and_export(session, tables):
                 return snapshot
         except ServerError as error:
             if error.sqlstate not in LOCK_RETRY_SQLSTATES:
                 raise
-            what = error.text
+            in_the_way = error.text
         session.query("ROLLBACK")  # every lock goes
         keys = {LARGE_OBJECTS: "pg_largeobject"} | {table.oid: table.key for table in tables}
         begin_read_only(session)
         if blocker := find_blocker(session, keys):
-            what = f"{blocker} holds the table {printable(keys[blocker.relation])}"
+            in_the_way = f"{blocker} holds the table {printable(keys[blocker.relation])}"
         session.query("COMMIT")
-        patience.check(f"the tables could not be locked for reading: {what}", blocker)
-        pause(run.progress, what)
+        patience.check(f"the tables could not be locked for reading: {in_the_way}", blocker)
+        pause(run.progress, in_the_way)
 
 
-# Without those for temporary tables, which any session may create.
-SCHEMAS = "SELECT oid::bigint, nspname FROM pg_namespace WHERE nspname !~ '^pg_'"
-
-
-def lock_and_export(session: Session, tables: list[Table], limit_ms: int) -> Snapshot | None:
+def lock_and_export(session: Session, tables: list[Table]) -> Snapshot | None:
     """One attempt: everything that is read while locks are held; None where the tables changed.
 
-    statement_timeout limits the LOCK as a whole; lock_timeout would begin again for each table.
-    After that lock_timeout is enough, for a pg_largeobject that somebody rewrites.
+    NOWAIT: a backup that waits for one table while it holds another makes a migration the victim of
+    a deadlock. After that a short lock_timeout is enough, for a pg_largeobject that somebody
+    rewrites.
     """
     begin_read_only(session, "REPEATABLE READ")
-    session.query(f"SET LOCAL statement_timeout = {limit_ms}")
     if tables:
         names = ", ".join(f"ONLY {table.qualified_name}" for table in tables)
-        session.query(f"LOCK TABLE {names} IN ACCESS SHARE MODE")
-    session.query(f"SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {limit_ms}")
-    (identifier,) = session.query("SELECT pg_export_snapshot()")[0]
+        session.query(f"LOCK TABLE {names} IN ACCESS SHARE MODE NOWAIT")
+    session.query(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
+    ((identifier,),) = session.query("SELECT pg_export_snapshot()")
     if list_tables(session) != tables:
         return None
     session.query("SELECT pg_relation_size(%s)", LARGE_OBJECTS)  # pg_dump will wait for it, too
-    schemas = dict(session.query(SCHEMAS))
-    facts = describe_database(session)
+    snapshot = Snapshot(identifier, tables, read_names(session), describe_database(session))
     session.query("SET LOCAL lock_timeout = 0")  # from here on Patience ends a wait
-    return Snapshot(identifier, tables, schemas, facts)
+    return snapshot
 
 
-def dump_database(run: Run) -> tuple[Snapshot, dict[int, int], str]:
+def dump_database(run: RunContext) -> tuple[Snapshot, list[int], str]:
     """Dump the database into the partial file, and count its rows in the same snapshot. Returns
-    that, the rows by the table's oid, and pg_dump's warnings.
+    that, the rows of each of its tables with a COPY, and pg_dump's warnings.
 
-    After DDL that no lock prevents (a view dropped, a schema renamed) it releases everything and
-    begins again, DUMP_ATTEMPTS times in all. So it does where a deadlock is ahead before pg_dump
-    has written anything, until Patience ends that.
+    Take the snapshot, dump it, or begin again: after a change that no lock prevents (a schema
+    renamed, a view dropped) DUMP_ATTEMPTS times in all; where somebody waits for our locks until
+    Patience ends that.
     """
-    attempts, patience = 0, None
+    attempts = 0
+    patience: Patience | None = None
     while True:
         with on_server("locking the tables"):
             snapshot = take_snapshot(run)
         try:
             with on_server("dumping and counting the rows"):
                 return snapshot, *dump_snapshot(run, snapshot)
-        except DeadlockAhead as ahead:
+        except LetGo as waiting:
+            reason = f"{waiting.blocker or 'somebody'} blocks pg_dump, and others wait for us"
             patience = patience or Patience()
-            patience.check(f"pg_dump waits for a lock: {ahead.blocker} blocks it", ahead.blocker)
-            waits_for = f"{ahead.blocker} holds what pg_dump needs"
-        except (DumpFailed, SnapshotLost) as error:
+            patience.check(reason, waiting.blocker)
+        except SnapshotLost as change:
+            attempts, reason = attempts + 1, str(change)
+            if attempts == DUMP_ATTEMPTS:
+                detail = f"gave up after {attempts} attempts: {reason}"
+                raise Failure(ExitCode.CREATION, detail, CALM_HOUR) from None
+        except DumpFailed as failed:
             attempts += 1
-            if failure := diagnose_dump(run, snapshot, error, attempts):
-                raise failure from None
-            waits_for = "something changed meanwhile"
-        with on_server("beginning again"):
-            begin_again(run, waits_for)
+            reason = diagnose_dump(run, snapshot, failed, is_last=attempts == DUMP_ATTEMPTS)
+        begin_again(run, reason)
 
 
-def begin_again(run: Run, waits_for: str) -> None:
+def begin_again(run: RunContext, why: str) -> None:
     """Reconnect after a pause without locks: the server frees a connection a moment late. Raises
-    ServerError; whatever is in the way, the connection is lost."""
+    Failure: whatever is in the way now, the connection is lost."""
     run.session.close()
-    pause(run.progress, waits_for)
+    pause(run.progress, why)
     try:
         run.session.connect()
     except ServerError as error:
-        error.lost = True
-        raise
+        raise server_failure(ConnectionLost(error.text), "beginning again") from None
 
 
-def dump_snapshot(run: Run, snapshot: Snapshot) -> tuple[dict[int, int], str]:
-    """Run pg_dump on the snapshot while our session counts in it. Raises DumpFailed, DeadlockAhead,
-    SnapshotLost."""
-    expected_bytes = check_disk_space(run, snapshot)
+def dump_snapshot(run: RunContext, snapshot: Snapshot) -> tuple[list[int], str]:
+    """Run pg_dump on the snapshot while our session counts in it. Returns the counts and pg_dump's
+    warnings. Raises DumpFailed, LetGo, SnapshotLost."""
+    expected_bytes = expected_dump_bytes(run, snapshot)
     tool, dump = run.tools.pg_dump, run.partial.dump
     # The database, the host and the password stay in the environment; owners and grants stay in
     # the archive.
@@ -2222,25 +2447,21 @@ def dump_snapshot(run: Run, snapshot: Snapshot) -> tuple[dict[int, int], str]:
         f"--compress={run.tools.compress_value}",
         f"--file={dump.argument}",
     ]
-    # By this name its backend is found.
-    environment = {**tool_environment("PG"), "PGAPPNAME": f"backup_db {snapshot.id}"}
+    # By this name its backend is found. Times are written in UTC, whatever the database's setting:
+    # so the text of equal rows is equal on every server.
+    environment = {**tool_environment("PG"), "PGTZ": "UTC"}
+    environment["PGAPPNAME"] = f"backup_db {snapshot.id}"
     with Program(argv, environment, dump, run.lock) as pg_dump:
         watch = DumpWatch(run, pg_dump, snapshot, expected_bytes)
         watch.wait(until=lambda: watch.is_copying)
-        try:
-            counts = count_rows(run.session, snapshot, watch)
-        except ServerError as error:
-            if error.sqlstate in SLIPPED_IN_SQLSTATES:
-                raise SnapshotLost(error.text) from None
-            raise
+        counts = count_rows(run.session, snapshot, watch)
         watch.wait()
         warnings = pg_dump.stderr_text
     if not dump.size_bytes and not DiskRoom.of(run.partial.directory).is_full:
-        raise wrapper_failure(tool, warnings)
+        raise wrapper_failure(tool, WROTE_NOTHING, warnings)
+    if change := find_change(run, snapshot):
+        raise SnapshotLost(f"{change} while it was dumped")
     run.session.query("COMMIT")
-    begin_read_only(run.session)
-    if renamed := find_renamed_schema(run.session, snapshot):
-        raise SnapshotLost(f"the {renamed} while it was dumped")
     return counts, warnings
 
 
@@ -2249,46 +2470,115 @@ def dump_snapshot(run: Run, snapshot: Snapshot) -> tuple[dict[int, int], str]:
 SLIPPED_IN_SQLSTATES = {"42P01", "3F000", "42809", "42703", "55000"}
 
 
-def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> dict[int, int]:
-    """The rows of every table, exactly, in the session's snapshot, by the table's oid.
+def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> list[int]:
+    """The rows of every table with a COPY, exactly, in the session's snapshot.
 
     (Counts taken from the archive alone would prove nothing of what the database held.)
     """
-    counts = {}
-    looked_at = time.monotonic()
-    for table in snapshot.tables:
-        if table.copy is None:
-            continue
+    tables, counter = snapshot.copied_tables, watch.counter
+    while uncounted := tables[len(counter.finished) :]:
+        copies = (table.copy for table in uncounted if table.copy)
         try:
-            counts[table.oid] = session.copy_rows(table.copy, watch.counter, watch.tick)
+            session.copy_rows(copies, counter, watch.check_without_session)
         except ServerError as error:
+            if error.sqlstate in SLIPPED_IN_SQLSTATES:
+                raise SnapshotLost(error.text) from None
             if error.sqlstate in DAMAGE_SQLSTATES or DAMAGE.search(error.text):
+                table = tables[len(counter.finished)]
                 raise damage_failure(error.text, table.qualified_name) from None
             raise
-        if time.monotonic() - looked_at > TICK_SECONDS:  # most tables take less
-            watch.look()
-            looked_at = time.monotonic()
-    return counts
+        watch.check_with_session()
+    return counter.finished
 
 
-def find_renamed_schema(session: Session, snapshot: Snapshot) -> str | None:
-    """A phrase for a schema that was renamed since the snapshot. COPY goes by name: two schemas
-    that were swapped are dumped with each other's rows. (xmin would not do: every GRANT changes
-    it.)"""
-    for oid, name in session.query(SCHEMAS):
-        if (before := snapshot.schemas.get(oid, name)) != name:
-            return f"schema {sql_identifier(before)} was renamed to {sql_identifier(name)}"
-    return None
+# Everything whose name pg_dump looks up late, in the catalog as it is at that moment (seen on 15 to
+# 18), by catalog, oid and number. The tables themselves are locked; other sessions make temporary
+# objects all the time; and the functions below oid 16384 are PostgreSQL's own. A type or relation
+# that moves to another schema has changed its name too.
+NAMES = """
+WITH lasting AS (SELECT oid FROM pg_namespace WHERE nspname !~ '^pg_(toast_)?temp_')
+SELECT 'schema', oid::bigint, 0, 0::bigint, nspname::text FROM pg_namespace JOIN lasting USING (oid)
+UNION ALL
+SELECT 'type', t.oid, 0, typnamespace, typname
+  FROM pg_type t JOIN lasting ON lasting.oid = typnamespace LEFT JOIN pg_class c ON c.oid = typrelid
+ WHERE COALESCE(relkind, 'c') = 'c' AND NOT EXISTS (SELECT FROM pg_type WHERE typarray = t.oid)
+UNION ALL
+SELECT 'label', oid, 0, 0, enumlabel FROM pg_enum
+UNION ALL
+SELECT 'attribute', attrelid, attnum, 0, CASE WHEN attisdropped THEN '' ELSE attname END
+  FROM pg_attribute JOIN pg_class c ON c.oid = attrelid JOIN lasting ON lasting.oid = relnamespace
+ WHERE relkind = 'c' AND attnum > 0
+UNION ALL
+SELECT 'function', p.oid, 0, pronamespace, proname
+  FROM pg_proc p JOIN lasting ON lasting.oid = pronamespace WHERE p.oid >= 16384
+UNION ALL
+SELECT CASE relkind WHEN 'c' THEN 'type' WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view'
+       WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' ELSE 'index' END,
+       c.oid, 0, relnamespace, relname
+  FROM pg_class c JOIN lasting ON lasting.oid = relnamespace WHERE relkind NOT IN ('r', 'p', 't')
+UNION ALL
+SELECT 'role', oid, 0, 0, rolname FROM pg_roles
+"""
+
+# By kind, oid and number: the oid of the schema, and the name.
+Names = Mapping[tuple[str, int, int], tuple[int, str]]
 
 
-# pg_dump's backend, and the relation that it waits for. Within a transaction pg_stat_activity is
-# frozen until pg_stat_clear_snapshot.
+def read_names(session: Session) -> Names:
+    """The names of everything that no lock of ours keeps from being renamed."""
+    return {
+        (sys.intern(kind), oid, number): (schema, name)
+        for kind, oid, number, schema, name in session.query(NAMES)
+    }
+
+
+def describe_change(then: Names, now: Names) -> str:
+    """A phrase for the first name that has changed, or nothing. What is new or gone harms nothing,
+    but a new attribute of a type that was there."""
+    for (kind, oid, number), (schema, name) in now.items():
+        if before := then.get((kind, oid, number)):
+            what = f"{kind} {sql_identifier(before[1])}"
+            if before[1] != name:
+                return f"{what} was {f'renamed to {sql_identifier(name)}' if name else 'dropped'}"
+            if before[0] != schema:
+                return f"{what} was moved to another schema"
+        elif kind == "attribute" and ("type", oid, 0) in then:
+            return f"attribute {sql_identifier(name)} was added to a type"
+    return ""
+
+
+def find_change(run: RunContext, snapshot: Snapshot) -> str:
+    """A phrase for a name that has changed since the snapshot, or nothing. pg_dump goes by name:
+    two schemas that were swapped are dumped with each other's rows, and rows with a label that was
+    renamed are refused on the day of the restore.
+
+    A short second session asks, before our locks go: a migration that waits for them will rename
+    only after that, and would look like one that slipped in. pg_dump's slot is free by now. Only
+    where that session is refused, ours asks, when its locks are gone.
+    """
+    deadline = time.monotonic() + FREED_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            with Session(run.config) as beside:
+                begin_read_only(beside)
+                return describe_change(snapshot.names, read_names(beside))
+        except ServerError:  # the server frees a connection some milliseconds late
+            pause(run.progress, "a second connection", TICK_SECONDS)
+    run.session.query("COMMIT")
+    begin_read_only(run.session)
+    return describe_change(snapshot.names, read_names(run.session))
+
+
+# pg_dump's backend; whether it waits for a lock, on which relation, and whether anyone waits for it
+# or for us meanwhile. Within a transaction pg_stat_activity is frozen until pg_stat_clear_snapshot.
 ACTIVITY = """
 SELECT pg_stat_clear_snapshot();
 SELECT starts_with(a.query, 'COPY '),
        concat_ws(' ', a.query_start, a.state_change, p.bytes_processed),
-       CASE WHEN pg_blocking_pids(a.pid) <> '{}' THEN (
-         SELECT relation::bigint FROM pg_locks w WHERE w.pid = a.pid AND NOT w.granted LIMIT 1) END
+       (SELECT relation::bigint FROM pg_locks WHERE pid = a.pid AND NOT granted LIMIT 1),
+       EXISTS (SELECT FROM pg_locks WHERE pid = a.pid AND NOT granted)
+       AND EXISTS (SELECT FROM pg_locks w WHERE NOT w.granted
+                      AND pg_blocking_pids(w.pid) && ARRAY[a.pid, pg_backend_pid()])
   FROM pg_stat_activity a LEFT JOIN pg_stat_progress_copy p ON p.pid = a.pid
  WHERE a.usename = session_user AND a.application_name = 'backup_db ' || %s
 """
@@ -2301,33 +2591,36 @@ class DumpWatch:
     REFRESH MATERIALIZED VIEW (tested on 15 to 18). Views, materialized views and sequences cannot
     be locked beforehand: a migration that has replaced a view, and then alters the table below it
     while pg_dump waits for that view, would be the victim of the deadlock. The server detects one
-    after deadlock_timeout, 1 s by default; we look more often, and release our locks.
+    after deadlock_timeout, 1 s by default; we look more often, and release our locks. Where nobody
+    waits for us, a wait of pg_dump harms nobody.
     """
 
-    def __init__(self, run: Run, pg_dump: Program, snapshot: Snapshot, expected_bytes: int) -> None:
+    def __init__(
+        self, run: RunContext, pg_dump: Program, snapshot: Snapshot, expected_bytes: int
+    ) -> None:
         self._run = run
         self._pg_dump = pg_dump
         self._snapshot = snapshot
         self._expected_bytes = expected_bytes
         self._written = 0
+        self._has_grown = True  # the file, since the last check
         self._patience = Patience()
         self._blocker: Blocker | None = None
         self.is_copying = False
         self.counter = RowCounter()
 
     def wait(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Wait for pg_dump's end, or until the condition holds before it. Raises as `look` does."""
+        """Wait for pg_dump's end, or until the condition holds before it. Raises as
+        `check_with_session` does."""
         while self._pg_dump.wait(TICK_SECONDS) is None and not until():
-            self.look()
-        if self._pg_dump.process.poll():
-            self._run.session.query("ROLLBACK")  # raises where a lost connection is the cause
+            self.check_with_session()
         self._check_status()
 
     def _check_status(self) -> None:
         if status := self._pg_dump.process.poll():
             raise DumpFailed(status, self._pg_dump.stderr_text)
 
-    def tick(self) -> None:
+    def check_without_session(self) -> None:
         """Check what can be seen while our session is busy. Raises DumpFailed, Failure."""
         self._check_status()
         patience, written = self._patience, self._run.partial.dump.size_bytes
@@ -2335,44 +2628,50 @@ class DumpWatch:
         if self._pg_dump.process.poll() is None:
             last = self._run.last
             why = f"for others, and for the dump, which had come to {format_size(written)}"
-            why += f"; the last backup had {format_size(last.backup_size_bytes)}" if last else ""
+            why += f"; the last backup had {format_size(last.size_bytes or 0)}" if last else ""
             require_room(self._run.partial.directory, 2 * (written - self._written), why)
+        self._has_grown = written > self._written
         self._written = written
-        if patience.watch(written=written, rows=self.counter.rows):
+        if patience.has_moved(written=written, rows=self.counter.rows):
             self._blocker = None
         if patience.still_seconds > STALL_SECONDS and self._blocker is None:
             # Our own session may be busy. If another is refused, the blocker stays without a name.
             with contextlib.suppress(ServerError), Session(self._run.config) as beside:
                 begin_read_only(beside)
-                self._ask(beside)
+                self._find_blocker(beside)
         if self._blocker is not None:
-            what = f"pg_dump waits for a lock: {self._blocker} blocks it"
-            patience.check(what, self._blocker)
-            self._run.progress.show(f"Waiting: {self._blocker} blocks pg_dump")
+            blocks = f"{self._blocker} blocks"
+            patience.check(f"pg_dump waits for a lock: {blocks} it", self._blocker)
+            self._run.progress.show(f"Waiting: {blocks} pg_dump")
             return
         patience.check("pg_dump has written nothing more, and no row was counted")
         fraction = DUMP_SHARE * min(written / (self._expected_bytes or 1), 1)
         self._run.progress.show("Dumping", fraction, f"{format_size(written)} written")
 
-    def look(self) -> None:
-        """The same, and ask our session, now free, what pg_dump does and who blocks it: each time
-        until pg_dump writes, then only when nothing moves. Raises DeadlockAhead as well."""
+    def check_with_session(self) -> None:
+        """The same, and ask our session, now free, what pg_dump does and who blocks it, unless its
+        file grows. Raises LetGo as well."""
         check_signals()
-        self.tick()
-        still = self._patience.still_seconds
-        if not self.is_copying or still > LOCK_RETRY_SECONDS or self._blocker is not None:
-            self._ask(self._run.session)
+        self.check_without_session()
+        if not self._has_grown and self._find_blocker(self._run.session):
+            raise LetGo(self._blocker)
 
-    def _ask(self, session: Session) -> None:
+    def _find_blocker(self, session: Session) -> bool:
+        """Look for what blocks pg_dump, and whether somebody waits for our locks meanwhile."""
         self._blocker = None
-        for is_copying, activity, relation in session.query(ACTIVITY, self._snapshot.id):
-            self._blocker = find_blocker(session, [relation]) if relation else None
-            if self._blocker is None:
-                self._patience.watch(activity=activity)
-            elif self._blocker.is_waiting and not self.is_copying:
-                raise DeadlockAhead(self._blocker)
-            self.is_copying |= bool(is_copying)
+        rows = session.query(ACTIVITY, self._snapshot.id)
+        if not rows:  # it has not connected yet
+            return False
+        is_copying, activity, relation, others_wait = rows[0]
+        self.is_copying |= bool(is_copying)
+        if relation:
+            self._blocker = find_blocker(session, [relation])
+        else:
+            self._patience.has_moved(activity=activity)
+        return bool(others_wait)
 
+
+WROTE_NOTHING = "wrote nothing into the dump"
 
 DUMP_SHARE = 0.8  # of the whole run, as the progress line counts it; the rest is the read-back
 
@@ -2385,50 +2684,69 @@ OUTPUT_FILE_ERROR = re.compile(
 )
 
 
-def diagnose_dump(
-    run: Run, snapshot: Snapshot, error: DumpFailed | SnapshotLost, attempts: int
-) -> Failure | None:
-    """Why there is no dump; None where it is worth another try.
-
-    Found by another look at the file, the server and the privileges. The only messages that count
-    are the server's about damage, and pg_dump's about its file, which end in the errno's text (in
-    English: LC_ALL=C).
-    """
-    if isinstance(error, SnapshotLost):
-        return changing_failure(str(error)) if attempts == DUMP_ATTEMPTS else None
-    directory, text = run.partial.directory, error.stderr_text
+def check_dump_file(run: RunContext, failed: DumpFailed) -> None:
+    """Raise Failure where pg_dump's own file, or the disk, is why it failed. pg_dump's words about
+    its file end in the errno's text (in English: LC_ALL=C)."""
+    directory, text = run.partial.directory, failed.stderr_text
     if match := OUTPUT_FILE_ERROR.search(text):
         reason = match.group(1)
         number = next((number for number in errno.errorcode if os.strerror(number) == reason), 0)
         if number == errno.ENOENT:
-            return wrapper_failure(run.tools.pg_dump, text)
-        return errno_failure(number, directory, text)
-    if error.status == -signal.SIGXFSZ:
-        return errno_failure(errno.EFBIG, directory, f"{text}: the limit on file sizes was reached")
+            raise wrapper_failure(run.tools.pg_dump, WROTE_NOTHING, text)
+        raise errno_failure(number, directory, text)
+    if failed.status == -signal.SIGXFSZ:
+        raise errno_failure(errno.EFBIG, directory, f"{text}: the limit on file sizes was reached")
     if DiskRoom.of(directory).is_full:
-        return errno_failure(errno.ENOSPC, directory, text)
-    if error.status < 0:
-        return dump_failure(error)
-    try:  # Is the server there, is there room for two connections, may we read everything?
-        begin_again(run, "pg_dump has failed")
-        open_session(run.config).close()
-        begin_read_only(run.session)
-        check_privileges(run.session)
-        renamed = find_renamed_schema(run.session, snapshot)
+        raise errno_failure(errno.ENOSPC, directory, text)
+
+
+def diagnose_dump(run: RunContext, snapshot: Snapshot, failed: DumpFailed, is_last: bool) -> str:
+    """Raise Failure with the cause of pg_dump's failure; where another try is worth it, return why.
+
+    Found by another look at the file, the server and the privileges. The only messages that count
+    are the server's about damage, and about a snapshot that it does not know.
+    """
+    text = failed.stderr_text
+    check_dump_file(run, failed)
+    look = "See whether the system ran out of memory: sudo dmesg | grep -i 'killed process'"
+    steps = [look] if failed.status == -signal.SIGKILL else []
+    unexplained = Failure(ExitCode.CREATION, text, *steps, SERVER_LOG, AGAIN)
+    if failed.status < 0:
+        raise unexplained
+    try:
+        change = find_change(run, snapshot)
+        run.session.query("COMMIT")  # Is the server there?
+        check_one_server(run.config, snapshot, text)
+        with open_session(run.config) as other:  # Is there room for two connections?
+            begin_read_only(other)
+            check_privileges(other)
     except Failure as failure:
-        return Failure(failure.code, f"{text}\n{failure.detail}", *failure.steps)
-    except ServerError as gone:
-        lost = gone.sqlstate != LOCK_NOT_AVAILABLE
-        both = ServerError(f"{text}\n{gone.text}", gone.sqlstate, lost)
-        return server_failure(both, "dumping")
-    if attempts < DUMP_ATTEMPTS and (renamed or run.partial.dump.size_bytes == 0):
-        return None
-    if renamed:
-        return changing_failure(f"the {renamed}\n{text}")
+        raise Failure(failure.code, f"{text}\n{failure.detail}", *failure.steps) from None
+    except ServerError as error:
+        kind = ServerError if error.sqlstate == LOCK_NOT_AVAILABLE else ConnectionLost
+        raise server_failure(kind(f"{text}\n{error.text}", error.sqlstate), "dumping") from None
+    if not is_last and (change or run.partial.dump.size_bytes == 0):
+        return change or text
+    if change:
+        detail = f"gave up after {DUMP_ATTEMPTS} attempts: {change}\n{text}"
+        raise Failure(ExitCode.CREATION, detail, CALM_HOUR)
     if DAMAGE.search(text):  # after the other tries: a name may have these words
         table = COPIED_TABLE.search(text)
-        return damage_failure(text, table[1] if table else "")
-    return dump_failure(error)
+        raise damage_failure(text, table[1] if table else "")
+    raise unexplained
+
+
+def check_one_server(config: DatabaseConfig, snapshot: Snapshot, stderr_text: str) -> None:
+    """Raise Failure where pg_dump's server does not know our snapshot, which still is there. In any
+    language its message has the snapshot's name."""
+    lines = [line for line in stderr_text.splitlines() if "SET TRANSACTION SNAPSHOT" not in line]
+    if any(snapshot.id in line for line in lines):
+        raise Failure(
+            ExitCode.CONFIGURATION,
+            "two servers answer at this address: pg_dump has reached another one than our session",
+            f"Name one server, no address that balances between several: set the host "
+            f"{config.setting_locations['host']}",
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2538,21 +2856,25 @@ def database_lock(path: Path) -> Iterator[OpenFile]:
             try:
                 fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                text = os.pread(file.descriptor, 1000, 0).decode("ascii", "replace")
-                found = re.fullmatch(r"pid (\d+)\nstarted ([\d:TZ-]+)\n", text, re.ASCII)
-                pid, started = found.groups() if found else "??"
-                raise Failure(
-                    ExitCode.GENERAL,
-                    f"another backup of this database is running: process {pid}, started {started}",
-                    f"Wait until it has ended; look at it: ps -fp {pid}",
-                    "Where that process is gone, its pg_dump is still at work: pgrep -a pg_dump",
-                    "For another server's database of this name use another directory: "
-                    "--output-dir DIR",
-                ) from None
+                raise held_lock_failure(file) from None
             os.ftruncate(file.descriptor, 0)
             started = iso_timestamp(datetime.now(timezone.utc))
             os.write(file.descriptor, f"pid {os.getpid()}\nstarted {started}\n".encode())
         yield file
+
+
+def held_lock_failure(lock: OpenFile) -> Failure:
+    """Another run has the lock, or the pg_dump of one that was killed."""
+    text = os.pread(lock.descriptor, 1000, 0).decode("ascii", "replace")
+    match = re.fullmatch(r"pid (\d+)\nstarted ([\d:TZ-]+)\n", text, re.ASCII)
+    pid, started = match.groups() if match else ("?", "?")
+    return Failure(
+        ExitCode.GENERAL,
+        f"another backup of this database is running: process {pid}, started {started}",
+        f"Wait until it has ended; look at it: ps -fp {pid}",
+        "Where that process is gone, its pg_dump is still at work: pgrep -a pg_dump",
+        "For another server's database of this name use another directory: --output-dir DIR",
+    )
 
 
 class PartialBackup:
@@ -2585,8 +2907,8 @@ class PartialBackup:
             self.moment = datetime.now(timezone.utc).replace(microsecond=0)
             stem = f"{self._prefix}_{iso_timestamp(self.moment).replace(':', '-')}"
             self.published_dump = self.directory / (stem + DUMP_SUFFIX)
-            described = metadata_path(self.published_dump)
-            if not os.path.lexists(self.published_dump) and not os.path.lexists(described):
+            self._published_metadata = metadata_path(self.published_dump)
+            if not any(map(os.path.lexists, (self.published_dump, self._published_metadata))):
                 break
             check_signals()
             time.sleep(TICK_SECONDS)
@@ -2598,27 +2920,28 @@ class PartialBackup:
         self.dump, self._metadata = self._files
 
     def publish(self, metadata: Metadata) -> list[str]:
-        """Write the metadata and rename both files, the metadata first: a visible dump is always
-        described. Returns what was not synced. Raises OSError; Failure where somebody replaced a
-        partial file."""
+        """Write the metadata and rename both files. Returns what was not synced. Raises OSError;
+        Failure where somebody replaced a partial file."""
         with with_filename(self._metadata.path):
             with open(self._metadata.descriptor, "w", encoding="utf-8", closefd=False) as file:
                 file.write(metadata.to_json())
             Background(self._metadata.sync).wait()
-        described = metadata_path(self.published_dump)
-        for held, name in ((self._metadata, described), (self.dump, self.published_dump)):
+        pairs = ((self._metadata, self._published_metadata), (self.dump, self.published_dump))
+        for partial, name in pairs:
             if os.path.lexists(name):  # not of our making, since we hold the lock
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(name))
-            if not os.path.samestat(os.fstat(held.descriptor), os.lstat(held.path)):
-                detail = f"{display_path(held.path)} was replaced by somebody else"
+            if not os.path.samestat(os.fstat(partial.descriptor), os.lstat(partial.path)):
+                detail = f"{display_path(partial.path)} was replaced by somebody else"
                 raise errno_failure(errno.EEXIST, self.directory, detail)
         check_signals()
-        self._metadata.path.rename(described)
+        # The metadata first: a dump that can be seen is always described. The other way round, a
+        # process that is killed in between would leave a dump without a checksum.
+        self._metadata.path.rename(self._published_metadata)
         try:
             complaints = [sync_directory(self.directory)]
             self.dump.path.rename(self.published_dump)
         except BaseException:
-            described.unlink(missing_ok=True)
+            self._published_metadata.unlink(missing_ok=True)
             raise
         complaints.append(sync_directory(self.directory))
         return list(dict.fromkeys(filter(None, complaints)))
@@ -2670,17 +2993,16 @@ def require_room(directory: Path, need_bytes: int, why: str) -> None:
         raise errno_failure(errno.ENOSPC, directory, detail)
 
 
-def check_disk_space(run: Run, snapshot: Snapshot) -> int:
+def expected_dump_bytes(run: RunContext, snapshot: Snapshot) -> int:
     """About how large the dump will be. Raises Failure only where it can hardly fit: a backup that
     would have fitted must not be refused, and DumpWatch handles a disk that fills."""
     last, database_bytes = run.last, snapshot.facts["database_size_bytes"]
     need, expected = NEED_OF_DATABASE * database_bytes, EXPECTED_OF_DATABASE * database_bytes
     basis = f"the database has {format_size(database_bytes)}"
-    if last is not None and last.database_size_bytes:
-        growth = database_bytes / last.database_size_bytes
-        expected = growth * last.backup_size_bytes
+    if last is not None and last.size_bytes and last.database_size_bytes:
+        expected = last.size_bytes * database_bytes / last.database_size_bytes
         need = NEED_OF_LAST_BACKUP * expected
-        basis = f"the last backup had {format_size(last.backup_size_bytes)}"
+        basis = f"the last backup had {format_size(last.size_bytes)}"
     require_room(run.partial.directory, int(need), basis)
     return int(expected)
 
@@ -2702,62 +3024,94 @@ class Status(str, enum.Enum):
 
 
 class Backup(NamedTuple):
-    """A `.dump` in a directory, with what can be known of it without reading it; `-` for what
-    neither the metadata nor the file name tells."""
+    """A `.dump` in a directory, with what the list and the retention use of its metadata, or of its
+    name; `-` for what neither tells."""
 
     dump: Path
     size_bytes: int | None
-    metadata: Metadata | None
     status: Status
     timestamp: str
     series: Series
+    is_renamed: bool = False  # since it was made
+    total_rows: int = 0
+    database_size_bytes: int | None = None
+    postgresql_version: str = ""
 
     @property
-    def is_renamed(self) -> bool:
-        """Whether it has another name than when it was made."""
-        return self.metadata is not None and not self.metadata.names(self.dump)
+    def moment(self) -> datetime:
+        """The time of the snapshot."""
+        return parse_iso_timestamp(self.timestamp)
 
 
 def find_backups(directory: Path) -> list[Backup]:
     """Every backup in the directory, broken ones too, the newest first. Raises OSError for the
     directory; whatever is wrong with a file is in its status."""
     backups = [
-        read_backup(directory / name)
+        read_backup(directory, name)
         for name in os.listdir(directory)
         if name.endswith(DUMP_SUFFIX) and not name.startswith(".")
     ]
     return sorted(backups, key=lambda backup: (backup.timestamp, backup.dump.name), reverse=True)
 
 
-def read_backup(dump: Path) -> Backup:
-    """One backup, from its metadata and the size of its dump."""
+def read_backup(directory: Path, name: str) -> Backup:
+    """The backup whose dump has this name, from its metadata and the size of its dump."""
+    dump, path = directory / name, f"{directory}/{name}"
     size_bytes: int | None = None
     with contextlib.suppress(OSError):  # unreadable, or a link to nowhere
-        found = dump.stat()
+        found = os.stat(path)
         size_bytes = found.st_size if stat.S_ISREG(found.st_mode) else None
     try:
-        metadata = Metadata.read(metadata_path(dump))
-    except (OSError, MetadataError) as error:
-        causes = {"FileNotFoundError": Status.NO_METADATA, "PermissionError": Status.NOT_READABLE}
-        status = causes.get(type(error).__name__, Status.BAD_METADATA)
-        pattern = rf"(.+?(?:_(dev|prod))?)_({TIMESTAMP_PATTERN}){re.escape(DUMP_SUFFIX)}"
-        match = re.fullmatch(pattern, dump.name, re.DOTALL)
-        database, environment, stamp = match.groups("-") if match else "---"
-        timestamp = re.sub(r"-(\d\d)-(\d\d)Z$", r":\1:\2Z", stamp)
-        return Backup(dump, size_bytes, None, status, timestamp, Series(database, environment))
-    status = Status.VERIFIED if metadata.verification else Status.NOT_VERIFIED
-    if size_bytes != metadata.backup_size_bytes:
+        values = read_metadata_values(path.removesuffix(DUMP_SUFFIX) + METADATA_SUFFIX)
+    except FileNotFoundError:
+        status = Status.NO_METADATA
+    except PermissionError:
+        status = Status.NOT_READABLE
+    except (OSError, MetadataError):
+        status = Status.BAD_METADATA
+    else:
+        return describe_backup(dump, name, size_bytes, values)
+    match = FILE_NAME.fullmatch(name)
+    if match is None:
+        return Backup(dump, size_bytes, status, "-", Series("-", "-"))
+    timestamp = "{date}T{hour}:{minute}:{second}Z".format_map(match.groupdict())
+    return Backup(
+        dump, size_bytes, status, timestamp, Series(match["prefix"], match["environment"] or "-")
+    )
+
+
+def describe_backup(
+    dump: Path, name: str, size_bytes: int | None, values: Mapping[str, Any]
+) -> Backup:
+    """A backup, by the values of its metadata."""
+    optional = {
+        key: value
+        for key in ("verification", "system_identifier", "database_size_bytes")
+        if FITS[key](value := values.get(key))
+    }
+    status = Status.VERIFIED if optional.get("verification") else Status.NOT_VERIFIED
+    if size_bytes != values["backup_size_bytes"]:
         status = Status.SIZE_MISMATCH
-    return Backup(dump, size_bytes, metadata, status, metadata.backup_timestamp, metadata.series)
+    return Backup(
+        dump,
+        size_bytes,
+        status,
+        values["backup_timestamp"],
+        Series(values["database_name"], values["environment"], optional.get("system_identifier")),
+        is_renamed=values["backup_file"] != name,
+        total_rows=sum(values["table_counts"].values()),
+        database_size_bytes=optional.get("database_size_bytes"),
+        postgresql_version=values["postgresql_version"],
+    )
 
 
-def verified_backups(directory: Path, series: Series) -> list[tuple[Path, Metadata]]:
-    """The verified backups of the series that bear the name they were given, the newest first."""
+def verified_backups(backups: Iterable[Backup], series: Series) -> list[Backup]:
+    """Those of the series that are verified and bear the name they were given."""
     return [
-        (backup.dump, backup.metadata)
-        for backup in find_backups(directory)
-        if backup.metadata is not None and series.has(backup.series)
+        backup
+        for backup in backups
         if backup.status is Status.VERIFIED and not backup.is_renamed
+        if series.matches(backup.series)
     ]
 
 
@@ -2773,62 +3127,74 @@ def latest_credible(now: datetime) -> str:
 
 def find_orphans(directory: Path) -> list[Path]:
     """The metadata files whose dump is gone, but for those that a run may be publishing."""
-    pattern = rf"(([^.].*_(?:dev|prod))_{TIMESTAMP_PATTERN}){re.escape(METADATA_SUFFIX)}"
     names = set(os.listdir(directory))
     return sorted(
         directory / name
         for name in names
-        if (match := re.fullmatch(pattern, name))
-        and match[1] + DUMP_SUFFIX not in names
-        and f".{match[2]}{DUMP_SUFFIX}{PARTIAL_SUFFIX}" not in names
+        if name.endswith(METADATA_SUFFIX)
+        and name.removesuffix(METADATA_SUFFIX) + DUMP_SUFFIX not in names
+        and (match := FILE_NAME.fullmatch(name))
+        and match["environment"]
+        and f".{match['prefix']}{DUMP_SUFFIX}{PARTIAL_SUFFIX}" not in names
     )
 
 
-def backups_to_keep(moments: Sequence[datetime], retention: Retention) -> set[int]:
-    """The indexes of the moments, in UTC and from the newest on, that BACKUP_KEEP keeps.
+def backups_to_keep(backups: Sequence[Backup], retention: Retention) -> set[Backup]:
+    """Those of the backups, which come the newest first, that BACKUP_KEEP keeps.
 
     What any part keeps stays; the first always does. A period without a backup does not count:
     after a gap as many are kept as before it.
     """
-    kept = set(range(min(retention.newest, len(moments))))
+    kept = set(backups[: retention.newest])
     for count, period in (
         (retention.days, "%Y-%m-%d"),
         (retention.weeks, "%G-%V"),  # of ISO 8601: the last days of December may be in week 1
         (retention.months, "%Y-%m"),
         (retention.years, "%Y"),
     ):
-        newest: dict[str, int] = {}
-        for index, moment in enumerate(moments):
-            newest.setdefault(moment.strftime(period), index)
+        newest: dict[str, Backup] = {}
+        for backup in backups:
+            newest.setdefault(backup.moment.strftime(period), backup)
         kept.update(list(newest.values())[:count])
     return kept
 
 
-def last_full_backup(rows: Sequence[int], kept: Collection[int]) -> int | None:
-    """The index of the last full backup that is not kept; `rows` are theirs, the newest first.
+def last_full_backup(backups: Sequence[Backup], kept: Collection[Backup]) -> Backup | None:
+    """The last full one of the backups, which come the newest first, if it is not kept.
 
     A full one has more than twice the rows of every newer one that is kept. To keep the newest of
     the others is not enough: some nights after the database was emptied, that is empty too. Nor is
     an older full one that the calendar keeps enough: it lacks what came after it.
     """
     most_kept = 0
-    for index, count in enumerate(rows):
-        if index in kept:
-            most_kept = max(most_kept, count)
-        elif count > 2 * most_kept:
-            return index
+    for backup in backups:
+        if backup in kept:
+            most_kept = max(most_kept, backup.total_rows)
+        elif backup.total_rows > 2 * most_kept:
+            return backup
     return None
 
 
-def shrunk_tables(made: Metadata, earlier: Sequence[Metadata]) -> list[tuple[str, int, int]]:
-    """The tables with fewer than half of the least rows they ever had: rows now, and that least.
+def read_recent(earlier: Sequence[Backup]) -> list[Metadata]:
+    """The metadata of the last of the earlier backups, to compare the tables' rows with. Only of
+    these few it is kept whole: there may be hundreds, of thousands of tables each."""
+    recent = []
+    for backup in earlier[:RECENT_BACKUPS]:
+        with contextlib.suppress(OSError, MetadataError):  # it was there a moment ago
+            recent.append(Metadata.read(metadata_path(backup.dump)))
+    return recent
 
-    One that is gone counts if every earlier backup has it. So each is reported once: tonight's
+
+def shrunk_tables(made: Metadata, recent: Sequence[Metadata]) -> list[tuple[str, int, int]]:
+    """The tables with fewer than half of the least rows that they had in the recent backups: rows
+    now, and that least. The one that lost most comes first.
+
+    One that is gone counts if every recent backup has it. So each is reported once: tonight's
     rows are the next night's least. Partitions are summed under their topmost table; what any
     backup records of them holds for all, since older ones record nothing.
     """
     topmost: dict[str, str] = {}
-    for metadata in (*earlier, made):
+    for metadata in (*recent, made):
         topmost.update(metadata.partition_of or {})
 
     def sum_rows(metadata: Metadata) -> Counter[str]:
@@ -2839,19 +3205,19 @@ def shrunk_tables(made: Metadata, earlier: Sequence[Metadata]) -> list[tuple[str
 
     now = sum_rows(made)
     had: dict[str, list[int]] = {}
-    for metadata in earlier:
+    for metadata in recent:
         for table, rows in sum_rows(metadata).items():
             had.setdefault(table, []).append(rows)
     shrunk = [
         (table, now[table], min(rows))
         for table, rows in had.items()
-        if 2 * now[table] < min(rows) and (table in now or len(rows) == len(earlier))
+        if 2 * now[table] < min(rows) and (table in now or len(rows) == len(recent))
     ]
-    return sorted(shrunk, key=lambda found: found[2] - found[1], reverse=True)
+    return sorted(shrunk, key=lambda table: table[2] - table[1], reverse=True)
 
 
 def retire_backups(
-    made: Metadata, earlier: Sequence[tuple[Path, Metadata]], retention: Retention | None
+    made: Backup, earlier: Sequence[Backup], retention: Retention | None
 ) -> tuple[list[Path], list[str]]:
     """Remove the earlier backups that BACKUP_KEEP does not keep. Returns the removed dumps, and
     warnings.
@@ -2862,28 +3228,26 @@ def retire_backups(
     removed: list[Path] = []
     warnings: list[str] = []
     latest = latest_credible(datetime.now(timezone.utc))
-    others = [backup for backup in earlier if backup[1].backup_timestamp <= latest]
+    others = [backup for backup in earlier if backup.timestamp <= latest]
     if retention is None or not others:
         return removed, warnings
-    described = [made, *(metadata for _path, metadata in others)]
-    kept = backups_to_keep([metadata.moment for metadata in described], retention)
-    rows = [metadata.total_rows for metadata in described]
-    full = last_full_backup(rows, kept)
-    if full is not None:
-        path = others[full - 1][0]
-        files = (display_path(path), display_path(metadata_path(path)))
+    backups = [made, *others]
+    kept = backups_to_keep(backups, retention)
+    if full := last_full_backup(backups, kept):
+        newer = backups[: backups.index(full)]
+        most = max(backup.total_rows for backup in newer if backup in kept)
+        files = [display_path(full.dump), display_path(metadata_path(full.dump))]
         warnings.append(
-            f"{files[0]} is kept beyond BACKUP_KEEP: it has {plural(rows[full], 'row')}, the newer "
-            f"ones at most {max(rows[index] for index in kept if index < full)}. If that is meant: "
-            + shell_words("rm", "--", *files)
+            f"{files[0]} is kept beyond BACKUP_KEEP: it has {plural(full.total_rows, 'row')}, the "
+            f"newer ones at most {most}. If that is meant: {shell_words('rm', '--', *files)}"
         )
-    for index, (dump, _metadata) in enumerate(others, 1):
-        if index in kept or index == full:
+    for backup in others:
+        if backup in kept or backup == full:
             continue
         try:
-            dump.unlink()  # first: metadata alone is no backup to anyone
-            removed.append(dump)
-            metadata_path(dump).unlink()
+            backup.dump.unlink()  # first: metadata alone is no backup to anyone
+            removed.append(backup.dump)
+            metadata_path(backup.dump).unlink()
         except OSError as error:
             path = Path(os.fsdecode(error.filename))
             warnings.append(f"{display_path(path)} was not removed: {error.strerror}")
@@ -2915,45 +3279,64 @@ def create_backup(
     progress: Progress,
     announce: Callable[[Sequence[str], Sequence[str]], None],
 ) -> None:
-    """Make, verify, publish and announce a backup; only then remove old ones, see retire_backups.
-    `announce` is called with the lines of a result and with warnings.
+    """Make, verify, publish and announce a backup: lock, snapshot, dump and count, read back,
+    publish. Only then old ones are removed, see retire_backups. `announce` is called with the lines
+    of a result and with warnings.
 
     Raises Failure or OSError; then earlier backups are untouched, and there is no new one.
     """
     started = time.monotonic()
     tools = find_tools(config)
     with open_session(config) as session:  # first: a wrong password leaves no directory
-        series = check_server(session, config, tools.pg_dump)
+        check_server(session, config, tools.pg_dump)
+        series = identify_series(session, config)
         make_directory(output_dir)
         prefix = file_prefix(config.name, config.environment.value)
-        with (
-            database_lock(output_dir / f".{prefix}.lock") as lock,
-            contextlib.closing(PartialBackup(output_dir, prefix)) as partial,
-        ):
-            earlier = verified_backups(output_dir, series)
-            last = earlier[0][1] if earlier else None
-            run = Run(config, tools, session, lock, partial, progress, last)
-            snapshot, counts, dump_warnings = dump_database(run)
+        partial = PartialBackup(output_dir, prefix)
+        lock_file = output_dir / f".{prefix}.lock"
+        with database_lock(lock_file) as lock, contextlib.closing(partial):
+            backups = find_backups(output_dir)
+            earlier = verified_backups(backups, series)
+            recent = read_recent(earlier)
+            of_any_server = verified_backups(backups, series._replace(server=None))
+            last = of_any_server[0] if of_any_server else None
+            run = RunContext(config, tools, session, lock, partial, progress, last)
+            snapshot, counts, warning = dump_database(run)
             session.close()  # nothing more is asked of the server
             Background(partial.dump.sync).wait()
-            draft = draft_metadata(run, snapshot, counts, series)
-            examination = examine_dump(tools.pg_restore, partial.dump, draft, progress, DUMP_SHARE)
-            check_restore_fits(tools.pg_restore, draft, examination)
-            if examination.problem:
-                raise unsound_dump_failure(partial, examination.problem)
-            metadata = draft.verified(examination, tools.pg_restore, time.monotonic() - started)
-            try:
-                complaints = partial.publish(metadata)
-                check_signals()
-            except Interrupted as interrupted:
-                if os.path.lexists(partial.published_dump):
-                    interrupted.outcome = "The new backup is whole and published."
-                raise
-            warnings = [dump_warnings, *complaints, *shrinkage_lines(metadata, earlier)]
-            announce(creation_lines(partial.published_dump, metadata), warnings)
-            removed, warnings = retire_backups(metadata, earlier, config.retention)
+            metadata = verify_new_dump(run, draft_metadata(run, snapshot, counts, series), started)
+            complaints = publish(partial, metadata)
+            made = read_backup(output_dir, partial.published_dump.name)
+            warnings = [warning, *complaints, *shrinkage_lines(metadata, recent)]
+            announce(creation_lines(made.dump, metadata), warnings)
+            # A name that may not be on the disk replaces no older backup.
+            retention = None if complaints else config.retention
+            removed, warnings = retire_backups(made, earlier, retention)
             paths = list_names(map(display_path, removed))
             announce([f"Removed:     {paths}"] if removed else [], warnings)
+
+
+def verify_new_dump(run: RunContext, draft: Metadata, started: float) -> Metadata:
+    """Read the new dump back; its metadata with the results. Raises Failure where it is not what
+    the database held."""
+    pg_restore, partial = run.tools.pg_restore, run.partial
+    examination = examine_dump(pg_restore, partial.dump, draft, run.progress, DUMP_SHARE)
+    if examination.problem:
+        raise unsound_dump_failure(partial, examination.problem)
+    return draft.verified(examination, pg_restore, time.monotonic() - started)
+
+
+def publish(partial: PartialBackup, metadata: Metadata) -> list[str]:
+    """Give both files their names. Returns what was not synced. An Interrupted tells whether it
+    came too late."""
+    try:
+        complaints = partial.publish(metadata)
+        check_signals()
+    except Interrupted as interrupted:
+        if os.path.lexists(partial.published_dump):
+            interrupted.outcome = "The new backup is whole and published."
+        raise
+    return complaints
 
 
 def missing_package_failure(error: ImportError) -> Failure:
@@ -3001,7 +3384,7 @@ def foreign_config_failure(error: BaseException) -> Failure:
 
 
 def load_configuration(environment_option: str) -> DatabaseConfig:
-    """The settings for `--env`, which from here on are this process's libpq settings too."""
+    """The settings for `--env`. Raises Failure."""
     if str(SCRIPT_DIR) not in sys.path:  # python3 -I, -P, PYTHONSAFEPATH
         sys.path.append(str(SCRIPT_DIR))
     try:
@@ -3009,9 +3392,7 @@ def load_configuration(environment_option: str) -> DatabaseConfig:
     except (Exception, SystemExit) as error:  # noqa: BLE001 - another project's may raise anything
         raise foreign_config_failure(error) from None
     try:
-        settings = read_settings(os.environ, SCRIPT_DIR)
-        warn(map(printable, settings.warnings))
-        config = load_config(environment_option, settings)
+        return load_config(environment_option, read_settings(os.environ, SCRIPT_DIR))
     except ConfigurationError as error:
         raise Failure(
             ExitCode.CONFIGURATION, printable(str(error)), *map(printable, error.steps)
@@ -3020,50 +3401,72 @@ def load_configuration(environment_option: str) -> DatabaseConfig:
         raise file_failure(error, ExitCode.CONFIGURATION) from None
     except ImportError as error:
         raise missing_package_failure(error) from None
+
+
+def become_libpq_environment(config: DatabaseConfig) -> None:
+    """Make the settings those of this process's libpq, which psycopg2 and pg_dump read (see
+    libpq_options, tool_environment): no secret is on a command line."""
     for name in [name for name in os.environ if name.startswith("PG") and name != "PGCLUSTER"]:
         del os.environ[name]
     os.environ.update(config.libpq)
     os.environ["PGDATESTYLE"] = "ISO"  # or psycopg2 sets it, and it stays on a pooled connection
-    return config
 
 
-def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> Series:
+def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> None:
     """Raise Failure for whatever makes a backup impossible; nothing is written yet."""
     with on_server("reading the catalog"):
         check_no_pooler(session, config)
         major = session.server_version // 10000
+        if major < OLDEST_MAJOR:
+            by_hand = f"pg_dump {libpq_options()} --format=custom --file=by_hand.dump"
+            raise Failure(
+                ExitCode.TOOL,
+                f"the server is version {major}, and {OLDEST_MAJOR} is the oldest that this works "
+                "with: before it a long dump cannot be watched",
+                f"Back it up by hand, which is not verified: {by_hand}",
+                "Then upgrade the server: PostgreSQL's project mends that version no more",
+            )
         if pg_dump.major < major:
             because = f"too old for the server, which is version {major}"
             raise older_tool_failure(pg_dump, major, because)
         begin_read_only(session)
         check_privileges(session)
-        (database,) = session.query("SELECT current_database()")[0]
-        server = None
+        session.query("COMMIT")
+
+
+def identify_series(session: Session, config: DatabaseConfig) -> Series:
+    """Which backups are of the same database: see Series."""
+    server = None
+    with on_server("reading the catalog"):
+        begin_read_only(session)
+        ((database,),) = session.query("SELECT current_database()")
         try:
             control = "SELECT system_identifier::text FROM pg_catalog.pg_control_system()"
-            (server,) = session.query(control)[0]
-        except ServerError as error:
-            if error.lost:
-                raise
+            ((server,),) = session.query(control)
+        except ConnectionLost:
+            raise
+        except ServerError:  # some services hide it
+            pass
         session.query("ROLLBACK")
     return Series(database, config.environment.value, server)
 
 
 def draft_metadata(
-    run: Run, snapshot: Snapshot, counts: Mapping[int, int], series: Series
+    run: RunContext, snapshot: Snapshot, counts: Sequence[int], series: Series
 ) -> Metadata:
     """What the metadata says of a dump before it is read back: no checksum, no verification."""
-    tables = {table.oid: table for table in snapshot.tables}
-    counted = [tables[oid] for oid in counts]
+    keys = {table.oid: table.key for table in snapshot.tables}
+    tables = snapshot.copied_tables
     draft = Metadata(
         backup_timestamp=iso_timestamp(run.partial.moment),
         environment=series.environment,
+        backup_db_version=BACKUP_DB_VERSION,
         backup_file=run.partial.published_dump.name,
         backup_size_bytes=run.partial.dump.size_bytes,
         checksum_sha256="",
-        table_counts={table.key: counts[table.oid] for table in counted},
-        table_oids={table.key: table.oid for table in counted},
-        partition_of={table.key: tables[table.root].key for table in counted if table.root},
+        table_counts={table.key: rows for table, rows in zip(tables, counts, strict=True)},
+        table_oids={table.key: table.oid for table in tables},
+        partition_of={table.key: keys[table.root] for table in tables if table.root},
         pg_dump_version=run.tools.pg_dump.version,
         system_identifier=series.server,
         compression=run.tools.compression,
@@ -3081,7 +3484,6 @@ def verify_backup(dump: Path, progress: Progress) -> tuple[Metadata, Examination
     pg_restore = find_tool("pg_restore")
     with contextlib.closing(OpenFile.open(dump, os.O_RDONLY)) as file:
         examination = examine_dump(pg_restore, file, metadata, progress)
-    check_restore_fits(pg_restore, metadata, examination)
     return metadata, examination
 
 
@@ -3103,6 +3505,10 @@ def load_metadata(dump: Path) -> Metadata:
     tell = "What the dump alone can tell: pg_restore --file=/dev/null " + shell_words(str(dump))
     try:
         return Metadata.read(path)
+    except NewerMetadata as error:
+        step = "Verify it with that release of backup_db.py, or a newer one"
+        detail = f"{display_path(path)}: {printable(str(error))}; this is {BACKUP_DB_VERSION}"
+        raise Failure(ExitCode.VERIFICATION, detail, step, tell) from None
     except MetadataError as error:
         detail = f"{display_path(path)} cannot be used: {printable(str(error))}"
     except FileNotFoundError:
@@ -3161,8 +3567,10 @@ def creation_lines(dump: Path, made: Metadata) -> list[str]:
         "Verified:    ✓ Integrity check passed",
         f"Contents:    ✓ Match ({found})",
     ]
-    if made.not_included:
-        lines.append(f"Not included: {printable('; '.join(made.not_included))}")
+    # A restore brings these back, and each night they would hide what it does not.
+    left_out = [phrase for phrase in made.not_included if not phrase.startswith(COMPUTED_ANEW)]
+    if left_out:
+        lines.append(f"Not included: {printable('; '.join(left_out))}")
     return lines
 
 
@@ -3217,11 +3625,12 @@ def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
     for series, members in by_series.items():
         text = f"{printable(series.environment)} {printable(series.database)}"
         if servers[series[:2]] > 1:
-            text += f" of server {printable(series.server or 'unknown')}"
+            version = printable(members[0].postgresql_version)
+            text += f" of server {printable(series.server or 'unknown')} (PostgreSQL {version})"
         size_bytes = sum(backup.size_bytes or 0 for backup in members)
         text += f": {plural(len(members), 'backup')}, {format_size(size_bytes)}; "
         if newest := newest_verified(members):
-            age = format_age((now - parse_iso_timestamp(newest.timestamp)).total_seconds())
+            age = format_age((now - newest.moment).total_seconds())
             yield text + f"newest verified {age} old: {printable(newest.dump.name)}"
         else:
             yield text + "none verified"
@@ -3248,13 +3657,14 @@ def footer_lines(
         yield f"Verified means verified when it was made. To check a file now: {command}"
 
 
-def shrinkage_lines(made: Metadata, earlier: Sequence[tuple[Path, Metadata]]) -> list[str]:
-    """A sentence about the tables with fewer rows than ever before, where there are any."""
+def shrinkage_lines(made: Metadata, recent: Sequence[Metadata]) -> list[str]:
+    """A sentence about the tables with fewer rows than in the recent backups, where there are
+    any."""
     tables = [
-        f"{key} {now} (at least {least} before)"
-        for key, now, least in shrunk_tables(made, [metadata for _path, metadata in earlier])
+        f"{key} {now} (at least {least} before)" for key, now, least in shrunk_tables(made, recent)
     ]
-    return [f"fewer rows than ever before: {list_names(tables, most=6)}"] if tables else []
+    last = f"any of the last {len(recent)} backups" if len(recent) > 1 else "the last backup"
+    return [f"fewer rows than in {last}: {list_names(tables, most=6)}"] if tables else []
 
 
 def failure_lines(headline: str, failure: Failure) -> list[str]:
@@ -3280,7 +3690,7 @@ class Mode(NamedTuple):
     headline: str  # of a failure
     default_code: ExitCode  # of an OSError that no remedy gives another
     run: Callable[[Progress], None]
-    place: str = ""  # what is backed up, for the log
+    log_location: str = ""  # what is backed up, for the line of the log
 
 
 class Parser(argparse.ArgumentParser):
@@ -3313,7 +3723,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="backup_db.py",
         usage="%(prog)s [--env ENV] [--output-dir DIR] [--verify FILE] [--list] [--help]",
-        description=__doc__,
+        description=f"{__doc__}\nThis is release {BACKUP_DB_VERSION}.",
         epilog=EXAMPLES + "".join(f"  {int(code)}  {code.category}\n" for code in ExitCode),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -3344,9 +3754,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(words: Sequence[str] | None) -> Mode:
+def parse_arguments(argv: Sequence[str] | None) -> Mode:
     """What the command line asks for; argparse reports an error itself, and exits."""
-    options = build_parser().parse_args(words)
+    options = build_parser().parse_args(argv)
     environment: str = options.env
     directory: Path = options.output_dir
     dump: Path | None = options.verify
@@ -3369,13 +3779,14 @@ def run_creation(environment: str, output_dir: Path, progress: Progress) -> None
 
     # In a thread: another project's config.py, or an .env that is a pipe, may block for ever.
     config = Background(lambda: load_configuration(environment)).wait()
+    become_libpq_environment(config)
     try:
         with with_filename(output_dir):
             create_backup(config, output_dir, progress, announce)
-    except (Failure, OSError) as error:
-        failure = error if isinstance(error, Failure) else file_failure(error)
+    except (Failure, OSError, MemoryError) as error:
+        failure = as_failure(error, ExitCode.CREATION)
         name, host = printable(config.name), printable(config.host)
-        failure.place = f"{config.environment.value} {name} at {host}, port {config.port}"
+        failure.log_location = f"{config.environment.value} {name} at {host}, port {config.port}"
         raise failure from None
 
 
@@ -3401,9 +3812,10 @@ def run_verification(dump: Path, progress: Progress) -> None:
     progress.clear()
     if not examination.problem:
         write_result(["✓ Backup verification passed", "", *lines])
+        warn([examination.warnings])
         return
     steps = ["Do not rely on this dump alone; restore it into an empty database and compare"]
-    if examination.checksum.problem and not metadata.names(dump):
+    if examination.checksum.problem and not metadata.describes(dump):
         steps = ["Bring back this dump's own metadata file, or, if both were renamed, their names"]
     elif examination.checksum.problem:
         steps = [
@@ -3444,29 +3856,41 @@ def prepare_process() -> None:
     catch_signals()
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def as_failure(error: Failure | OSError | MemoryError, default_code: ExitCode) -> Failure:
+    """What may leave an operation, as the failure that it is."""
+    if isinstance(error, Failure):
+        return error
+    number = error.errno if isinstance(error, OSError) else errno.ENOMEM
+    if isinstance(error, OSError) and number not in (errno.ENOMEM, errno.EAGAIN):
+        return file_failure(error, default_code)
+    # A dump is not damaged because it could not be read.
+    code = ExitCode.GENERAL if default_code == ExitCode.VERIFICATION else default_code
+    detail = f"this machine has no room for memory, a process or a thread: {error or 'memory'}"
+    return Failure(code, detail, "See what is left, and the limits here: free -m; ulimit -a")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line: whatever was raised becomes a message and an exit code."""
-    mode = parse_arguments(words)
+    mode = parse_arguments(argv)
     progress = Progress(sys.stderr)
     try:
         prepare_process()
         mode.run(progress)
         return 0
-    except (Failure, OSError) as error:
-        code = mode.default_code
-        failure = error if isinstance(error, Failure) else file_failure(error, code)
+    except (Failure, OSError, MemoryError) as error:
+        failure = as_failure(error, mode.default_code)
         progress.clear()
         # Not "Backup verification failed: Verification error".
-        is_verdict = failure.code is code is ExitCode.VERIFICATION
-        category = "" if is_verdict else f": {failure.code.category}"
+        is_said = failure.code == mode.default_code == ExitCode.VERIFICATION
+        category = "" if is_said else f": {failure.code.category}"
         lines = failure_lines(mode.headline + category, failure)
-        if place := failure.place or mode.place:
-            lines += ["", f"{iso_timestamp(datetime.now(timezone.utc))} {place}"]
+        if log_location := failure.log_location or mode.log_location:
+            lines += ["", f"{iso_timestamp(datetime.now(timezone.utc))} {log_location}"]
         write_lines(sys.stderr, lines)
         return failure.code
     except Interrupted as interrupted:
         progress.clear()
-        outcome = f" {interrupted.outcome}" if mode.place else ""
+        outcome = f" {interrupted.outcome}" if mode.log_location else ""
         write_lines(sys.stderr, [f"✗ Stopped ({interrupted}).{outcome}"])
         return die_by_signal(interrupted.number)
     except Exception:  # noqa: BLE001 - a bug, and shown as one

@@ -12,7 +12,7 @@ import enum
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -77,13 +77,12 @@ class Settings:
     values: Mapping[str, str]
     sources: Mapping[str, str]
     folder: Path
-    warnings: Sequence[str] = ()  # lines of other programs that do not parse
 
     def first(self, *names: str) -> tuple[str, str] | None:
         """The first of `names` that is set, as (name, value); None where none is."""
         return next(((name, self.values[name]) for name in names if name in self.values), None)
 
-    def place(self, name: str) -> str:
+    def location(self, name: str) -> str:
         """`name`, behind the place where it is set, or is to be set: "in .env.local: DB_NAME"."""
         return f"in {self.sources.get(name, ENV_FILES[0])}: {name}"
 
@@ -120,7 +119,7 @@ class DatabaseConfig:
     connect_seconds: int
     # Where each field comes from: field name to "in .env.local: DEV_DB_NAME"; and "libpq", the
     # further PG* variables, where there are any.
-    places: Mapping[str, str]
+    setting_locations: Mapping[str, str]
     # Every PG* variable that libpq is to see, the connection settings included.
     libpq: Mapping[str, str] = field(repr=False)
 
@@ -132,20 +131,19 @@ def read_settings(environ: Mapping[str, str], folder: Path) -> Settings:
     one that cannot be read, ModuleNotFoundError where there is a file but no python-dotenv.
     """
     layers = [("the environment", environ)]
-    warnings: list[str] = []
-    layers += [(name, _read_env_file(folder / name, warnings)) for name in ENV_FILES]
+    layers += [(name, _read_env_file(folder / name)) for name in ENV_FILES]
     values: dict[str, str] = {}
     sources: dict[str, str] = {}
     for source, layer in layers:
         for name, value in layer.items():
             if value and name not in values:
                 values[name], sources[name] = value, source
-    return Settings(MappingProxyType(values), MappingProxyType(sources), folder, warnings)
+    return Settings(MappingProxyType(values), MappingProxyType(sources), folder)
 
 
-def _read_env_file(path: Path, warnings: list[str]) -> dict[str, str]:
+def _read_env_file(path: Path) -> dict[str, str]:
     """The variables of one .env file, taken literally; nothing where there is no such file. What
-    does not parse, and is another program's, is added to `warnings`."""
+    does not parse, and is another program's, is left out."""
     try:
         # utf-8-sig: an editor's byte order mark is no part of the first name.
         stream = path.open(encoding="utf-8-sig")
@@ -174,15 +172,13 @@ def _read_env_file(path: Path, warnings: list[str]) -> dict[str, str]:
         # A bare NAME is a variable that is not set; `NAME: value` or `NAME:value` is a mistake.
         is_bare_text = binding.value is None and not (binding.key or "_").isidentifier()
         if binding.error or is_bare_text or "\0" in binding.original.string:
-            # The line itself is not shown: it may be the one with the password.
             text = binding.original.string
-            blank_lines = text[: len(text) - len(text.lstrip())].count("\n")
-            problem = f"line {binding.original.line + blank_lines} of {path} cannot be parsed"
             if not OUR_NAMES.search(text):
-                warnings.append(f"{problem}, and is left out")
                 continue
+            # The line itself is not shown: it may be the one with the password.
+            blank_lines = text[: len(text) - len(text.lstrip())].count("\n")
             raise ConfigurationError(
-                problem,
+                f"line {binding.original.line + blank_lines} of {path} cannot be parsed",
                 f"Write it as NAME=value, a value with spaces or quotes in single quotes: {path}",
                 "See .env.example for every variable",
             )
@@ -199,7 +195,7 @@ def detect_environment(settings: Settings) -> Environment:
         except KeyError:
             raise ConfigurationError(
                 f"ENV_MODE is {mode!r}; it must be one of: {', '.join(ENV_MODES)}",
-                f"Correct it {settings.place('ENV_MODE')}",
+                f"Correct it {settings.location('ENV_MODE')}",
                 "Or name the environment: --env dev or --env prod",
             ) from None
     for environment in Environment:
@@ -226,26 +222,26 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
     """
     environment = detect_environment(settings) if choice == "auto" else Environment(choice)
     prefix = environment.variable_prefix
-    places: dict[str, str] = {}
+    locations: dict[str, str] = {}
 
     def lookup(field_name: str, *libpq_names: str) -> str:
         """DEV_DB_X, then DB_X, then libpq's own variable."""
         name = f"DB_{field_name.upper()}"
         found = settings.first(*dict.fromkeys([prefix + name, name]), *libpq_names)
-        places[field_name] = settings.place(found[0] if found else prefix + name)
+        locations[field_name] = settings.location(found[0] if found else prefix + name)
         if found and field_name != "password":
             _require_plain(settings, *found)
         return found[1] if found else ""
 
-    places["name"] = settings.place(f"{prefix}DB_NAME")
+    locations["name"] = settings.location(f"{prefix}DB_NAME")
     name = _database_name(settings, environment)
-    places["compress"] = settings.place("BACKUP_COMPRESS")
+    locations["compress"] = settings.location("BACKUP_COMPRESS")
     host = lookup("host", "PGHOST") or DEFAULT_HOST
-    port = _parse_port(lookup("port", "PGPORT"), places["port"])
+    port = _parse_port(lookup("port", "PGPORT"), locations["port"])
     user = lookup("user", "PGUSER")
     password = lookup("password", "PGPASSWORD")
     mistake = _find_mistake(password)
-    hint = f"The password {mistake[0]}. {mistake[1]} {places['password']}" if mistake else ""
+    hint = f"The password {mistake[0]}. {mistake[1]} {locations['password']}" if mistake else ""
     own = {"PGHOST": host, "PGPORT": str(port), "PGDATABASE": name}
     own |= {"PGUSER": user} if user else {}
     own |= {"PGPASSWORD": password} if password else {}
@@ -262,8 +258,8 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
         compress=settings.values.get("BACKUP_COMPRESS", ""),
         retention=_parse_retention(settings),
         connect_seconds=connect_seconds,
-        places=MappingProxyType(places),
-        libpq=_libpq_variables(settings, own, places),
+        setting_locations=MappingProxyType(locations),
+        libpq=_libpq_variables(settings, own, locations),
     )
 
 
@@ -282,9 +278,9 @@ def _database_name(settings: Settings, environment: Environment) -> str:
 
 
 def _libpq_variables(
-    settings: Settings, own: Mapping[str, str], places: dict[str, str]
+    settings: Settings, own: Mapping[str, str], locations: dict[str, str]
 ) -> Mapping[str, str]:
-    """`own`, and every further PG* variable that is set; where those are is noted in `places`."""
+    """`own`, and every further PG* variable that is set; `locations` gets where."""
     inherited = {
         variable: value
         for variable, value in settings.values.items()
@@ -292,9 +288,11 @@ def _libpq_variables(
     }
     # PG_VERSION, PGDATA and the like are the server's.
     further = [name for name in inherited.keys() - own.keys() - {"PGDATA"} if name.isalpha()]
-    listed = "; ".join(settings.place(variable) for variable in sorted(further))
-    places["libpq"] = listed or f"in {ENV_FILES[0]}"
-    places |= {name: settings.place(f"PG{name.upper()}") for name in ("sslmode", "sslrootcert")}
+    listed = "; ".join(settings.location(variable) for variable in sorted(further))
+    locations["libpq"] = listed or f"in {ENV_FILES[0]}"
+    locations |= {
+        name: settings.location(f"PG{name.upper()}") for name in ("sslmode", "sslrootcert")
+    }
     return MappingProxyType({**inherited, **own})
 
 
@@ -306,38 +304,58 @@ def _find_mistake(value: str) -> tuple[str, str] | None:
     return None
 
 
+def _holds_address(variable: str, value: str) -> bool:
+    """Whether it is a URL or a connection string, or a piece of one, where one name belongs."""
+    if re.search(r"://|^//|pass\w*\s*=|pwd\s*=", value, re.IGNORECASE):
+        return True
+    if variable.endswith("HOST"):  # or a list of hosts; sockets are paths, or begin with an @
+        return any(re.match(r"[^/@].*[/@]", host, re.DOTALL) for host in value.split(","))
+    if variable.endswith("USER"):
+        return ":" in value
+    if variable.endswith("NAME"):
+        return re.search(r":.*@|@.*/", value, re.DOTALL) is not None
+    return False
+
+
+def _is_ipv6_address(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return False
+
+
 def _require_plain(settings: Settings, variable: str, value: str) -> None:
-    """A URL or a connection string where a name belongs is never shown: it has a password in it,
-    which libpq's words, a file name and the metadata would repeat."""
-    if re.search(r"://|password\s*=", value, re.IGNORECASE):
+    """What holds a URL, a connection string or a piece of one is never shown: it has a password in
+    it, which libpq's words, a file name and the metadata would repeat."""
+    location = settings.location(variable)
+    if _holds_address(variable, value.strip("'\" \r\n")):
         raise ConfigurationError(
-            f"{variable} holds a URL or a connection string; it must be one name alone",
-            f"Put host, port, name, user and password each into a variable of its own, "
-            f"{settings.place(variable)}",
+            f"{variable} holds a URL or a connection string, or a piece of one; it must be one name"
+            " alone",
+            f"Put host, port, name, user and password each into a variable of its own, {location}",
         )
     if mistake := _find_mistake(value):
         cause, remedy = mistake
-        raise ConfigurationError(
-            f"{variable} is {value!r}: it {cause}", f"{remedy} {settings.place(variable)}"
-        )
-    # Not sockets, nor IPv6 addresses. Not shown: user:password@host is one of these too.
-    hosts = value.split(",") if variable.endswith("HOST") and value[0] not in "/@" else ()
-    if any(host.count(":") == 1 or "]:" in host for host in hosts):
-        raise ConfigurationError(
-            f"{variable} holds a port; it must be the host alone",
-            f"Put the port into {variable.replace('HOST', 'PORT')}, and the host alone "
-            f"{settings.place(variable)}",
-        )
+        shown = variable if variable.endswith("PORT") else f"{variable} is {value!r}"
+        raise ConfigurationError(f"{shown}: it {cause}", f"{remedy} {location}")
+    hosts = value.split(",") if variable.endswith("HOST") else ()
+    for host in hosts:
+        if ":" in host and host[0] not in "/@" and not _is_ipv6_address(host):
+            alone = "the host alone, an IPv6 address without brackets"
+            raise ConfigurationError(
+                f"{variable} holds a port, or brackets; it must be {alone}",
+                f"Put the port into {variable.replace('HOST', 'PORT')}, and {alone}, {location}",
+            )
 
 
-def _parse_port(text: str, place: str) -> int:
+def _parse_port(text: str, location: str) -> int:
     if not text:
         return DEFAULT_PORT
     if text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535:
         return int(text)
-    raise ConfigurationError(
-        f"the port is {text!r}; it must be a number from 1 to 65535", f"Correct it {place}"
-    )
+    raise ConfigurationError("the port is not a number from 1 to 65535", f"Correct it {location}")
 
 
 def _parse_connect_timeout(settings: Settings) -> int:
@@ -348,7 +366,7 @@ def _parse_connect_timeout(settings: Settings) -> int:
         return int(text) or DEFAULT_CONNECT_SECONDS  # libpq's own 0 waits for ever
     raise ConfigurationError(
         f"PGCONNECT_TIMEOUT is {text!r}; it must be a number of seconds",
-        f"Correct it {settings.place('PGCONNECT_TIMEOUT')}",
+        f"Correct it {settings.location('PGCONNECT_TIMEOUT')}",
         f"Or leave it out; then it is {DEFAULT_CONNECT_SECONDS}",
     )
 
@@ -364,6 +382,6 @@ def _parse_retention(settings: Settings) -> Retention | None:
     raise ConfigurationError(
         f"BACKUP_KEEP is {text!r}; it must be a number of backups (14), or numbers of days, weeks,"
         " months and years (7d,4w,6m,2y), or both (3,7d,4w): each 1 or more, and each once",
-        f"Correct it {settings.place('BACKUP_KEEP')}",
+        f"Correct it {settings.location('BACKUP_KEEP')}",
         "Or leave it out; then every backup is kept",
     )

@@ -92,9 +92,12 @@ def test_more_than_six_tables_are_summed_up(database: Database, make_project: Ma
             for table, count in rows.items()
         )
         + "CREATE FOREIGN DATA WRAPPER none; CREATE SERVER none FOREIGN DATA WRAPPER none;"
-        "CREATE FOREIGN TABLE far (x int) SERVER none"
+        "CREATE FOREIGN TABLE far (x int) SERVER none;"
+        "CREATE MATERIALIZED VIEW filled AS SELECT 1; CREATE MATERIALIZED VIEW empty AS SELECT 1"
+        " WITH NO DATA"
     )
-    lines = make_project(database).run().succeeded().stdout.splitlines()
+    project = make_project(database)
+    lines = project.run().succeeded().stdout.splitlines()
     assert lines[7] == (
         'Tables:      8 (3 a, 70 c, 5 "D e", 6 other.f, 4 g, 8 "select", and 2 more)'
     )
@@ -103,6 +106,10 @@ def test_more_than_six_tables_are_summed_up(database: Database, make_project: Ma
         "Contents:    ✓ Match (99 rows in 8 tables)",
     ]
     assert lines[11:] == ["Not included: data of foreign tables (far)"]
+    assert read_metadata(project.dumps()[0])["not_included"] == [
+        "data of foreign tables (far)",
+        "contents of materialized views, which a restore computes anew (filled)",
+    ]
 
 
 def test_empty_database_is_backed_up(database: Database, make_project: MakeProject) -> None:
@@ -433,11 +440,12 @@ def test_list_tells_the_series_apart(make_project: MakeProject) -> None:
         put_pair(project.backups, name, environment, ago(days=days), days, system_identifier=server)
     put_pair(project.backups, "wiki", "prod", ago(days=0), 9, verification=None)
     lines = [re.sub(r"_20\S+Z", "", line) for line in footer_of(project)]
+    shop = "prod shop of server {} (PostgreSQL 17.5): "
     assert lines[:-1] == [
         "prod wiki: 2 backups, 16 B; newest verified 7 days old: wiki.dump",
-        "prod shop of server 222: 1 backup, 1 B; newest verified 1 day old: shop.dump",
-        "prod shop of server unknown: 2 backups, 7 B; newest verified 2 days old: shop.dump",
-        "prod shop of server 111: 2 backups, 7 B; newest verified 3 days old: shop.dump",
+        shop.format("222") + "1 backup, 1 B; newest verified 1 day old: shop.dump",
+        shop.format("unknown") + "2 backups, 7 B; newest verified 2 days old: shop.dump",
+        shop.format("111") + "2 backups, 7 B; newest verified 3 days old: shop.dump",
         "dev shop: 1 backup, 6 B; newest verified 6 days old: shop.dump",
     ]
 
@@ -637,7 +645,7 @@ def test_help_is_the_docstring_and_the_options(make_project: MakeProject) -> Non
     result = make_project().run("--help").succeeded()
     assert not result.stderr
     assert backup_db.__doc__
-    assert backup_db.__doc__.strip() in result.stdout
+    assert f"{backup_db.__doc__}\nThis is release {backup_db.BACKUP_DB_VERSION}.\n" in result.stdout
     for default in ("auto", "db/backups/"):
         assert f"default: {default}" in " ".join(result.stdout.split())
     lines = result.stdout.splitlines()

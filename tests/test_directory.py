@@ -257,7 +257,7 @@ def test_list_and_verify_name_bad_metadata(standing: Project, damaged: Path) -> 
 @pytest.mark.parametrize(
     "values",
     [
-        {"metadata_version": 99, "later": {"key": [1, 2]}},
+        {"metadata_version": 1, "later": {"key": [1, 2]}},
         {"metadata_version": None, "verification": {}},
         {"large_object_count": "none", "not_included": 7, "locale": [], "roles": None},
     ],
@@ -268,6 +268,19 @@ def test_metadata_of_another_version_is_read(
     changed(**values)(metadata_path(damaged))
     standing.run("--list").succeeded()
     standing.run("--verify", damaged).succeeded()
+
+
+def test_metadata_of_a_newer_release_is_not_guessed_at(standing: Project) -> None:
+    """Nor is that backup counted, or removed."""
+    (dump,) = standing.dumps()
+    changed(metadata_version=2, backup_db_version="2031.1", table_counts=[])(metadata_path(dump))
+    result = standing.run("--verify", dump).failed_with(8)
+    assert "a newer backup_db.py made this: 2031.1; this is 20" in result.stderr, result
+    assert "Bring the metadata file back" not in result.stderr, result
+    standing.run(env={"BACKUP_KEEP": "1"}).succeeded()
+    listed = standing.run("--list").succeeded().stdout
+    assert "  ✗ Bad metadata\n" in listed
+    assert dump.exists()
 
 
 def test_run_is_not_disturbed_by_a_damaged_neighbour(

@@ -265,10 +265,20 @@ def live(place: Place) -> Iterator[Database]:
 # -- the server is lost ---------------------------------------------------------------------------
 
 
-def test_the_server_is_lost(place: Place) -> None:
+# What jq prints, without it.
+PRINT_RUNBOOK = inline("python3 -c")
+
+
+@pytest.mark.servers(15)
+def test_runbook_by_jq(place: Place) -> None:
     program("jq", "jq")
     shown, run = RUNBOOK.splitlines()
-    assert place.type(shown).stdout == place.type(inline("python3 -c")).succeeded().stdout != ""
+    assert place.type(shown).succeeded().stdout == place.type(PRINT_RUNBOOK).stdout
+    assert run == f"{shown} | sh"
+
+
+def test_the_server_is_lost(place: Place) -> None:
+    run = f"{PRINT_RUNBOOK} | sh"
     nightly = GLOBALS.split(maxsplit=5)[5]
     place.type(nightly).succeeded()
     saved = Path(place.project.environ["HOME"]) / "globals.sql"
@@ -533,7 +543,7 @@ def test_managed_server_with_one_owner(manager: str, place: Place) -> None:
 
 
 def test_managed_server_with_all_owners(place: Place) -> None:
-    runbook = place.type(RUNBOOK.splitlines()[0]).succeeded().stdout
+    runbook = place.type(PRINT_RUNBOOK).succeeded().stdout
     roles = "".join(line for line in runbook.splitlines(True) if "CREATE ROLE" in line)
     with Cluster(place.server.bin_dir) as fresh:
         fresh.psql("CREATE ROLE manager LOGIN CREATEDB CREATEROLE")

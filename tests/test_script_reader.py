@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from backup_db import ArchiveError, Metadata, ScriptReader, compare_contents
+from backup_db import ArchiveError, Contents, Metadata, ScriptReader, compare_contents
 
 # As pg_restore writes it; every name and value that could be taken for something else is one.
 HOSTILE = (
@@ -35,7 +35,7 @@ HOSTILE_ROWS = [3, 0, 3, 2, 1]
 
 
 def read(*blocks: bytes) -> ScriptReader:
-    reader = ScriptReader()
+    reader = ScriptReader(len(HOSTILE_ROWS))
     for block in blocks:
         reader.feed(block)
     reader.finish()
@@ -79,23 +79,26 @@ def test_script_cut_within_a_table_is_damaged() -> None:
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [
-        b"INSERT INTO t VALUES (1);\n",
-        b"SELECT 1;\n",
-        b"1\t2\n",
-        b"\\.\n",
-        b"COPY public.t (a) FROM stdin\n",
-    ],
+    "line",
+    [b"INSERT INTO t VALUES (1);\n", b"SELECT 1;\n", b"-- a hint\n", b"1\t2\n", b"\\.\n"],
 )
-def test_anything_else_is_damage(damage: bytes) -> None:
+def test_line_of_a_later_release_is_passed_over(line: bytes) -> None:
+    assert is_right(read(line, HOSTILE, line))
+
+
+def test_more_tables_than_the_table_of_contents_has_are_damage() -> None:
+    with pytest.raises(ArchiveError, match=r"lists the data of 5 tables, it holds more"):
+        read(HOSTILE, b"COPY public.t (a) FROM stdin;\n")
+
+
+def test_statement_that_is_cut_is_damage() -> None:
     with pytest.raises(ArchiveError):
-        read(HOSTILE, damage)
+        read(HOSTILE, b"COPY public.t (a) FROM stdin\n")
 
 
 @pytest.mark.parametrize("start", [b"-", b'COPY public."t (a) FROM stdin;\n'])
 def test_statement_without_end_does_not_fill_the_memory(start: bytes) -> None:
-    reader = ScriptReader()
+    reader = ScriptReader(1)
     reader.feed(start.ljust(reader.LONGEST_STATEMENT_BYTES, b"-"))
     with pytest.raises(ArchiveError, match="does not end"):
         reader.feed(b"-")
@@ -136,6 +139,6 @@ def test_every_difference_to_the_counts_is_said(
     large_objects: int | None,
     problem: str | None,
 ) -> None:
-    check = compare_contents({7: 2}, 1, expected(counts, oids, large_objects))
+    check = compare_contents(Contents({7: 2}, 1, ""), expected(counts, oids, large_objects))
     problems = check.problem.splitlines()
     assert (problem in problems) if problem else not problems

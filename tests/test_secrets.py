@@ -118,7 +118,26 @@ PASTED = (
     "postgres://keeper:s3cret@localhost:5432/chat",
     "host=localhost password=s3cret dbname=chat",
     "password = 's3cret'",
+    "PASSWD=s3cret",
+    "pwd=s3cret",
+    "//keeper:s3cret@localhost/chat",
 )
+# Pieces of these, by the end of the variable's name.
+PIECES = {
+    "NAME": ("s3cret@localhost/chat", "keeper:s3cret@localhost"),
+    "HOST": (
+        "keeper:s3cret@localhost",
+        "keeper:s3cret@localhost:5432",
+        "keeper:s3cret@localhost:5432/chat",
+        "keeper:s3cret@[::1]:5432/chat",
+        "keeper:s3cret@::1",
+        "localhost,keeper:s3cret@localhost",
+        "'keeper:s3cret@localhost'",
+        "localhost/chat?s3cret",
+    ),
+    "USER": ("keeper:s3cret", '"keeper:s3cret"'),
+    "PORT": ("5432/chat?user=keeper&key=s3cret", "5432 s3cret", "s3cret "),
+}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +147,7 @@ PASTED = (
 def test_address_with_a_password_in_it_is_not_shown(
     variable: str, standing_database: Database, make_project: MakeProject
 ) -> None:
-    for pasted in PASTED:
+    for pasted in (*PASTED, *PIECES[variable[-4:]]):
         settings = standing_database.settings(prefix=variable.partition("DB_")[0])
         settings[variable] = pasted
         project = make_project(settings=settings)
