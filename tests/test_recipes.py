@@ -649,9 +649,18 @@ def test_damaged_dump(place: Place) -> None:
     assert "COPY public.conversations " in (place.project.backups / "salvaged.sql").read_text()
 
 
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.splitlines()]
+
+
 def test_no_block_has_jobs_without_sections() -> None:
     """A row trigger of a partitioned table waits for its parent only, not for the partitions."""
-    blocks = re.findall(r"^```\w+\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if "--jobs" in line]
+    lines = [line for line in LINES if "--jobs" in line]
     assert lines
     assert all("--section=" in line for line in lines)
+
+
+def test_every_block_can_be_pasted_at_a_prompt() -> None:
+    """There a `!` recalls a command, and zsh knows no comments."""
+    assert LINES
+    assert [line for line in LINES if re.search(r"!|(^|\s)#", line)] == []
