@@ -17,7 +17,7 @@ Where to look for what:
     what "verified" means     test_verification, test_contents, test_script_reader
     files and disks           test_directory, test_disks, test_durability
     signals, every night      test_signals, test_nights, test_retention
-    the day of the restore    test_runbook, test_rehearse
+    the day of the restore    test_runbook, test_recipes, test_rehearse
     README, sample database   test_readme, test_sample
 
     the rehearsal itself      rehearse, values
