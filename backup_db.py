@@ -414,6 +414,8 @@ def printable(text: str) -> str:
     def escape(c: str) -> str:  # a byte that is not UTF-8 is the surrogate \udcXX
         return c.encode("unicode_escape").decode().replace(r"\udc", r"\x")
 
+    if text.isprintable():  # as nearly all are: a list has thousands
+        return text
     return "".join(c if c.isprintable() else escape(c) for c in text)
 
 
@@ -467,8 +469,20 @@ def display_path(path: Path) -> str:
 
 
 def shell_words(*words: str) -> str:
-    """A command as a person can paste it."""
-    return " ".join(printable(shlex.quote(word)) for word in words)
+    """A command as a person can paste it: in every shell, and printable. What a terminal would obey
+    or not show is written as `"$(printf 'kun\\302\\240den')"`."""
+
+    def octal(c: str) -> str:
+        return "".join(f"\\{byte:03o}" for byte in c.encode("utf-8", "surrogateescape"))
+
+    def quote(word: str) -> str:
+        if word.isprintable():
+            return shlex.quote(word)
+        doubled = word.replace("\\", "\\\\").replace("%", "%%")
+        escaped = (c if c.isprintable() and c != "'" else octal(c) for c in doubled)
+        return f"\"$(printf '{''.join(escaped)}')\""
+
+    return " ".join(map(quote, words))
 
 
 def list_command(directory: Path) -> str:
@@ -492,7 +506,16 @@ def libpq_options(user: str | None = None) -> str:
 
 def sql_identifier(name: str) -> str:
     """A name quoted for SQL; unprintable characters, such as a newline, are in SQL's escapes."""
-    quoted = '"' + name.replace('"', '""') + '"'
+    return sql_quoted(name, '"')
+
+
+def sql_literal(text: str) -> str:
+    """A text quoted for SQL in the same way."""
+    return sql_quoted(text, "'")
+
+
+def sql_quoted(text: str, mark: str) -> str:
+    quoted = mark + text.replace(mark, mark * 2) + mark
     if quoted.isprintable():
         return quoted
     return "U&" + re.sub(r"[^ -~]|\\", lambda found: f"\\+{ord(found.group()):06X}", quoted)
@@ -512,11 +535,14 @@ FILE_NAME = re.compile(
 
 
 def file_prefix(database: str, environment: str) -> str:
-    """The name of a backup's files up to the timestamp, valid on FAT and NTFS too."""
-    encoded = re.sub(  # a byte that is not UTF-8 arrives as a lone surrogate
-        r'^[.-]|[/%\\"*:<>?|\0-\x1f\x7f-\x9f\ud800-\udfff]',
-        lambda unsafe: "%" + unsafe[0].encode(errors="surrogateescape").hex("%").upper(),
-        database,
+    """The name of a backup's files up to the timestamp: printable, and valid on FAT and NTFS."""
+
+    def percent(c: str) -> str:  # a byte that is not UTF-8 arrives as a lone surrogate
+        return "%" + c.encode(errors="surrogateescape").hex("%").upper()
+
+    encoded = "".join(
+        c if c.isprintable() and c not in '/%\\"*:<>?|' and (i or c not in ".-") else percent(c)
+        for i, c in enumerate(database)
     )
     ending = "" if encoded.endswith(f"_{environment}") else f"_{environment}"
     return encoded + ending
@@ -551,8 +577,11 @@ class NewerMetadata(MetadataError):
 
 def is_utc_time(value: object) -> bool:
     try:
-        return iso_timestamp(parse_iso_timestamp(str(value))) == value
-    except ValueError:
+        return (
+            re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", str(value), re.ASCII) is not None
+            and parse_iso_timestamp(str(value)) is not None
+        )
+    except ValueError:  # a 30th of February
         return False
 
 
@@ -581,10 +610,6 @@ class Series(NamedTuple):
     environment: str
     server: str | None = None  # system_identifier; None, where a service hides it, fits any
 
-    @property
-    def on_any_server(self) -> Series:
-        return self._replace(server=None)
-
     def matches(self, other: Series) -> bool:
         """Whether it is the same one; an older backup, with no server, counts as ours."""
         may_be_ours = self.server == other.server or None in (self.server, other.server)
@@ -597,12 +622,11 @@ def read_metadata_values(path: str) -> dict[str, Any]:
     status = os.stat(path)  # first: to open a pipe of that name would hang
     if not stat.S_ISREG(status.st_mode) or status.st_size > METADATA_MAX_BYTES:
         raise MetadataError("it is no metadata file")
-    with open(path, "rb") as file:
-        text = file.read()
     try:
-        values = json.loads(text)
+        with open(path, encoding="utf-8") as file:
+            values = json.loads(file.read())
     except (ValueError, RecursionError) as error:
-        raise MetadataError(f"it is not JSON: {error}") from None
+        raise MetadataError(f"it is not a JSON object: {error}") from None
     if not isinstance(values, dict):
         raise MetadataError("it is not a JSON object")
     version = values.get("metadata_version")
@@ -2033,49 +2057,49 @@ def least_major(metadata: Metadata) -> int:
 
 def restore_commands(metadata: Metadata) -> list[str]:
     """The shell commands, one a line, that restore this backup on a fresh server. They are made of
-    the metadata's other facts alone, and drop nothing.
-
-    Names are quoted in comments too: an interactive zsh takes a pasted comment for a command.
-    """
-    lines = [
-        f"# For PostgreSQL {least_major(metadata)} or newer: server, psql and pg_restore",
-        "# In the folder of the dump, with PGHOST, PGPORT and PGUSER set, the user a superuser",
+    the metadata's other facts alone, and drop nothing."""
+    return [
+        *comment_lines(metadata),
         *role_commands(metadata.roles or [], metadata.role_attributes or {}),
+        *database_commands(metadata),
     ]
-    if extensions := set(metadata.extensions or {}) - {"plpgsql"}:
-        names = shell_words(*sorted(extensions))
-        lines.append(f"# The server needs the packages of the extensions {names}")
+
+
+def comment_lines(metadata: Metadata) -> Iterator[str]:
+    """The first lines of `restore_commands`: what a person has to know, and to prepare.
+
+    An interactive zsh takes a pasted comment for a command: so they read as the words of one.
+    """
+    file = shell_words(str(metadata_path(Path(metadata.backup_file))))
+    code = "import json, sys; print(*json.load(open(sys.argv[1]))[sys.argv[2]], sep=chr(10))"
+    yield f"# These lines as they are to be typed: jq -r '.restore[]' {file}"
+    yield f"# Or: python3 -X utf8 -c {shell_words(code)} {file} restore"
+    yield f"# For PostgreSQL {least_major(metadata)} or newer, the server and its tools"
+    yield "# In the folder of the dump, with PGHOST, PGPORT, PGUSER and PGPASSWORD of a superuser"
+    extensions = [
+        shell_words(name, version)
+        for name, version in sorted((metadata.extensions or {}).items())
+        if name != "plpgsql"
+    ]
+    if extensions:
+        yield f"# The server needs the packages of these extensions: {', '.join(extensions)}"
+    of_system = {(metadata.locale or {}).get(key) for key in ("collate", "ctype")}
+    of_system |= {(metadata.settings or {}).get("lc_monetary")}
+    if locales := sorted(name for name in of_system if name not in (None, "C", "POSIX")):
+        yield f"# The server needs these locales, see locale -a: {shell_words(*locales)}"
     if metadata.tablespaces:
-        without = "" if metadata.database_tablespace else ", or without them: --no-tablespaces"
         names = shell_words(*metadata.tablespaces)
-        lines.append(f"# First make its tablespaces by CREATE TABLESPACE, {names}{without}")
-    target = ["--create", "--dbname=postgres"]
-    if metadata.database_name in {"postgres", "template1"}:  # on every server
-        target = [f"--dbname={metadata.database_name}"]
-        lines.append("# Settings, grants and comment of this database itself do not come back")
-    command = ["pg_restore", *target, "--exit-on-error", "--jobs=4", metadata.backup_file]
-    # The database may be read-only by its own settings, which are restored before its tables.
-    writable = "PGOPTIONS='-c default_transaction_read_only=off'"
-    return [*lines, f"{writable} {shell_words(*command)}"]
+        without = "" if metadata.database_tablespace else ", or its tables go to pg_default"
+        yield f"# First make its tablespaces by CREATE TABLESPACE: {names}{without}"
 
 
 def role_commands(
     roles: Sequence[str], attributes: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
     """The lines of `restore_commands` that make the roles, then their memberships."""
-
-    def psql(sql: str) -> str:
-        return shell_words("psql", "--no-psqlrc", "--dbname=postgres", "--command", sql)
-
     yield "# A role that is there already says so and stays as it is, the others get no password"
     for role in roles:
-        facts = attributes.get(role, {})
-        flags = ["superuser", "createrole", "createdb", "login", "replication", "bypassrls"]
-        words = [flag.upper() for flag in flags if facts.get(flag)]
-        words += [] if facts.get("inherit", True) else ["NOINHERIT"]
-        if (limit := facts.get("connection_limit", -1)) != -1:
-            words.append(f"CONNECTION LIMIT {limit:d}")
-        yield psql(" ".join(["CREATE ROLE", sql_identifier(role), *words])) + " || true"
+        yield psql_command(*role_statements(role, attributes.get(role, {}))) + " || true"
     for role in roles:
         for group, options in attributes.get(role, {}).get("member_of", {}).items():
             if group not in roles and not group.startswith("pg_"):  # PostgreSQL's own are there
@@ -2086,7 +2110,87 @@ def role_commands(
                 kinds = ("admin", "inherit", "set")
                 words = [f"{kind} {bool(options.get(kind))}".upper() for kind in kinds]
             grant = f"GRANT {sql_identifier(group)} TO {sql_identifier(role)}"
-            yield psql(grant + (f" WITH {', '.join(words)}" if words else ""))
+            yield psql_command(grant + (f" WITH {', '.join(words)}" if words else ""))
+
+
+def psql_command(*statements: str) -> str:
+    """A psql that stops at the first statement that fails."""
+    commands = " ".join(f"--command={shell_words(statement)}" for statement in statements)
+    options = "--no-psqlrc --no-password --set=ON_ERROR_STOP=1 --dbname=postgres"
+    return f"psql {options} {commands}"
+
+
+def role_statements(role: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    """What makes a role, and gives it its settings; one that the server refuses is left out."""
+    flags = ["superuser", "createrole", "createdb", "login", "replication", "bypassrls"]
+    words = [flag.upper() for flag in flags if facts.get(flag)]
+    words += [] if facts.get("inherit", True) else ["NOINHERIT"]
+    if (limit := facts.get("connection_limit", -1)) != -1:
+        words.append(f"CONNECTION LIMIT {limit:d}")
+    if "valid_until" in facts:
+        words.append(f"VALID UNTIL {sql_literal(facts['valid_until'])}")
+    yield " ".join(["CREATE ROLE", sql_identifier(role), *words])
+    if settings := facts.get("settings", []):
+        yield r"\unset ON_ERROR_STOP"
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        values = split_list(value) if name in LIST_SETTINGS else [value]
+        literals = ", ".join(map(sql_literal, values))
+        yield f"ALTER ROLE {sql_identifier(role)} SET {sql_identifier(name)} TO {literals}"
+
+
+# Settings whose value is a list of names, as pg_dump knows them (variable_is_guc_list_quote).
+LIST_SETTINGS = {
+    "local_preload_libraries",
+    "search_path",
+    "session_preload_libraries",
+    "shared_preload_libraries",
+    "temp_tablespaces",
+    "unix_socket_directories",
+}
+
+
+def split_list(value: str) -> list[str]:
+    """The names in such a setting's value, in which some are quoted; an empty list is one empty
+    name."""
+    found = re.findall(r'"((?:[^"]|"")*)"|([^",\s]+)', value)
+    return [quoted.replace('""', '"') or bare for quoted, bare in found] or [""]
+
+
+def database_commands(metadata: Metadata) -> Iterator[str]:
+    """The lines of `restore_commands` that make the database, fill it and analyze it.
+
+    To make it (`--schema=-` is no schema of its) fails where one of that name is there, and nothing
+    is added to that. The filling goes on past what is refused. It is done section by section: with
+    --jobs alone a row trigger of a partitioned table may be there before its rows, and fire.
+    """
+    name, dump = metadata.database_name, shell_words(metadata.backup_file)
+    # Another value of these, which the database or the role may have, refuses rows or bends them.
+    bending = {"default_transaction_read_only": "off", "array_nulls": "on"}
+    if lc_monetary := (metadata.settings or {}).get("lc_monetary"):
+        bending["lc_monetary"] = re.sub(r"([\\\s])", r"\\\1", lc_monetary)
+    options = shell_words(" ".join(f"-c {key}={value}" for key, value in bending.items()))
+    pg_restore = f"PGOPTIONS={options} pg_restore --no-password"
+    fill = f"{pg_restore} --dbname={dbname_word(name)} --section=$section --jobs=4"
+    analyze = f"vacuumdb --no-password --quiet --analyze-in-stages --dbname={dbname_word(name)}"
+    if name in {"postgres", "template1"}:  # on every server: only an error stops a second time
+        yield "# Settings, grants and comment of this database itself do not come back"
+        make, otherwise = "", "exit 1"
+        fill += " --exit-on-error"
+    else:
+        yield f"# For another try: dropdb {shell_words('--', name)}"
+        yield "# Make it, then fill it, past what is refused: each error is told, exit status 1"
+        make = f"{pg_restore} --create --schema=- --exit-on-error --dbname=postgres {dump} && "
+        otherwise = "rc=1"
+    sections = f"for section in pre-data data post-data; do {fill} {dump} || {otherwise}; done"
+    yield f"{make}( rc=0; {sections}; {analyze}; exit $rc )"
+
+
+def dbname_word(name: str) -> str:
+    """A database's name behind `--dbname=`, where a name like `k=v` or a URL would be parsed."""
+    if "=" in name or "://" in name or not name.isprintable():
+        name = "dbname='" + re.sub(r"([\\'])", r"\\\1", name) + "'"
+    return shell_words(name)
 
 
 def describe_database(session: Session) -> dict[str, Any]:
@@ -3040,28 +3144,31 @@ def find_backups(directory: Path) -> list[Backup]:
     """Every backup in the directory, broken ones too, the newest first. Raises OSError for the
     directory; whatever is wrong with a file is in its status."""
     backups = [
-        read_backup(directory / name)
+        read_backup(directory, name)
         for name in os.listdir(directory)
         if name.endswith(DUMP_SUFFIX) and not name.startswith(".")
     ]
     return sorted(backups, key=lambda backup: (backup.timestamp, backup.dump.name), reverse=True)
 
 
-def read_backup(dump: Path) -> Backup:
-    """One backup, from its metadata and the size of its dump."""
+def read_backup(directory: Path, name: str) -> Backup:
+    """The backup whose dump has this name, from its metadata and the size of its dump."""
+    dump, path = directory / name, f"{directory}/{name}"
     size_bytes: int | None = None
     with contextlib.suppress(OSError):  # unreadable, or a link to nowhere
-        found = os.stat(dump)
+        found = os.stat(path)
         size_bytes = found.st_size if stat.S_ISREG(found.st_mode) else None
     try:
-        return describe_backup(dump, size_bytes, read_metadata_values(str(metadata_path(dump))))
+        values = read_metadata_values(path.removesuffix(DUMP_SUFFIX) + METADATA_SUFFIX)
     except FileNotFoundError:
         status = Status.NO_METADATA
     except PermissionError:
         status = Status.NOT_READABLE
     except (OSError, MetadataError):
         status = Status.BAD_METADATA
-    match = FILE_NAME.fullmatch(dump.name)
+    else:
+        return describe_backup(dump, name, size_bytes, values)
+    match = FILE_NAME.fullmatch(name)
     if match is None:
         return Backup(dump, size_bytes, status, "-", Series("-", "-"))
     timestamp = "{date}T{hour}:{minute}:{second}Z".format_map(match.groupdict())
@@ -3070,7 +3177,9 @@ def read_backup(dump: Path) -> Backup:
     )
 
 
-def describe_backup(dump: Path, size_bytes: int | None, values: Mapping[str, Any]) -> Backup:
+def describe_backup(
+    dump: Path, name: str, size_bytes: int | None, values: Mapping[str, Any]
+) -> Backup:
     """A backup, by the values of its metadata."""
     optional = {
         key: value
@@ -3087,7 +3196,7 @@ def describe_backup(dump: Path, size_bytes: int | None, values: Mapping[str, Any
         values["backup_timestamp"],
         Series(values["database_name"], values["environment"], optional.get("system_identifier")),
         is_described=True,
-        is_renamed=values["backup_file"] != dump.name,
+        is_renamed=values["backup_file"] != name,
         total_rows=sum(values["table_counts"].values()),
         database_size_bytes=optional.get("database_size_bytes"),
         postgresql_version=values["postgresql_version"],
@@ -3288,16 +3397,15 @@ def create_backup(
             backups = find_backups(output_dir)
             earlier = verified_backups(backups, series)
             recent = read_recent(earlier)
-            last = next(iter(verified_backups(backups, series.on_any_server)), None)
+            of_any_server = verified_backups(backups, series._replace(server=None))
+            last = of_any_server[0] if of_any_server else None
             run = RunContext(config, tools, session, lock, partial, progress, last)
             snapshot, counts, warning = dump_database(run)
             session.close()  # nothing more is asked of the server
             Background(partial.dump.sync).wait()
             metadata = verify_new_dump(run, draft_metadata(run, snapshot, counts, series), started)
             complaints = publish(partial, metadata)
-            made = describe_backup(
-                partial.published_dump, metadata.backup_size_bytes, metadata._asdict()
-            )
+            made = read_backup(output_dir, partial.published_dump.name)
             warnings = [warning, *complaints, *shrinkage_lines(metadata, recent)]
             if not metadata.table_counts:
                 place = config.setting_locations["name"]

@@ -624,15 +624,20 @@ def compare_restore(place: ServerWorkplace, size_gb: float, runs: int) -> Report
         return Contender(f"pg_restore --jobs={jobs}", [make, ["pg_restore", *options], drop])
 
     rehearse = [str(environment.PYTHON), str(environment.TESTS / "rehearse.py"), str(first.dump)]
-    contenders = [place.backup(OURS), restore(1), restore(2), Contender(REHEARSE, [rehearse])]
+    serial = restore(1)
+    contenders = [place.backup(OURS), serial, restore(2), Contender(REHEARSE, [rehearse])]
     results = place.time_in_turn(contenders, runs)
+    base = results[serial.name].median
     place.cluster.drop_database("benchmark")
     shutil.rmtree(first.dump.parent)
     return Report(
         f"Restore, PostgreSQL {place.server_version}, {data_bytes / GB:.2f} GB of tables,"
         f" compression {first.compression}, {describe_runs(runs)}",
-        ("", "time", "from–to", f"of {OURS}"),
-        [timing_cells(name, result, results[OURS]) for name, result in results.items()],
+        ("", "time", "from–to", f"of {OURS}", f"of {serial.name}"),
+        [
+            [*timing_cells(name, result, results[OURS]), f"{result.median / base:.2f}"]
+            for name, result in results.items()
+        ],
         [],
     )
 

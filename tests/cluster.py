@@ -8,12 +8,18 @@ left behind.
 
 On loopback every role needs a password, for any user of the machine can come there: who is
 superuser on a server runs programs as the server's user. The one of `postgres` is random.
+
+PostgreSQL refuses to run as root. Root's servers run each under a user id that nobody else has, and
+no account is made for it: what a database's owners wrote runs there, and with an id that is shared
+(that of `nobody`) it could meddle with other services. Root trusts nothing that such a server can
+write, above all no process id that stands in a file: the guard ends it as that user.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import pwd
@@ -27,10 +33,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 # Python packages that bring a whole PostgreSQL, and where in them it is.
 PACKAGED = {
@@ -77,6 +83,11 @@ SOCKET_PATH_LIMIT = 103
 # How long the guard waits for an immediate stop: the server gives its own processes 5 seconds.
 STOP_SECONDS = 30
 
+# Where root's servers get their user ids: systemd takes those of its dynamic users from here too.
+USERS = range(61184, 65520)
+
+LOG_TAIL_BYTES = 64 * 1024
+
 
 class ClusterError(Exception):
     """PostgreSQL is missing, or one of its programs failed."""
@@ -121,6 +132,7 @@ class Cluster:
         self.host = "127.0.0.1"
         self.port = random.choice(PORTS)
         self.password = secrets.token_urlsafe()  # of `postgres`
+        self._log: IO[bytes] = io.BytesIO()
         self._guard = subprocess.Popen(
             [sys.executable, "-I", __file__, bin_dir],
             env={**os.environ, GUARDED: json.dumps({**ENVIRON, **(environ or {})})},
@@ -133,6 +145,8 @@ class Cluster:
             self.directory = Path(self._answer())
             self.data_dir = self.directory / "data"
             self.log = self.directory / "log"
+            # Before anything of a database's owners runs: they may put what they like in its place.
+            self._log = self.log.open("rb")
             self._initialize(initdb_options)
             (self.data_dir / "pg_hba.conf").write_text("\n".join([*hba, *HBA, ""]))
             self.configure(SETTINGS)
@@ -172,8 +186,7 @@ class Cluster:
             except ClusterError as error:
                 # Was it the port? Another server may have taken it since it was chosen.
                 if self.pid or self._port_is_free():
-                    log = self.log.read_text(errors="replace") if self.log.exists() else ""
-                    raise ClusterError(f"{error}\n{log}") from None
+                    raise ClusterError(f"{error}\n{self.end_of_log()}") from None
             self.port = random.choice(PORTS)
             self.configure({"port": str(self.port)})
         raise ClusterError("No port was free for PostgreSQL.")
@@ -182,7 +195,12 @@ class Cluster:
         """Become a hot standby of a server that runs; before the first start of this one."""
         shutil.rmtree(self.data_dir)
         self.password = primary.password
-        source = f"host={primary.directory} port={primary.port} user=postgres"
+        # Over loopback: of root's servers none gets to the socket of another.
+        passwords = self.directory / "passwords"
+        passwords.touch(mode=0o600)
+        passwords.write_text(f"*:*:*:postgres:{primary.password}")
+        os.chown(passwords, self.directory.stat().st_uid, -1)
+        source = f"host={primary.host} port={primary.port} user=postgres passfile={passwords}"
         options = ("--write-recovery-conf", "--checkpoint=fast", "--no-sync")
         self._ask("pg_basebackup", f"--dbname={source}", f"--pgdata={self.data_dir}", *options)
         self.configure({"port": str(self.port), "unix_socket_directories": str(self.directory)})
@@ -205,6 +223,12 @@ class Cluster:
         self._guard.stdin.close()
         self._guard.wait()
         self._guard.stdout.close()
+        self._log.close()
+
+    def end_of_log(self) -> str:
+        """What the server logged last."""
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+        return self._log.read(LOG_TAIL_BYTES).decode("utf-8", "replace")
 
     @property
     def pid(self) -> int | None:
@@ -219,7 +243,8 @@ class Cluster:
         user: str = "postgres",
         stdin: str = "",
     ) -> str:
-        """What one of PostgreSQL's client programs prints, connected through the socket."""
+        """What one of PostgreSQL's client programs prints, to the byte: a name may hold a carriage
+        return. It connects through the socket."""
         done = subprocess.run(
             [self.bin_dir / program, *arguments],
             env={
@@ -232,14 +257,13 @@ class Cluster:
                 "PGDATABASE": database,
                 "PGCLIENTENCODING": "UTF8",
             },
-            input=stdin,
+            input=stdin.encode("utf-8", "surrogateescape"),
             capture_output=True,
-            encoding="utf-8",
-            errors="surrogateescape",
         )
         if done.returncode:
-            raise ClusterError(f"{program} exited with {done.returncode}: {done.stderr}")
-        return done.stdout
+            words = done.stderr.decode("utf-8", "surrogateescape")
+            raise ClusterError(f"{program} exited with {done.returncode}: {words}")
+        return done.stdout.decode("utf-8", "surrogateescape")
 
     def psql(self, sql: str, database: str = "postgres", user: str = "postgres") -> str:
         """The rows, a line each, columns separated by `|`. Stops at the first error."""
@@ -276,7 +300,6 @@ class Cluster:
         password_file = self.directory / "password"
         password_file.touch(mode=0o600, exist_ok=False)
         password_file.write_text(self.password)
-        os.chown(password_file, self.directory.stat().st_uid, -1)
         options = [*options, f"--pwfile={password_file}", f"--pgdata={self.data_dir}"]
         self._ask("initdb", *INITDB_OPTIONS, *options)
         password_file.unlink()
@@ -314,26 +337,40 @@ def read_pid(data_dir: Path) -> int | None:
 # -- the guard ------------------------------------------------------------------------------------
 
 
+class User(NamedTuple):
+    """As whom a server of root's runs."""
+
+    uid: int
+    gid: int
+
+
 def guard(bin_dir: Path) -> None:
     """Tell the directory, then answer each command (a line of JSON) by its complaint, or ""."""
     for polite in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(polite, signal.SIG_IGN)  # whoever is stopped, the end of the input tells
-    directory = make_directory()
-    try:
-        if not is_executable(bin_dir / "postgres"):
-            bin_dir = copy_installation(bin_dir, directory)
-        answer(str(directory))
-        for line in sys.stdin:
-            program, *arguments = json.loads(line)
-            done = run_as_server(bin_dir / program, *arguments, cwd=directory)
-            complaint = done.stdout or f"exit status {done.returncode}"
-            answer(complaint if done.returncode else "")
-    except BrokenPipeError:
-        pass  # nobody is there to hear the answer
-    finally:
-        deadline = time.monotonic() + STOP_SECONDS
-        stop_at_once(directory / "data", deadline)
-        remove(directory, deadline)
+    with server_user() as user:
+        directory = make_directory(user)
+        try:
+            if not is_executable(bin_dir / "postgres", user):
+                bin_dir = copy_installation(bin_dir, directory)
+            (directory / "log").touch(mode=0o600)
+            give(directory, user)
+            answer(str(directory))
+            for line in sys.stdin:
+                program, *arguments = json.loads(line)
+                run = initialize if program == "initdb" else run_as
+                done = run(user, bin_dir / program, *arguments, cwd=directory)
+                complaint = done.stdout or f"exit status {done.returncode}"
+                answer(complaint if done.returncode else "")
+        except BrokenPipeError:
+            pass  # nobody is there to hear the answer
+        finally:
+            deadline = time.monotonic() + STOP_SECONDS
+            if user:
+                end_processes(user, deadline)
+            else:
+                stop_at_once(directory / "data", deadline)
+            remove(directory, deadline)
 
 
 def answer(text: str) -> None:
@@ -341,15 +378,76 @@ def answer(text: str) -> None:
     os.write(sys.stdout.fileno(), json.dumps(text).encode() + b"\n")
 
 
-def server_user() -> pwd.struct_passwd | None:
-    """PostgreSQL refuses to run as root, and wants a user that has a passwd entry."""
-    return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
+@contextlib.contextmanager
+def server_user(users: range = USERS) -> Iterator[User | None]:
+    """A user id for a server of root's; None for whoever is not root and runs it himself.
+
+    Until the end no other guard takes it: its claim, a Unix socket's name that is in no file
+    system, is gone with the process that has it.
+    """
+    if os.geteuid():
+        yield None
+        return
+    if sys.platform != "linux":
+        raise ClusterError("Root's servers take Linux: run this as another user.")
+    for uid in random.sample(users, len(users)):
+        with socket.socket(socket.AF_UNIX) as claim:
+            try:
+                claim.bind(f"\0user-{uid}-of-a-throw-away-postgresql")
+            except OSError:
+                continue
+            if is_free(uid):
+                yield User(uid, uid)
+                return
+    raise ClusterError(f"Of the user ids {users.start} to {users.stop - 1} none is free.")
 
 
-def run_as_server(*command: Path | str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    user = server_user()
+def is_free(uid: int) -> bool:
+    """Whether no account and no process has this number."""
+    with contextlib.suppress(KeyError):
+        return not pwd.getpwuid(uid)
+    return uid not in users_of_processes()
+
+
+def users_of_processes() -> set[int]:
+    """The user ids, real and effective ones, of all processes; those that wait to be reaped are
+    none any more."""
+    found: set[int] = set()
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if ids := re.search(rb"\nState:\t[^XZ](?s:.*)\nUid:\t(.*)\n", status.read_bytes()):
+                found.update(map(int, ids[1].split()))
+    return found
+
+
+def give(directory: Path, user: User | None) -> None:
+    """Make everything in the directory the user's. By descriptors, and past no link: it may be
+    another's that hands it over."""
+    if user:
+        for _path, folders, files, descriptor in os.fwalk(directory):
+            for name in (".", *folders, *files):
+                os.chown(name, *user, dir_fd=descriptor, follow_symlinks=False)
+
+
+def initialize(
+    user: User | None, *command: Path | str, cwd: Path
+) -> subprocess.CompletedProcess[str]:
+    """Of all programs initdb alone wants a user that has an account. Nothing that a database's
+    owners wrote runs yet."""
+    if user is None:
+        return run_as(user, *command, cwd=cwd)
+    account = pwd.getpwnam("nobody")
+    nobody = User(account.pw_uid, account.pw_gid)
+    give(cwd, nobody)
+    try:
+        return run_as(nobody, *command, cwd=cwd)
+    finally:
+        give(cwd, user)
+
+
+def run_as(user: User | None, *command: Path | str, cwd: Path) -> subprocess.CompletedProcess[str]:
     switch: dict[str, Any] = (
-        {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
+        {"user": user.uid, "group": user.gid, "extra_groups": []} if user else {}
     )
     return subprocess.run(
         command,
@@ -364,23 +462,22 @@ def run_as_server(*command: Path | str, cwd: Path) -> subprocess.CompletedProces
     )
 
 
-def is_executable(path: Path) -> bool:
+def is_executable(path: Path, user: User | None) -> bool:
     """Whether the server's user may run this program, or enter this directory."""
-    return run_as_server("test", "-x", path, cwd=Path("/")).returncode == 0
+    return run_as(user, "test", "-x", path, cwd=Path("/")).returncode == 0
 
 
-def make_directory() -> Path:
+def make_directory(user: User | None) -> Path:
     """A directory for the server's user alone, with a path short enough for a socket in it."""
     for parent in (Path(tempfile.gettempdir()), Path("/tmp")):
         # It is 0700 from the first moment, and nothing changes that: HBA depends on it.
         directory = Path(tempfile.mkdtemp(prefix="pg-", dir=parent))
-        if user := server_user():
-            os.chown(directory, user.pw_uid, user.pw_gid)
+        give(directory, user)
         fits = len(os.fsencode(directory / ".s.PGSQL.12345")) <= SOCKET_PATH_LIMIT
-        if fits and is_executable(directory):
+        if fits and is_executable(directory, user):
             return directory
         directory.rmdir()
-    raise ClusterError(f"{parent} does not let the user {user and user.pw_name} in.")
+    raise ClusterError(f"{parent} does not let other users in.")
 
 
 def copy_installation(bin_dir: Path, directory: Path) -> Path:
@@ -392,10 +489,26 @@ def copy_installation(bin_dir: Path, directory: Path) -> Path:
     libraries = package.with_name(f"{package.name}.libs")
     if libraries.is_dir():
         shutil.copytree(libraries, directory / libraries.name, symlinks=True)
-    if user := server_user():
-        for path in (p for p in directory.rglob("*") if not p.is_symlink()):
-            os.chown(path, user.pw_uid, user.pw_gid)
     return copy / bin_dir.parent.name / "bin"
+
+
+def end_processes(user: User, deadline: float) -> None:
+    """End all that runs as this user, whatever it did to be overlooked. First as PostgreSQL wants
+    it, which then removes its shared memory."""
+    for number, until in ((signal.SIGQUIT, time.monotonic() + 5), (signal.SIGKILL, deadline)):
+        while user.uid in users_of_processes() and time.monotonic() < until:
+            child = os.fork()
+            if not child:
+                try:
+                    os.setgroups([])
+                    os.setgid(user.gid)
+                    os.setuid(user.uid)  # from here on the kernel lets it reach that user's alone
+                    os.kill(-1, number)
+                    os.kill(-1, signal.SIGCONT)  # a test may have frozen it
+                finally:
+                    os._exit(0)
+            os.waitpid(child, 0)
+            time.sleep(0.02)
 
 
 def stop_at_once(data_dir: Path, deadline: float) -> None:

@@ -290,7 +290,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "servers(*versions): runs where BACKUP_TEST_SERVERS names these versions. That of 15, which"
-        " is Debian's own, stands for Debian's other packages too: see .ci/run.",
+        " is Debian's own, stands for some of Debian's other packages too (jq, curl, rsync,"
+        " systemd, pgbouncer, locales): see .ci/run. strace is needed by all.",
     )
     # A worker sees only its own share of the tests.
     if not hasattr(config, "workerinput") and not config.option.collectonly:

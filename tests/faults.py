@@ -239,12 +239,19 @@ def connecting(project: Project, _database: Database) -> Iterator[subprocess.Pop
             yield process
 
 
+# Our session between two tries to lock the tables: it has nothing open, and rests.
+BETWEEN_TRIES = (
+    "application_name = 'backup_db' AND state = 'idle' AND query = 'COMMIT'"
+    " AND clock_timestamp() > state_change + '30 ms'"
+)
+
+
 @contextlib.contextmanager
 def waiting_for_a_lock(project: Project, database: Database) -> Iterator[subprocess.Popen[bytes]]:
     """A migration holds a table."""
     with transaction(database, "LOCK TABLE messages IN ACCESS EXCLUSIVE MODE"):
         process = project.start()
-        wait_until(lambda: sessions_on(database, "wait_event_type = 'Lock'"))
+        wait_until(lambda: sessions_on(database, BETWEEN_TRIES))
         yield process
 
 

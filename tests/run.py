@@ -6,19 +6,21 @@ Makes the environment first. The tests start the PostgreSQL servers that they ne
 
 Where to look for what:
 
-    what a user sees          test_command_line, test_progress, test_text
+    what a user sees          test_contract, test_command_line, test_progress, test_text
     failures and their mends  test_exit_codes, test_mends
-    settings, passwords       test_config, test_secrets
-    the way to the server     test_connections, test_ways, test_server_faults
+    settings, passwords       test_config, test_secrets, test_existing_project
+    the way to the server     test_connections, test_ways, test_poolers, test_server_faults
     versions, tools           test_servers, test_tools, test_earlier
-    what a backup holds       test_counts, test_encodings, test_hostile_data, test_owners
-    one moment, locks         test_snapshot
+    what a backup holds       test_counts, test_facts, test_encodings, test_hostile_data
+    one moment, locks, waits  test_snapshot, test_names, test_waits
+    nobody else's code runs   test_owners, test_planted
     what "verified" means     test_verification, test_contents, test_script_reader
     files and disks           test_directory, test_disks, test_durability
-    signals, every night      test_signals, test_nights
+    signals, every night      test_signals, test_nights, test_retention
     the day of the restore    test_runbook, test_rehearse
     README, sample database   test_readme, test_sample
 
+    the rehearsal itself      rehearse, values
     what the tests share      support, faults, conftest, cluster, environment, sample
     speed and size            benchmark (no test: it is run by hand)
 """

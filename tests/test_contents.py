@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -264,7 +266,6 @@ def test_partitions_by_an_enum_are_backed_up(
 STRACE = ("-D", "-qq", "-f", "-b", "execve", "-o", "/dev/null", "-e", "trace=/^preadv")
 
 
-@pytest.mark.servers(15)  # strace is one of Debian's packages
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -299,7 +300,36 @@ def test_dump_that_changes_while_it_is_read_back_is_not_published(
     assert not project.dumps()
 
 
-@pytest.mark.servers(15)
+def threads_of(process: subprocess.Popen[bytes]) -> int:
+    return len(list(Path(f"/proc/{process.pid}/task").iterdir()))
+
+
+def let_the_read_go_on(process: subprocess.Popen[bytes]) -> None:
+    """End the strace that delays it."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    tracer = int(status.partition("TracerPid:")[2].split()[0])
+    os.kill(tracer, signal.SIGKILL)
+
+
+def test_byte_that_is_appended_while_the_hash_ends_is_found(
+    backup: Backup, make_project: MakeProject
+) -> None:
+    """Its last read has found no more, and all else has been read."""
+    project = make_project()
+    fake_call(project, *CONTENTS, '"$real" "$@"; touch "$HOME/paused"')
+    late = ("-P", str(backup.dump), "-e", "inject=/^preadv:delay_exit=30000000:when=2")
+    strace = program("strace", "strace")
+    process = project.start("--verify", backup.dump, prefix=(strace, *STRACE, *late))
+    size = backup.dump.stat().st_size
+    wait_until(lambda: paused(project))
+    wait_until(lambda: threads_of(process) == 2)  # the main thread waits for the hash
+    with backup.dump.open("ab") as file:
+        file.write(b"x")
+    let_the_read_go_on(process)
+    result = finish(process).failed_with(8)
+    assert re.search(rf"expected {size} bytes, .*found {size + 1}\b", result.stderr), result
+
+
 def test_hash_and_contents_are_read_at_once(backup: Backup, make_project: MakeProject) -> None:
     """Each has begun before the other has ended."""
     project = make_project()
@@ -307,18 +337,12 @@ def test_hash_and_contents_are_read_at_once(backup: Backup, make_project: MakePr
     late = ("-P", str(backup.dump), "-e", "inject=/^preadv:delay_enter=30000000:when=1")
     strace = program("strace", "strace")
     process = project.start("--verify", backup.dump, prefix=(strace, *STRACE, *late))
-
-    def threads() -> int:
-        return len(list(Path(f"/proc/{process.pid}/task").iterdir()))
-
     try:
         wait_until(lambda: paused(project), 20)
         # Two read what pg_restore writes, to stdout and to stderr; one hashes.
-        wait_until(lambda: threads() == 4, 20)
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        tracer = int(status.partition("TracerPid:")[2].split()[0])
-        os.kill(tracer, signal.SIGKILL)  # the read goes on
-        wait_until(lambda: threads() == 3, 20)
+        wait_until(lambda: threads_of(process) == 4, 20)
+        let_the_read_go_on(process)
+        wait_until(lambda: threads_of(process) == 3, 20)
     finally:
         let_go(project)
         result = finish(process)

@@ -9,23 +9,26 @@ import contextlib
 import itertools
 import re
 import signal
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cluster import Cluster
+from conftest import project_maker
 from faults import DUMP, HOLD, STRACE, fake_call, let_go, paused, published, untouched
 from support import Database, Project, Result, finish, metadata_path, program, wait_until
 
-# strace is one of Debian's packages.
-pytestmark = pytest.mark.servers(15)
 
-
-@pytest.fixture
-def calls(standing: Project, tmp_path: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def calls(
+    cluster: Cluster, standing_database: Database, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
     """Every system call about files of a backup, its programs included, under a umask that lets
     everybody in. It goes into a new directory, below one that is new as well."""
-    trace = tmp_path / "trace"
+    folder = tmp_path_factory.mktemp("calls")
+    trace = folder / "trace"
     kinds = "trace=/^(open|creat|write|preadv|fadvise|fsync|rename|unlink|mkdir|chmod)"
     umask = ("sh", "-c", 'umask 000; exec "$@"', "sh")
     strace = (
@@ -40,7 +43,8 @@ def calls(standing: Project, tmp_path: Path) -> list[str]:
         "-e",
         kinds,
     )
-    standing.run("--output-dir", tmp_path / "new" / "er", prefix=(*umask, *strace)).succeeded()
+    project = project_maker(folder, cluster)(standing_database)
+    project.run("--output-dir", folder / "new" / "er", prefix=(*umask, *strace)).succeeded()
     return trace.read_text(errors="replace").splitlines()
 
 
@@ -83,7 +87,7 @@ def test_all_is_on_the_disk_before_it_has_its_name_and_before_it_is_reported(
 def test_new_directories_are_on_the_disk_too(calls: list[str]) -> None:
     published = position(calls, r'rename.*, "[^"]*Z\.dump"')
     assert position(calls, r"fsync\(\d+<[^>]*/new>") < published
-    assert any(re.search(r"fsync\(\d+<[^>]*/test_[^/>]*>", call) for call in calls[:published])
+    assert any(re.search(r"fsync\(\d+<[^>]*/calls0>", call) for call in calls[:published])
 
 
 def test_files_are_private_from_their_first_byte(calls: list[str]) -> None:
@@ -227,7 +231,7 @@ def test_file_that_cannot_be_renamed(standing: Project, standing_database: Datab
     with untouched(standing):
         result = standing.run(prefix=injecting("/^rename", "error=EIO"), env=quiet)
         result.failed_with(7, "Backup creation error")
-    error = rf"^Error: .*{standing_database.name}_dev_2.*: Input/output error"
+    error = rf"^Error: .*/\.{standing_database.name}_dev\..*\.partial: Input/output error"
     assert re.search(error, result.stderr, re.MULTILINE), result
 
 
@@ -252,6 +256,16 @@ def test_mount_without_locks(error: str, standing: Project, standing_database: D
 )
 def test_what_a_run_can_do_without(call: str, answer: str, standing: Project) -> None:
     standing.run(prefix=injecting(call, answer)).succeeded()
+
+
+def test_blocks_that_root_alone_may_use_are_not_free(standing: Project) -> None:
+    """ext4 keeps some back."""
+    blocks, inodes, fragment = (1_000_000, 1_000_000, 0), (1_000_000, 1_000_000), (0, 255, 4096)
+    answer = struct.pack("<14Q", 0xEF53, 4096, *blocks, *inodes, *fragment, 0, 0, 0, 0).hex()
+    with untouched(standing):
+        result = standing.run(prefix=injecting("/^f?statfs$", f"poke_exit=@arg2={answer}"))
+        result.failed_with(5, "Disk space error")
+    assert ": 0 B free, " in result.stderr, result
 
 
 def test_file_system_that_ends_a_file_at_4_gb(standing: Project) -> None:

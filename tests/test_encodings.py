@@ -15,7 +15,7 @@ import psycopg2
 import pytest
 from cluster import Cluster, installation
 from conftest import MakeProject
-from faults import transaction
+from faults import BETWEEN_TRIES, sessions_on, transaction
 from support import (
     Database,
     assert_restores,
@@ -227,12 +227,6 @@ GRANT USAGE ON SCHEMA elsewhere TO reading
 """
 
 
-SOMEONE_WAITS = """
-SELECT 1 FROM pg_locks JOIN pg_database AS d ON d.oid = database
- WHERE NOT granted AND datname = current_database()
-"""
-
-
 @pytest.fixture
 def filled_database(each_cluster: Cluster) -> Iterator[Database]:
     """A small database, and `chatty`, who may read it all by itself and as `reading`."""
@@ -269,7 +263,7 @@ def test_timeouts_do_not_end_a_backup(filled_database: Database, make_project: M
     project = make_project(filled_database, settings=filled_database.settings("chatty", "x"))
     # Our session is idle in its transaction while pg_dump has not yet come.
     project.fake("pg_dump", 'case "$*" in *--snapshot*) sleep 0.6 ;; esac; exec "$real" "$@"')
-    # And it waits for a table that another session holds.
+    # And it waits until another session lets go of a table.
     cluster = filled_database.cluster
     with contextlib.closing(
         psycopg2.connect(
@@ -281,8 +275,8 @@ def test_timeouts_do_not_end_a_backup(filled_database: Database, make_project: M
     ) as holder:
         holder.cursor().execute("LOCK plain")
         run = project.start()
-        wait_until(lambda: filled_database.psql(SOMEONE_WAITS))
-        time.sleep(0.4)  # past the statement_timeout, within our wait
+        wait_until(lambda: sessions_on(filled_database, BETWEEN_TRIES))
+        time.sleep(0.4)  # past each of the timeouts
     finish(run).succeeded()
     assert_restores(project.dumps()[0], filled_database)
 

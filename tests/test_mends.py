@@ -333,13 +333,19 @@ def missing_chunk(database: Database) -> None:
         file.write(bytes(8192))
 
 
+def missing_file(database: Database) -> None:
+    """The table's file is gone, which the count and pg_dump read both."""
+    path = database.psql("SELECT pg_relation_filepath('\"Odd table\"')")
+    (database.cluster.data_dir / path).unlink()
+
+
 # In the place of pg_dump: it begins to write, and comes no further before the count does.
 BEGIN_ALONE = """
 for file; do case "$file" in --file=*) printf x > "${file#--file=}"; exec sleep 100 ;; esac; done
 """
 
 
-@pytest.mark.parametrize("damage", [invalid_page, missing_chunk])
+@pytest.mark.parametrize("damage", [invalid_page, missing_file, missing_chunk])
 def test_damage_on_the_server_is_named_and_the_rest_is_rescued(
     damage: Callable[[Database], None],
     stage: Stage,
@@ -355,7 +361,7 @@ def test_damage_on_the_server_is_named_and_the_rest_is_rescued(
     with new_database(stage.cluster, *files) as database:
         damage(database)
         project = stage.make_project(database)
-        if damage is invalid_page:
+        if damage is not missing_chunk:
             fake_call(project, "pg_dump", "--snapshot", BEGIN_ALONE)
         result = project.run().failed_with(7)
         assert 'cannot read its own data of table public."Odd table"' in result.stderr, result

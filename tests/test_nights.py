@@ -13,7 +13,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from conftest import MakeProject
+from conftest import MakeProject, Stage
 from faults import DUMP, HOLD, fake_call, let_go, paused
 from support import (
     MOUNTING,
@@ -320,24 +320,42 @@ def test_last_full_backup_outlives_an_emptied_database(
     sample_database: Database, make_project: MakeProject
 ) -> None:
     """For more nights than are kept; what shrank is told once, what is held back each night."""
-    project = make_project(sample_database, settings={"BACKUP_KEEP": "2"})
+    project = make_project(sample_database, settings={"BACKUP_KEEP": "2,2m"})
     full = project.back_up()
+    counts = read_metadata(full)["table_counts"] | {"messages": 10**6}
+    older = aged(full, 62, table_counts=counts)  # of another month
     sample_database.psql("TRUNCATE messages, conversations CASCADE")
     first = project.run().succeeded()
     assert "\nVerified:    ✓ Integrity check passed\n" in first.stdout
-    shrunk = "Warning: fewer rows than ever before: messages 0 (at least 3420 before), "
+    shrunk = "Warning: fewer rows than in the last backup: messages 0 (at least 3420 before), "
     assert first.stderr.startswith(shrunk), first
     for _ in range(3):
         night = project.run().succeeded()
         assert "fewer rows" not in night.stderr, night
         held = f"Warning: db/backups/{full.name} is kept beyond BACKUP_KEEP: it has 3727 rows, "
-        assert night.stderr.startswith(held), night
-        assert full in project.dumps()
-        assert len(project.dumps()) == 3
+        assert night.stderr.startswith(f"{held}the newer ones at most 0. If "), night
+        assert {full, older} < set(project.dumps())
+        assert len(project.dumps()) == 4
     command = night.stderr[night.stderr.index("rm -- ") :]  # for when it is meant
     subprocess.run(["sh", "-c", command], cwd=project.directory, check=True)
     assert project.run().succeeded().stderr == ""
-    assert len(project.dumps()) == 2
+    assert len(project.dumps()) == 3
+
+
+def test_backups_of_a_server_that_hides_its_identifier_are_of_any_server(
+    stage: Stage, sample_database: Database
+) -> None:
+    """A role may lack the right to see it: the same nights go on, and older ones are removed."""
+    settings = sample_database.settings() | {"BACKUP_KEEP": "1"}
+    project = stage.make_project(settings=settings)
+    first = project.back_up()
+    assert read_metadata(first)["system_identifier"]
+    role = stage.role("IN ROLE pg_read_all_data")
+    sample_database.psql("REVOKE EXECUTE ON FUNCTION pg_control_system FROM PUBLIC")
+    project.configure(settings | sample_database.settings(role, "secret"))
+    second = project.back_up()
+    assert read_metadata(second)["system_identifier"] is None
+    assert project.dumps() == [second]
 
 
 def test_backups_of_another_server_are_left_alone(
@@ -353,7 +371,9 @@ def test_backups_of_another_server_are_left_alone(
     assert project.dumps() == [other, newest]
     assert not ours.exists()
     listed = project.run("--list").succeeded().stdout
-    assert "of server 4711: 1 backup, " in listed, listed
+    assert f"of server 4711 (PostgreSQL {values['postgresql_version']}): 1 backup, " in listed, (
+        listed
+    )
     values["system_identifier"] = None  # made before: of the same server
     metadata_path(other).write_text(json.dumps(values))
     held = f"Warning: db/backups/{other.name} is kept beyond BACKUP_KEEP: it has 1000307 rows, "

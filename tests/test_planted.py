@@ -9,6 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,31 @@ def test_file_swapped_while_the_run_goes_on(
     assert state(precious) == precious_before
 
 
+@pytest.mark.parametrize("suffix", [".dump", ".metadata.json"])
+def test_link_to_nowhere_under_the_final_name_stays(
+    suffix: str, theirs: Project, standing_database: Database
+) -> None:
+    """A rename would replace it, and whoever laid it there would miss it."""
+    before = published(theirs.backups)
+    fake_call(theirs, *CONTENTS, HOLD)
+    started = datetime.now(timezone.utc)
+    process = theirs.start()
+    wait_until(lambda: paused(theirs))
+    seconds = int((datetime.now(timezone.utc) - started).total_seconds()) + 2
+    links = [
+        theirs.backups / f"{standing_database.name}_dev_{moment:%Y-%m-%dT%H-%M-%SZ}{suffix}"
+        for moment in (started + timedelta(seconds=second) for second in range(seconds))
+    ]
+    for link in links:
+        link.symlink_to("nowhere")
+    let_go(theirs)
+    result = finish(process).failed_with(4, "Permission error")
+    assert "File exists" in result.stderr, result
+    after = published(theirs.backups)
+    assert after.items() - before.items() == {(link.name, after[link.name]) for link in links}
+    assert all(os.readlink(link) == "nowhere" for link in links)
+
+
 def test_everything_goes_through_the_descriptors(theirs: Project) -> None:
     """Both names lead elsewhere for the whole of pg_dump and of the read-back, and come back."""
     for number, (tool, option) in enumerate([DUMP, CONTENTS]):
@@ -222,7 +248,6 @@ def test_link_that_is_retired_is_removed_and_not_what_it_leads_to(
     assert elsewhere.exists()
 
 
-@pytest.mark.servers(15)
 def test_past_backups_are_read_and_removed_under_the_lock(theirs: Project, tmp_path: Path) -> None:
     """Another run could begin to read them, or remove the same ones. And they may be on a slow
     disk: they are read before any table is locked."""

@@ -23,7 +23,7 @@ from typing import ClassVar
 import pytest
 from cluster import Cluster
 from conftest import MakeProject
-from environment import PROJECT
+from environment import PROJECT, TESTS
 from sample import PASSWORD, USER, load_rows
 from support import (
     MOUNTING,
@@ -65,7 +65,7 @@ RESTORES = {
 )
 # The crontab's lines, by what tells them apart.
 CRON = [line for block in blocks("Every night", "cron") for line in block.splitlines()]
-PATH_LINE, LOG, OWN_LOG, MAILTO, MAIL, PING, FRESH, MOUNT, MONTHLY = CRON
+PATH_LINE, LOG, OWN_LOG, MAILTO, MAIL, PING, FRESH, MOUNT, MONTHLY, QUARTERLY = CRON
 ONCE, USER_OF_ITS_OWN, COPY, COMPARE = blocks("Every night", "bash")
 # By the name that each unit's first line gives it.
 UNITS = {
@@ -570,6 +570,23 @@ def test_monthly_verification(nightly: Project) -> None:
     assert result.stdout == ""
     assert result.stderr.count("✗ Backup verification failed\n") == 1
     assert first.name in result.stderr
+
+
+def test_quarterly_rehearsal(nightly: Project) -> None:
+    (nightly.directory / "tests").symlink_to(TESTS)
+    cron(MAIL, nightly).succeeded()
+    result = cron(QUARTERLY, nightly).succeeded()
+    assert (result.stdout, result.stderr) == ("", "")
+    # Of the newest alone: the others are whole.
+    cron(MAIL, nightly).succeeded()
+    newest = max(nightly.dumps(), key=lambda dump: dump.stat().st_mtime)
+    with newest.open("r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        file.write(b"damage")
+    result = cron(QUARTERLY, nightly)
+    assert result.stdout == ""
+    assert newest.name in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("✗ Not rehearsed: ")
 
 
 def test_two_databases_in_one_folder(nightly: Project, sample_database: Database) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -13,7 +14,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, ClusterError, installation
+from cluster import (
+    USERS,
+    Cluster,
+    ClusterError,
+    User,
+    installation,
+    server_user,
+    users_of_processes,
+)
 from conftest import MakeProject
 from environment import TESTS
 from sample import DATABASE, PASSWORD, TABLES, USER, load_rows
@@ -138,6 +147,33 @@ def test_server_is_closed_to_other_users_of_the_machine(each_cluster: Cluster) -
     if os.geteuid() == 0:  # who is not cannot become another user
         entering = [*STRANGER, "ls", f"{each_cluster.directory}/.s.PGSQL.{each_cluster.port}"]
         assert b"Permission denied" in subprocess.run(entering, stderr=subprocess.PIPE).stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the server of a user is run by that user")
+def test_user_of_a_server_is_nobody_else(cluster: Cluster) -> None:
+    with Cluster(cluster.bin_dir) as other:
+        users = {each.directory.stat().st_uid for each in (cluster, other)}
+        assert len(users) == 2
+        assert users <= set(USERS)
+    # Whoever ended the one, by all processes of its user, has not ended the other.
+    assert cluster.psql("SELECT 1") == "1"
+
+    two = range(60001, 60003)
+    with server_user(two) as first, server_user(two) as second:
+        assert {first, second} == {User(uid, uid) for uid in two}
+        with pytest.raises(ClusterError, match="none is free"), server_user(two):
+            pass
+    as_another = ["setpriv", f"--reuid={two[0]}", "--clear-groups", "sleep", "100"]
+    with subprocess.Popen(as_another) as process:
+        try:
+            wait_until(lambda: two[0] in users_of_processes())
+            with server_user(two) as free:
+                assert free == User(two[1], two[1])
+        finally:
+            process.kill()
+    account = min({account.pw_uid for account in pwd.getpwall()} - users_of_processes())
+    with pytest.raises(ClusterError), server_user(range(account, account + 1)):
+        pass
 
 
 # -- copies of the script, and the oracles --------------------------------------------------------

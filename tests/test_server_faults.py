@@ -28,7 +28,7 @@ from faults import (
     untouched,
     waiting_for_a_lock,
 )
-from sample import PASSWORD, USER, load_sample
+from sample import DATABASE, PASSWORD, USER, load_sample
 from support import MOUNTING, Database, Project, Result, finish, wait_until
 
 # How long a run that was struck may take to notice, where it waits for no time limit.
@@ -242,8 +242,15 @@ def test_migration_that_lets_go_is_waited_for(
 def test_migration_that_never_lets_go_is_named(
     phase: Phase, words: str, standing: Project, standing_database: Database
 ) -> None:
+    """And not another session, whose table has the same oid in another database: both are copies
+    of one template."""
     standing.rewrite({"STALL_SECONDS": 1, "LOCK_RETRY_SECONDS": 0.2})
-    with untouched(standing), phase(standing, standing_database) as process:
+    template = Database(standing_database.cluster, DATABASE)
+    with (
+        untouched(standing),
+        transaction(template, "ALTER TABLE messages ADD more int"),
+        phase(standing, standing_database) as process,
+    ):
         result = finish(process, NOTICED_SECONDS).failed_with(7, "Backup creation error")
         assert_nothing_runs(standing, standing_database)
     said = re.sub(r"session \d+", "session NUMBER", result.stderr)

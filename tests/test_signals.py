@@ -76,7 +76,6 @@ def test_signal_ends_the_first_process_of_a_container(
             assert_nothing_runs(standing, standing_database)
 
 
-@pytest.mark.servers(15)
 @pytest.mark.parametrize("number", TERMINATING, ids=lambda number: str(number.name))
 def test_signal_between_the_renames_leaves_a_whole_backup(
     number: signal.Signals, standing: Project, standing_database: Database
@@ -132,6 +131,19 @@ def test_further_signals_do_not_disturb_the_cleaning_up(
         assert_nothing_runs(standing, standing_database)
 
 
+def test_pause_before_another_attempt_holds_no_connection(
+    standing: Project, standing_database: Database
+) -> None:
+    """Nor a lock: a role that may have two connections gets both back."""
+    standing.rewrite({"LOCK_RETRY_SECONDS": 100})
+    fake_call(standing, *DUMP, "touch $HOME/paused; exit 1")
+    with untouched(standing):
+        process = standing.start()
+        wait_until(lambda: paused(standing))
+        wait_until(lambda: not sessions_on(standing_database), 10)
+        strike(process, signal.SIGTERM)
+
+
 def test_signal_that_nohup_ignores_stays_ignored(standing: Project) -> None:
     fake_call(standing, *TABLE_OF_CONTENTS, HOLD)
     process = standing.start(prefix=["nohup"])
@@ -179,9 +191,7 @@ def test_ctrl_c_in_a_terminal_prints_one_line(
 # -- SIGKILL: the script itself cannot clean up ---------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "phase", [*PHASES, pytest.param("between the renames", marks=pytest.mark.servers(15))]
-)
+@pytest.mark.parametrize("phase", [*PHASES, "between the renames"])
 def test_next_run_sweeps_what_a_killed_one_left(
     phase: str, standing: Project, standing_database: Database
 ) -> None:
