@@ -7,6 +7,9 @@ last byte and found in it every row that the database held at that moment.
 
 Settings come from the environment, .env.local and .env beside this script, strongest first:
 DEV_DB_NAME or DB_NAME names the database. .env.example has every variable.
+
+To restore, createdb --template=template0 restored; pg_restore --dbname=restored FILE.dump
+README.md has every other way, and all that is to be known.
 """
 
 # Where to look for what:
@@ -105,7 +108,7 @@ NEED_OF_LAST_BACKUP = 0.8
 NEED_OF_DATABASE = 0.02
 EXPECTED_OF_DATABASE = 0.2  # for the progress line
 FULL_DISK_BYTES = 64 * 1024
-# The space on the disk that is left to others: the lesser of these two.
+# The space on the disk that is kept free for others: the lesser of these two.
 RESERVE_BYTES = 256 * 1024 * 1024
 RESERVE_SHARE = 0.02
 
@@ -359,6 +362,12 @@ class Progress:
         """Erase the line, before anything else is printed."""
         self._draw([])
 
+    def finish(self) -> None:
+        """At the end of a run that had such a line, say how long it took."""
+        if self._drawn_at:
+            took = f"Took {round(time.monotonic() - self._started)} s."
+            write_lines(self._terminal, [took])
+
     def show(self, phase: str, fraction: float | None = None, *details: str) -> None:
         """Draw the line, a few times a second at most. `fraction` is that of the whole run; the
         one shown never decreases. A narrow terminal shows only the first of the `details`."""
@@ -515,6 +524,7 @@ def sql_quoted(text: str, mark: str) -> str:
 DUMP_SUFFIX = ".dump"
 METADATA_SUFFIX = ".metadata.json"
 PARTIAL_SUFFIX = ".partial"
+LOCK_SUFFIX = ".lock"
 # A published file's: PartialBackup.begin makes them.
 FILE_NAME = re.compile(
     r"(?P<prefix>[^.].*?(?:_(?P<environment>dev|prod))?)"
@@ -873,38 +883,61 @@ TOOL_FOLDERS = (
 )
 
 
-def path_hint(name: str, *at_least: int) -> list[str]:
-    """The step by which cron, or a shell, finds the newest tool in the usual folders; none where
-    there is none, or where the number in its folder's name is too low."""
+def path_hint(name: str, major: int = 0) -> list[str]:
+    """The steps by which cron, or a shell, finds the newest tool in the usual folders; none where
+    there is none, or where it is too old."""
     import glob
-
-    def version(folder: str) -> tuple[int, ...]:
-        return tuple(int(number) for number in re.findall(r"\d+", folder))
-
-    folders = [folder for pattern in TOOL_FOLDERS for folder in glob.glob(pattern)]
-    found = [folder for folder in folders if os.access(os.path.join(folder, name), os.X_OK)]
-    newest = max(found, key=version, default="")
-    if not newest or version(newest) < at_least:
-        return []
-    line = f"PATH={newest}:/usr/local/bin:/usr/bin:/bin"
-    return [f"It is in {newest}. For cron, put this line above yours in the crontab: {line}"]
-
-
-def install_hint(major: int = 17) -> str:
-    """What to install, by this system's own package manager."""
     import shutil
 
-    command = {
-        "apt-get": f"sudo apt-get install postgresql-client-{major}",
-        "dnf": f"sudo dnf install postgresql{major}",
-        "brew": f"brew install postgresql@{major}",
-    }
-    folders = "/usr/bin:/opt/homebrew/bin:/usr/local/bin"
-    manager = next((name for name in command if shutil.which(name, path=folders)), "apt-get")
-    return (
-        f"Install PostgreSQL's client tools, version {major} or newer (Debian and Ubuntu have "
-        f"newer ones from apt.postgresql.org): {command[manager]}"
-    )
+    tools = []
+    for folder in sorted(folder for pattern in TOOL_FOLDERS for folder in glob.glob(pattern)):
+        if shutil.which(name, path=folder) not in {None, shutil.which(name)}:
+            with contextlib.suppress(Failure):  # it does not run
+                tools.append(find_tool(name, folder))
+    found = max(tools, key=lambda tool: tool.major, default=None)
+    if found is None or found.major < major:
+        return []
+    newest = os.path.dirname(found.path)
+    # This python3, a virtual environment's, stays the first, unless such a tool is beside it.
+    python = os.path.dirname(sys.executable)
+    own = [newest, python] if os.path.exists(os.path.join(python, name)) else [python, newest]
+    path = ":".join(dict.fromkeys([*own, "/usr/local/bin", "/usr/bin", "/bin"]))
+    return [
+        f"It is in {newest}. For cron, put this line above yours in the crontab: PATH={path}",
+        f'In a shell: export PATH={shell_words(":".join(own))}:"$PATH"',
+    ]
+
+
+APT_NEWER = """\
+sudo apt-get install postgresql-common ca-certificates && \
+sudo /usr/share/postgresql-common/pgdg/apt.postgresql.org.sh -y && \
+sudo apt-get install postgresql-client-{major}"""
+# By a system's package manager: what installs the client tools that its own archive has, and those
+# of a version that may be newer (on Red Hat from PostgreSQL's repository, which README.md names).
+INSTALL = {
+    "apt-get": ("sudo apt-get install postgresql-client", APT_NEWER),
+    "dnf": ("sudo dnf install postgresql", "sudo dnf install postgresql{major}"),
+    "apk": ("apk add postgresql-client", "apk add postgresql{major}-client"),
+    "brew": ("brew install libpq", "brew install libpq"),
+}
+# The version in the archives of Debian 12 and 13, Ubuntu 22.04 and 24.04.
+ARCHIVE_MAJORS = {"12": 15, "13": 17, "22.04": 14, "24.04": 16}
+
+
+def install_hint(major: int = 0) -> str:
+    """What to install, by this system's own package manager; 0 for any version."""
+    import platform
+    import shutil
+
+    folders = "/usr/bin:/sbin:/opt/homebrew/bin:/usr/local/bin"
+    manager = next((name for name in INSTALL if shutil.which(name, path=folders)), "apt-get")
+    release = ""
+    with contextlib.suppress(OSError):  # macOS has none
+        release = platform.freedesktop_os_release().get("VERSION_ID", "")
+    is_newer = major > ARCHIVE_MAJORS.get(release, 0)
+    version = f"version {major} or newer" if major else "of the server's version or newer"
+    command = INSTALL[manager][is_newer].format(major=major)
+    return f"Install PostgreSQL's client tools, {version}: {command}"
 
 
 def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
@@ -926,18 +959,19 @@ def wrapper_failure(tool: Tool, problem: str, stderr_text: str) -> Failure:
     )
 
 
-def find_tool(name: str, folder: str | None = None) -> Tool:
+def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
     """The program called `name`, in the folder or on PATH, asked for its version. Raises Failure
-    with the PATH line that would find it."""
+    with the PATH line that would find it; `major` is the version that is needed, if known."""
     import shutil
 
     path = shutil.which(name, path=folder) or shutil.which(name)
     if path is None:
         detail = f"{name} not found on PATH ({printable(os.environ.get('PATH', ''))})"
-        steps = path_hint(name) or [install_hint()]
+        steps = path_hint(name, major) or [install_hint(major)]
         if blocked := shutil.which(name, mode=os.F_OK):
             detail = f"{printable(blocked)} is on PATH but may not be run by {current_user()}"
-            steps = [*path_hint(name), f"Make it executable: {shell_words('chmod', '+x', blocked)}"]
+            executable = f"Make it executable: {shell_words('chmod', '+x', blocked)}"
+            steps = [*path_hint(name, major), executable]
         raise Failure(ExitCode.TOOL, detail, *steps)
     problem = f"has not answered within {TOOL_SECONDS} seconds"
     try:
@@ -1601,8 +1635,13 @@ def begin_read_only(session: Session, isolation: str = "READ COMMITTED") -> None
 
 
 # The first row whose pattern is in the error: libpq's own words, which are never translated, and
-# the server's in the C locale. In parentheses is what its catalog tells, or what PGSSLMODE is.
+# the server's in the C locale. In parentheses is what its catalog tells, the environment, or what
+# PGSSLMODE is. A place in capitals is a variable of libpq; {found} is what the pattern captures.
 CONNECTION_REMEDIES = {
+    r"\(prod\)[\s\S]*(?:\(missing\)|database \".*\" does not exist)": """
+Verify database exists: psql -l {options}
+Check database name {name_location}
+If it was lost, see its backups, then README.md, Restore: {list}""",
     r"\(missing\)|database \".*\" does not exist": """
 Verify database exists: psql -l {options}
 Check database name {name_location}
@@ -1627,14 +1666,34 @@ Try it by hand: psql {options} -d {database}""",
 {password_hint}
 Check the password {password_location}
 The server says the same of a user that is missing; check it {user_location}
-Try both by hand: psql {options} -d {database}""",
-    r"[Pp]eer authentication failed": """
-This socket lets a user in only as the role of the same name; set the user {user_location}
+And of a password that has expired; lift that, as a superuser in any database: \
+ALTER ROLE {sql_user} VALID UNTIL 'infinity';
+Try it by hand: psql {options} -d {database}""",
+    r"[Pp]eer authentication failed|local user with ID": """
+The role must be named, on a socket with the name of this user; set the user {user_location}
 Or connect by TCP with a password: set the host to 127.0.0.1 {host_location}""",
     r"server does not support SSL": """
-The server has no TLS; set to prefer {sslmode_location}""",
-    r"\(PGSSLMODE=disable\)[\s\S]*(no encryption|SSL off)": """
-The server demands TLS; set to require {sslmode_location}""",
+The server has no TLS; set to prefer {PGSSLMODE}""",
+    r"\(PGSSLMODE=disable\)[\s\S]*(?:no encryption|SSL off)": """
+The server demands TLS; set to require {PGSSLMODE}""",
+    r"valid client certificate|[Cc]ertificate authentication failed": """
+The server asks for this user's certificate; name its file {PGSSLCERT}
+And that of its key, which only you may read, {PGSSLKEY}""",
+    r"private key file (\".*\") has group or world access": """
+Keep it from others: chmod 600 {found}""",
+    r"channel binding": """
+The server offers none on this way; set to prefer {PGCHANNELBINDING}""",
+    r"invalid \"?(\w+)\"? value|for connection option \"(\w+)\"": """
+Correct it {found}""",
+    r"(?:unrecognized|unsupported) .*parameter|command-line arg|invalid value for parameter": """
+Correct it {PGOPTIONS}""",
+    r"[Ss]ocket path .* is too long": """
+Name a shorter path, such as a link to that directory; set the host {host_location}
+Or connect by TCP: set the host to 127.0.0.1 {host_location}""",
+    r"not recognized by setlocale": """
+The server's system lacks that locale; install it there, on Debian by: \
+sudo dpkg-reconfigure locales
+Then start the server again, on its machine: sudo systemctl restart postgresql""",
     r"no pg_hba\.conf entry|pg_hba\.conf rejects": """
 Let this client in, above the other lines of the server's pg_hba.conf: {hba_line}
 See where that file is, as a superuser in any database: SHOW hba_file;
@@ -1646,7 +1705,7 @@ Or create it, as a superuser in any database: CREATE ROLE {sql_user} LOGIN;""",
 Allow it, as a superuser in any database: ALTER ROLE {sql_user} LOGIN;
 Or back up as another role, set {user_location}""",
     r"certificate verify failed|root certificate file": """
-Name the file of the certificate authority {sslrootcert_location}
+Name the file of the certificate authority {PGSSLROOTCERT}
 With system for that file it needs, beside it: SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt""",
     r"does not match host name": """
 Use the host name that is in the certificate; set it {host_location}""",
@@ -1708,8 +1767,11 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     # Where there was no answer in time, there is no other database to ask either.
     text = ("" if isinstance(error, NoAnswer) else look_up_database(config)) or error.text
     is_mac = sys.platform == "darwin"
-    asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) {text}"
-    cause = next(cause for cause in CONNECTION_REMEDIES if re.search(cause, asked))
+    asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) ({config.environment.value}) {text}"
+    rows = ((re.search(cause, asked), remedy) for cause, remedy in CONNECTION_REMEDIES.items())
+    match, remedy = next((match, remedy) for match, remedy in rows if match)
+    found = next(filter(None, match.groups()), "")  # an option of libpq is set by PG… of its name
+    option = f"PG{found.replace('_', '').upper()}"
     user = config.user or current_user()
     fields = (config.host, str(config.port), config.name, user)
     line = ":".join(re.sub(r"([:\\])", r"\\\1", field) for field in fields)
@@ -1717,8 +1779,11 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     client = re.search(r'for host "([\w.:]+)"', error.text)
     hba = f"host {hba} {client[1]}/{128 if ':' in client[1] else 32}" if client else f"local {hba}"
     steps = fill_steps(
-        CONNECTION_REMEDIES[cause],
+        remedy,
         **{f"{name}_location": place for name, place in config.setting_locations.items()},
+        **{variable: config.location(variable) for variable in re.findall(r"{(PG\w+)}", remedy)},
+        found=config.location(option) if found.isidentifier() else found,
+        list=shell_words("python3", *sys.argv, "--list"),
         host=shell_words(config.host),
         database=shell_words(config.name),
         sql_database=sql_identifier(config.name),
@@ -1730,7 +1795,7 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
         look_up="ping -c 1" if is_mac else "getent hosts",
         start="brew services start postgresql" if is_mac else "sudo systemctl start postgresql",
     )
-    code = ExitCode.PERMISSION if "CONNECT privilege" in cause else ExitCode.CONNECTION
+    code = ExitCode.PERMISSION if "CONNECT privilege" in match[0] else ExitCode.CONNECTION
     return Failure(code, error.text, *steps)
 
 
@@ -2215,13 +2280,6 @@ def damage_failure(detail: str, table: str) -> Failure:
     )
 
 
-def dump_failure(failed: DumpFailed) -> Failure:
-    """pg_dump failed, and nothing here explains it: its own words are all there is."""
-    look = "See whether the system ran out of memory: sudo dmesg | grep -i 'killed process'"
-    steps = [look] if failed.status == -signal.SIGKILL else []
-    return Failure(ExitCode.CREATION, failed.stderr_text, *steps, SERVER_LOG, AGAIN)
-
-
 class Blocker(NamedTuple):
     """Who has a lock that we or pg_dump wait for: a session, with what this role may see of it, or
     a prepared transaction, which has no session."""
@@ -2452,6 +2510,8 @@ def dump_snapshot(run: RunContext, snapshot: Snapshot) -> tuple[list[int], str]:
     environment = {**tool_environment("PG"), "PGTZ": "UTC"}
     environment["PGAPPNAME"] = f"backup_db {snapshot.id}"
     with Program(argv, environment, dump, run.lock) as pg_dump:
+        with with_filename(run.lock.path):  # see held_lock_failure
+            os.write(run.lock.descriptor, f"pg_dump {pg_dump.process.pid}\n".encode())
         watch = DumpWatch(run, pg_dump, snapshot, expected_bytes)
         watch.wait(until=lambda: watch.is_copying)
         counts = count_rows(run.session, snapshot, watch)
@@ -2627,7 +2687,7 @@ class DumpWatch:
         self.is_copying |= written > 0
         if self._pg_dump.process.poll() is None:
             last = self._run.last
-            why = f"for others, and for the dump, which had come to {format_size(written)}"
+            why = f"kept free for others, and for the dump, now of {format_size(written)}"
             why += f"; the last backup had {format_size(last.size_bytes or 0)}" if last else ""
             require_room(self._run.partial.directory, 2 * (written - self._written), why)
         self._has_grown = written > self._written
@@ -2709,9 +2769,12 @@ def diagnose_dump(run: RunContext, snapshot: Snapshot, failed: DumpFailed, is_la
     text = failed.stderr_text
     check_dump_file(run, failed)
     look = "See whether the system ran out of memory: sudo dmesg | grep -i 'killed process'"
-    steps = [look] if failed.status == -signal.SIGKILL else []
-    unexplained = Failure(ExitCode.CREATION, text, *steps, SERVER_LOG, AGAIN)
-    if failed.status < 0:
+    if failed.status == -signal.SIGTERM or "terminated by user" in text:
+        look = "Somebody, or a shutdown, has ended pg_dump; nothing is wrong with the server"
+    elif failed.status > 0:
+        look = SERVER_LOG
+    unexplained = Failure(ExitCode.CREATION, text, look, AGAIN)
+    if look != SERVER_LOG:
         raise unexplained
     try:
         change = find_change(run, snapshot)
@@ -2758,16 +2821,19 @@ def check_one_server(config: DatabaseConfig, snapshot: Snapshot, stderr_text: st
 FILE_REMEDIES: Mapping[tuple[ExitCode | None, tuple[int, ...]], str] = {
     (ExitCode.DISK_SPACE, (errno.ENOSPC, errno.EDQUOT)): """
 See what is full, blocks or inodes: df -h {path}; df -i {path}
-Free space there, or write elsewhere: --output-dir DIR""",
+Free space there, or keep fewer backups by BACKUP_KEEP in .env.local; these are there: {list}
+{elsewhere}""",
     (ExitCode.PERMISSION, (errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP)): """
 See whether it is mounted read-only, or has no locks: findmnt -T {path}
-Mount it otherwise, or write elsewhere: --output-dir DIR""",
+{elsewhere}""",
     (ExitCode.PERMISSION, (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)): """
+{verify}
 See what it is: ls -ld {path}
-Name another path, or move it out of the way: mv -n {path} {path}.old""",
+{elsewhere}""",
     (ExitCode.PERMISSION, (errno.EACCES, errno.EPERM)): """
+{access}
 See who may use it (this run is as user {user}): ls -ld {path}
-{instead}""",
+{elsewhere}""",
     (None, ()): """
 Check the file system: df -h {path}; sudo dmesg | tail
 Check the limit on a file's size, of FAT32 (4 GB) or of this session: ulimit -f""",
@@ -2788,16 +2854,43 @@ def errno_failure(
     """The same for an errno that another program met, or none yet; `detail` says what happened."""
     rows = FILE_REMEDIES.items()
     code, text = next((code, text) for (code, these), text in rows if number in these or not these)
-    existing = (str(place) for place in (path, *path.parents) if os.path.lexists(place))
-    look_at, user = shell_words(next(existing, ".")), current_user()
-    own = "Give that user access, or"
-    instead = {
-        ExitCode.CONFIGURATION: f"Make it the owner: sudo {shell_words('chown', user, str(path))}",
-        ExitCode.GENERAL: f"{own} list another directory: --output-dir DIR",
-        ExitCode.VERIFICATION: f"{own} run this as the user who owns the backup",
-    }.get(default_code, f"{own} write elsewhere: --output-dir DIR")
-    steps = fill_steps(text, path=look_at, user=user, instead=instead)
+    existing = next((place for place in (path, *path.parents) if os.path.lexists(place)), Path("."))
+    is_dump = path.name.endswith(DUMP_SUFFIX)
+    other = shell_words("--output-dir", str(path.parent)) if is_dump else "--output-dir DIR"
+    do = {ExitCode.CREATION: "use", ExitCode.GENERAL: "list"}.get(default_code)
+    steps = fill_steps(
+        text,
+        path=shell_words(str(existing)),
+        user=current_user(),
+        access=access_step(path, existing, default_code),
+        list=list_command(existing if os.path.isdir(existing) else existing.parent),
+        verify=f"To check that backup: {verify_command(str(path))}" if is_dump else "",
+        elsewhere=f"Or {do} another directory: {other}" if do else "",
+    )
     return Failure(code or default_code, detail, *steps)
+
+
+def access_step(path: Path, existing: Path, default_code: ExitCode) -> str:
+    """How this user gets at a path, or at what exists of it. What belongs to another user, such as
+    that of the nightly job, stays theirs; what a run by sudo has left to root need not."""
+    try:
+        status = os.stat(existing)
+    except OSError:  # a link to where this user may not look
+        return ""
+    user, place = shell_words(current_user()), shell_words(str(existing))
+    if status.st_uid == os.geteuid():
+        return f"Give yourself access: chmod u+rwX {place}"
+    if status.st_uid or default_code not in {ExitCode.CREATION, ExitCode.CONFIGURATION}:
+        owner = re.sub(r"^(?=\d+$)", "#", user_name(status.st_uid))  # a number, as sudo takes it
+        again = shell_words("sudo", "-u", owner, sys.executable, *sys.argv)
+        return f"It belongs to {printable(owner)}; run this as that user: {again}"
+    if path != existing and not path.name.endswith((LOCK_SUFFIX, PARTIAL_SUFFIX)):
+        place = shell_words(str(path))
+        return f"Make it for this user: sudo mkdir -p {place}; sudo chown {user} {place}"
+    # A file of ours, or a directory as we make one, for its owner alone; none of the system's.
+    is_ours = stat.S_ISREG(status.st_mode) or SCRIPT_DIR in Path(os.path.realpath(existing)).parents
+    is_ours |= not status.st_mode & 0o077 and str(existing) != "/root"
+    return f"Root made it; take it over: sudo chown {user} {place}" if is_ours else ""
 
 
 @contextlib.contextmanager
@@ -2810,14 +2903,19 @@ def with_filename(path: Path) -> Iterator[None]:
         raise
 
 
-def current_user() -> str:
-    """The operating system's name for the user of this run, or its number."""
+def user_name(number: int) -> str:
+    """The operating system's name for a user, or its number."""
     import pwd
 
     try:
-        return pwd.getpwuid(os.geteuid()).pw_name
+        return pwd.getpwuid(number).pw_name
     except KeyError:
-        return str(os.geteuid())
+        return str(number)
+
+
+def current_user() -> str:
+    """The name of the user of this run."""
+    return user_name(os.geteuid())
 
 
 def make_directory(directory: Path) -> None:
@@ -2825,11 +2923,8 @@ def make_directory(directory: Path) -> None:
     made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except PermissionError as error:
-        failure, place = file_failure(error), shell_words(str(directory))
-        owner = shell_words(current_user())
-        make = f"Make it for this user: sudo mkdir -p {place}; sudo chown {owner} {place}"
-        raise Failure(failure.code, failure.detail, make, *failure.steps) from None
+    except PermissionError as error:  # of the topmost that is missing
+        raise type(error)(error.errno, error.strerror, str(directory)) from None
     except FileExistsError:  # "File exists" would not tell that it is no directory
         number = errno.ENOTDIR
         raise NotADirectoryError(number, os.strerror(number), str(directory)) from None
@@ -2866,13 +2961,14 @@ def database_lock(path: Path) -> Iterator[OpenFile]:
 def held_lock_failure(lock: OpenFile) -> Failure:
     """Another run has the lock, or the pg_dump of one that was killed."""
     text = os.pread(lock.descriptor, 1000, 0).decode("ascii", "replace")
-    match = re.fullmatch(r"pid (\d+)\nstarted ([\d:TZ-]+)\n", text, re.ASCII)
-    pid, started = match.groups() if match else ("?", "?")
+    match = re.match(r"pid (\d{1,9})\nstarted ([\d:TZ-]+)\n(?:pg_dump (\d+)\n)*", text, re.ASCII)
+    pid, started, pg_dump = match.groups() if match else ("?", "?", None)
+    either = shell_words("|".join(filter(None, (pid, pg_dump)))) if match else "backup_db"
     return Failure(
         ExitCode.GENERAL,
         f"another backup of this database is running: process {pid}, started {started}",
-        f"Wait until it has ended; look at it: ps -fp {pid}",
-        "Where that process is gone, its pg_dump is still at work: pgrep -a pg_dump",
+        f"Wait until it has ended; look at it: ps -ef | grep -wE {either}",
+        *([f"If only its pg_dump is left, wait for that, or: kill {pg_dump}"] if pg_dump else []),
         "For another server's database of this name use another directory: --output-dir DIR",
     )
 
@@ -2967,7 +3063,7 @@ class DiskRoom(NamedTuple):
     """The free space of a file system; unlimited where that does not report it."""
 
     free_bytes: int
-    reserve_bytes: int  # of these, left to others: a server whose data is there would stop
+    reserve_bytes: int  # of these, kept free for others: a server whose data is there would stop
     is_full: bool  # no bytes, or no inodes where it counts them
 
     @classmethod
@@ -3032,6 +3128,7 @@ class Backup(NamedTuple):
     status: Status
     timestamp: str
     series: Series
+    is_described: bool = False  # by metadata that was read
     is_renamed: bool = False  # since it was made
     total_rows: int = 0
     database_size_bytes: int | None = None
@@ -3098,6 +3195,7 @@ def describe_backup(
         status,
         values["backup_timestamp"],
         Series(values["database_name"], values["environment"], optional.get("system_identifier")),
+        is_described=True,
         is_renamed=values["backup_file"] != name,
         total_rows=sum(values["table_counts"].values()),
         database_size_bytes=optional.get("database_size_bytes"),
@@ -3239,7 +3337,8 @@ def retire_backups(
         files = [display_path(full.dump), display_path(metadata_path(full.dump))]
         warnings.append(
             f"{files[0]} is kept beyond BACKUP_KEEP: it has {plural(full.total_rows, 'row')}, the "
-            f"newer ones at most {most}. If that is meant: {shell_words('rm', '--', *files)}"
+            f"newer ones at most {most}. "
+            f"If those rows were deleted on purpose: {shell_words('rm', '--', *files)}"
         )
     for backup in others:
         if backup in kept or backup == full:
@@ -3293,7 +3392,7 @@ def create_backup(
         make_directory(output_dir)
         prefix = file_prefix(config.name, config.environment.value)
         partial = PartialBackup(output_dir, prefix)
-        lock_file = output_dir / f".{prefix}.lock"
+        lock_file = output_dir / f".{prefix}{LOCK_SUFFIX}"
         with database_lock(lock_file) as lock, contextlib.closing(partial):
             backups = find_backups(output_dir)
             earlier = verified_backups(backups, series)
@@ -3308,6 +3407,11 @@ def create_backup(
             complaints = publish(partial, metadata)
             made = read_backup(output_dir, partial.published_dump.name)
             warnings = [warning, *complaints, *shrinkage_lines(metadata, recent)]
+            if not metadata.table_counts:
+                place = config.setting_locations["name"]
+                warnings.append(
+                    f"the database has no table; is it the right one? It is set {place}"
+                )
             announce(creation_lines(made.dump, metadata), warnings)
             # A name that may not be on the disk replaces no older backup.
             retention = None if complaints else config.retention
@@ -3365,20 +3469,22 @@ def missing_package_failure(error: ImportError) -> Failure:
 def foreign_config_failure(error: BaseException) -> Failure:
     """brain_core/config.py is missing, or another project's, whose import may end in anything."""
     path = SCRIPT_DIR / "brain_core" / "config.py"
-    words = " ".join(f"{type(error).__name__}: {error}".split())
+    words = printable(" ".join(f"{type(error).__name__}: {error}".split()))
     readme = 'All of it is in README.md, "Into an existing project"'
     if not path.exists():
-        detail = f"{display_path(path)} is missing: {printable(words)}"
+        detail = f"{display_path(path)} is missing: {words}"
         copy = "Copy brain_core/, beside backup_db.py, from where that came from"
         return Failure(ExitCode.GENERAL, detail, copy, readme)
-    script, folder = (display_path(SCRIPT_DIR / name) for name in ("backup_db.py", "backup"))
-    move = f"{shell_words('mkdir', folder)} && {shell_words('mv', script, folder)}"
-    link = shell_words("ln", "-s", "../.env.local", folder)
+    script, folder = (
+        shell_words(display_path(SCRIPT_DIR / name)) for name in ("backup_db.py", "backup")
+    )
+    detail = f"{display_path(path)} is not the one that backup_db.py came with: {words}"
+    move = f"mkdir {folder} && mv {script} {folder} && ln -s ../.env.local {folder}"
     return Failure(
         ExitCode.GENERAL,
-        f"{display_path(path)} is not the one that backup_db.py came with: {printable(words)}",
+        detail,
         f"Leave that file as it is, and give backup_db.py a folder of its own: {move}",
-        f"Copy the brain_core/ that it came with into {folder}, and link the settings: {link}",
+        f"Then copy the brain_core/ that it came with into {folder}",
         readme,
     )
 
@@ -3481,7 +3587,7 @@ def verify_backup(dump: Path, progress: Progress) -> tuple[Metadata, Examination
     Raises Failure for what keeps the checks from being made (files, tools), OSError.
     """
     metadata = load_metadata(dump)
-    pg_restore = find_tool("pg_restore")
+    pg_restore = find_tool("pg_restore", major=least_major(metadata))
     with contextlib.closing(OpenFile.open(dump, os.O_RDONLY)) as file:
         examination = examine_dump(pg_restore, file, metadata, progress)
     return metadata, examination
@@ -3495,10 +3601,12 @@ def load_metadata(dump: Path) -> Metadata:
     except FileNotFoundError:
         detail = f"there is no file {display_path(dump)}"
     if detail:
-        steps = [f"See which backups there are: {list_command(dump.parent)}"]
-        if dump.name.endswith(METADATA_SUFFIX):
-            meant = str(dump).removesuffix(METADATA_SUFFIX) + DUMP_SUFFIX
-            steps.insert(0, f"Name the dump: {verify_command(meant)}")
+        folder = dump if dump.is_dir() else dump.parent
+        steps = [f"See which backups there are: {list_command(folder)}"]
+        name = dump.name.replace(METADATA_SUFFIX, DUMP_SUFFIX)
+        meant = (str(dump.with_name(name)), display_path(DEFAULT_OUTPUT_DIR / name))
+        if found := next(filter(os.path.isfile, meant), ""):
+            steps.insert(0, f"Name the dump: {verify_command(found)}")
         raise Failure(ExitCode.VERIFICATION, detail, *steps)
     path = metadata_path(dump)
     back = "Bring the metadata file back from the place that this backup was copied to or from"
@@ -3592,24 +3700,30 @@ def list_lines(
     """The contract's table, and a footer."""
     folder = display_path(output_dir).rstrip("/") + "/"
     if not backups:
-        return [f"No backups yet in {folder}", *footer_lines([], orphans, now)]
+        usual = f"The usual directory: {list_command(DEFAULT_OUTPUT_DIR)}"
+        is_usual = os.path.abspath(output_dir) == str(DEFAULT_OUTPUT_DIR)
+        lines = [f"No backups yet in {folder}", *([] if is_usual else [usual])]
+        return [*lines, *footer_lines([], orphans, now)]
     rows = [("Timestamp", "Environment", "Database", "Size", "Status")]
     for backup in backups:
         database, environment = map(printable, backup.series[:2])
         size = "-" if backup.size_bytes is None else format_size(backup.size_bytes)
-        name = f" ({printable(backup.dump.name)})" if backup.is_renamed else ""
+        is_named = backup.is_described and not backup.is_renamed
+        name = "" if is_named else f" ({printable(backup.dump.name)})"
         rows.append((backup.timestamp, environment, database, size, backup.status.value + name))
     widths = [
         max(least, *(len(cell) + 2 for cell in column))
         for least, column in zip((25, 13, 20, 10, 0), zip(*rows, strict=True), strict=True)
     ]
     total = sum(backup.size_bytes or 0 for backup in backups)
+    unusable = sum(backup.status is not Status.VERIFIED for backup in backups)
     return [
         f"Backup Files ({folder}):",
         "",
         *("".join(map(str.ljust, row, widths)).rstrip() for row in rows),
         "",
-        f"{plural(len(backups), 'backup')}, {format_size(total)} in all",
+        f"{plural(len(backups), 'backup')}, {format_size(total)} in all"
+        + (f", {unusable} not usable" if unusable else ""),
         *footer_lines(backups, orphans, now),
     ]
 
@@ -3619,7 +3733,7 @@ def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
     nightly backups that have stopped, and those that a move or an upgrade left behind."""
     by_series: dict[Series, list[Backup]] = {}
     for backup in backups:
-        if backup.series.environment != "-":
+        if backup.is_described:
             by_series.setdefault(backup.series, []).append(backup)
     servers = Counter(series[:2] for series in by_series)
     for series, members in by_series.items():
@@ -3698,7 +3812,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit 2."""
-        super().error(printable(message))
+        message = printable(message)
+        if message.startswith("unrecognized") and sys.argv[-1].endswith(DUMP_SUFFIX):
+            folder = shell_words(os.path.dirname(sys.argv[-1]) or ".")
+            loop = f'for f in {folder}/*.dump; do python3 backup_db.py --verify "$f"; done'
+            message += f"\nVerify several one by one: {loop}"
+        super().error(message)
 
 
 def typed_path(text: str) -> Path:
@@ -3838,7 +3957,8 @@ def run_listing(directory: Path) -> None:
             raise Failure(
                 ExitCode.GENERAL,
                 f"there is no directory {display_path(directory)}",
-                "Name the one that has the backups: --output-dir DIR",
+                "See the usual one: python3 backup_db.py --list",
+                "Or name the one that has the backups: --output-dir DIR",
                 "Or make the first backup: python3 backup_db.py",
             ) from None
     write_result(list_lines(backups, orphans, directory, datetime.now(timezone.utc)))
@@ -3876,6 +3996,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prepare_process()
         mode.run(progress)
+        progress.finish()
         return 0
     except (Failure, OSError, MemoryError) as error:
         failure = as_failure(error, mode.default_code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -208,6 +209,39 @@ def test_server_that_cannot_be_verified(
         result = make_project(settings={**way, **settings}).run()
         assert words in result.failed_with(3, "Database connection error").stderr
         assert step in result.stderr.partition("Troubleshooting:")[2], result
+
+
+def test_clients_certificate(
+    tls_cluster: Cluster, authority: trustme.CA, make_project: MakeProject, tmp_path: Path
+) -> None:
+    """One that is demanded, then a key that others may read; never a weaker pg_hba.conf."""
+    authority.cert_pem.write_to_path(str(tls_cluster.data_dir / "ca.pem"))
+    hba = tls_cluster.data_dir / "pg_hba.conf"
+    hba.write_text(f"hostssl all client all cert\n{hba.read_text()}")
+    for statement in (
+        "CREATE ROLE client LOGIN SUPERUSER",
+        "ALTER SYSTEM SET ssl_ca_file = 'ca.pem'",
+        "SELECT pg_reload_conf()",
+    ):
+        tls_cluster.psql(statement)
+    way = {**Database(tls_cluster, "postgres").settings("client"), "PGSSLMODE": "require"}
+    project = make_project(settings=way)
+    result = project.run().failed_with(3, "Database connection error")
+    assert "requires a valid client certificate" in result.stderr, result
+    assert (
+        "  1. The server asks for this user's certificate; name its file in .env." in result.stderr
+    )
+    assert "pg_hba" not in result.stderr, result
+    certificate = authority.issue_cert(common_name="client")
+    key, chain = tmp_path / "a key", tmp_path / "certificate"
+    certificate.private_key_pem.write_to_path(str(key))
+    certificate.cert_chain_pems[0].write_to_path(str(chain))
+    key.chmod(0o644)
+    project.configure({**way, "PGSSLKEY": str(key), "PGSSLCERT": str(chain)})
+    result = project.run().failed_with(3, "Database connection error")
+    (command,) = re.findall(r"^  1\. .*: (chmod .*)$", result.stderr, re.MULTILINE)
+    subprocess.run(["sh", "-c", command], check=True)
+    project.run().succeeded()
 
 
 def test_certificates_of_the_system_are_not_those_of_psycopg2(

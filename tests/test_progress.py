@@ -49,6 +49,7 @@ def test_the_line_tells_how_far_a_backup_is(large: Project, large_database: Data
     # Not a trace of it stays on the screen.
     assert left.startswith("✓ Backup created successfully\n\nBackup File: db/backups/"), left
     assert not re.search(r"[\r\x1b]|elapsed", left), left
+    assert re.fullmatch(r"Took [1-9]\d* s\.", left.splitlines()[-1]), left
 
     lines = terminal.progress
     assert [line for line in lines if line][-1].startswith("Verifying  [")
@@ -124,12 +125,18 @@ def test_a_verification_has_one_too(large: Project) -> None:
         status, left = terminal.finish()
     assert status == 0, left
     assert left.startswith("✓ Backup verification passed\n\nFile:        db/backups/"), left
+    assert re.search(r"\)\nTook \d+ s\.\n$", left), left
     assert terminal.progress[-1] == ""
     lines = terminal.progress[:-1]
     assert lines
     assert all(line.startswith("Verifying  [") for line in lines), lines
     for before, after in pairwise(line.count("#") for line in lines):
         assert before <= after
+
+
+def test_list_is_too_short_for_one(large: Project) -> None:
+    with Terminal(large, "--list") as terminal:
+        assert terminal.finish() == (0, "No backups yet in db/backups/\n")
 
 
 def test_there_is_none_where_stderr_is_no_terminal(large: Project) -> None:

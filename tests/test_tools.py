@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,8 @@ def test_tool_outside_path_is_found_for_the_crontab(tool: str, standing: Project
     with untouched(standing):
         result = standing.run(env=environ).failed_with(6, "Tool error")
     assert f"Error: {tool} not found on PATH ({standing.fakes})\n" in result.stderr, result
-    line = f"put this line above yours in the crontab: PATH={standing.bin_dir}:/usr/local/bin:"
-    assert line in result.stderr, result
+    path = f"PATH={Path(sys.executable).parent}:{standing.bin_dir}:/usr/local/bin:"
+    assert f"put this line above yours in the crontab: {path}" in result.stderr, result
 
 
 def test_verification_names_the_path_line_too(standing: Project) -> None:
