@@ -395,8 +395,8 @@ def replace_rows(table: str, place: Place) -> str:
 
 
 def find_orphans(place: Place) -> list[str]:
-    bare = "psql --no-psqlrc --tuples-only --no-align --set=ON_ERROR_STOP=1"
-    done = place.type(f"{bare} --dbname=project_chat <<'END'\n{ORPHANS}END").succeeded()
+    psql = f"{inline('psql --no-align')} --set=ON_ERROR_STOP=1"
+    done = place.type(f"{psql} <<'END'\n{ORPHANS}END").succeeded()
     return sorted(done.stdout.splitlines())
 
 
@@ -450,10 +450,20 @@ DELETE FROM messages WHERE conversation_id = 42; DELETE FROM conversations WHERE
 @pytest.mark.parametrize("user", ["postgres", USER])
 def test_one_conversation(user: str, place: Place, live: Database) -> None:
     copy = place.make("restored")
-    copy.psql("ALTER DATABASE restored SET datestyle = 'SQL, MDY'")
     copy.psql("UPDATE conversations SET started_by = 'old' WHERE id = 1")
-    live.psql(f"{LOSE_ONE} ALTER TABLE messages ENABLE ALWAYS TRIGGER audit")
-    before = [*place.original, "ALTER TABLE public.messages ENABLE ALWAYS TRIGGER audit;"]
+    place.server.psql(
+        "ALTER DATABASE restored SET datestyle = 'SQL, MDY';"
+        "ALTER DATABASE restored SET statement_timeout = '1ms'"
+    )
+    live.psql(
+        f"{LOSE_ONE} ALTER TABLE messages ENABLE ALWAYS TRIGGER audit;"
+        "ALTER DATABASE project_chat SET default_transaction_read_only = on"
+    )
+    before = [
+        *place.original,
+        "ALTER TABLE public.messages ENABLE ALWAYS TRIGGER audit;",
+        "ALTER DATABASE  SET default_transaction_read_only TO 'on';",
+    ]
     # Of the first, which is there as it is, nothing is overwritten.
     text = SOME_ROWS.replace("'id = 42'", "'id IN (1, 42)'") + BRING_ROWS
     for inserted in (["1", "22"], ["0", "0"]):
@@ -468,7 +478,7 @@ def test_one_conversation_where_something_breaks(user: str, place: Place, live: 
     live.psql(LOSE_ONE)
     before = whole(live)
     assert place.type(SOME_ROWS + BRING_ROWS, user=user).returncode != 0  # there is no copy
-    place.make("restored")
+    copy = place.make("restored")
     for right, wrong in (
         ("conversation_id = 42", "1 / (id - 1500) < 2"),  # breaks in the midst of the rows
         ("conversation_id = 42", "id = 42 AND"),
@@ -476,6 +486,10 @@ def test_one_conversation_where_something_breaks(user: str, place: Place, live: 
         ("rows conversations", "rows conversation"),
     ):
         assert place.type(SOME_ROWS.replace(right, wrong) + BRING_ROWS, user=user).returncode != 0
+        assert_equal(live, before)
+    if user == USER:  # who would see fewer rows
+        copy.psql("ALTER TABLE messages ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+        assert "row-level security" in place.type(SOME_ROWS + BRING_ROWS, user=user).stderr
         assert_equal(live, before)
 
 
@@ -649,9 +663,18 @@ def test_damaged_dump(place: Place) -> None:
     assert "COPY public.conversations " in (place.project.backups / "salvaged.sql").read_text()
 
 
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.splitlines()]
+
+
 def test_no_block_has_jobs_without_sections() -> None:
     """A row trigger of a partitioned table waits for its parent only, not for the partitions."""
-    blocks = re.findall(r"^```\w+\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if "--jobs" in line]
+    lines = [line for line in LINES if "--jobs" in line]
     assert lines
     assert all("--section=" in line for line in lines)
+
+
+def test_every_block_can_be_pasted_at_a_prompt() -> None:
+    """There a `!` recalls a command, and zsh knows no comments."""
+    assert LINES
+    assert [line for line in LINES if re.search(r"!|(^|\s)#", line)] == []
