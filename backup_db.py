@@ -893,6 +893,12 @@ def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
 
 def wrapper_failure(tool: Tool, problem: str, stderr_text: str) -> Failure:
     """A tool that does not reach our file, which it inherits as /dev/fd/N."""
+    if not os.path.exists("/dev/fd"):  # a chroot of a rescue system
+        return Failure(
+            ExitCode.TOOL,
+            f"{printable(tool.path)} {problem}: /dev/fd is missing\n{stderr_text}".rstrip(),
+            "Mount what it leads to: sudo mount -t proc proc /proc",
+        )
     return Failure(
         ExitCode.TOOL,
         f"{printable(tool.path)} {problem}: is it a wrapper that runs on another machine, in a "
@@ -1287,7 +1293,7 @@ def examine_dump(
     if checksum.problem:
         return Examination("", checksum, structure, None, None)
     examination = Examination(hashing.wait(), checksum, structure, contents, found)
-    check_restore_fits(pg_restore, dump, expected, examination.problem)
+    check_restore_fits(pg_restore, expected, examination.problem)
     return examination
 
 
@@ -1318,7 +1324,7 @@ def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check
     return Check(f"✗ Mismatch ({difference})", problem)
 
 
-def check_restore_fits(pg_restore: Tool, dump: OpenFile, metadata: Metadata, problem: str) -> None:
+def check_restore_fits(pg_restore: Tool, metadata: Metadata, problem: str) -> None:
     """Raise Failure where the problem is pg_restore's and not the archive's: it is too old, lacks
     the compression, or has no way to the file."""
     if problem and pg_restore.major < least_major(metadata):
@@ -1336,13 +1342,7 @@ def check_restore_fits(pg_restore: Tool, dump: OpenFile, metadata: Metadata, pro
             "For new backups another compression will do: BACKUP_COMPRESS=gzip:4",
         )
     if "could not open input file" in problem:
-        if os.path.exists(dump.argument):
-            raise wrapper_failure(pg_restore, "cannot open the dump", problem)
-        raise Failure(
-            ExitCode.TOOL,
-            f"{printable(pg_restore.path)} cannot open the dump: /dev/fd is missing\n{problem}",
-            "Mount what it leads to: sudo mount -t proc proc /proc",
-        )
+        raise wrapper_failure(pg_restore, "cannot open the dump", problem)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3207,12 +3207,13 @@ def create_backup(
             snapshot, counts, warning = dump_database(run)
             session.close()  # nothing more is asked of the server
             Background(partial.dump.sync).wait()
-            metadata = verify_new_dump(run, draft_metadata(run, snapshot, counts, series), started)
+            draft = draft_metadata(run, snapshot, counts, series)
+            metadata, hint = verify_new_dump(run, draft, started)
             complaints = publish(partial, metadata)
             made = describe_backup(
                 partial.published_dump, metadata.backup_size_bytes, metadata._asdict()
             )
-            warnings = [warning, *complaints, *shrinkage_lines(metadata, recent)]
+            warnings = [warning, hint, *complaints, *shrinkage_lines(metadata, recent)]
             announce(creation_lines(made.dump, metadata), warnings)
             # A name that may not be on the disk replaces no older backup.
             retention = None if complaints else config.retention
@@ -3221,14 +3222,15 @@ def create_backup(
             announce([f"Removed:     {paths}"] if removed else [], warnings)
 
 
-def verify_new_dump(run: RunContext, draft: Metadata, started: float) -> Metadata:
-    """Read the new dump back; its metadata with the results. Raises Failure where it is not what
-    the database held."""
+def verify_new_dump(run: RunContext, draft: Metadata, started: float) -> tuple[Metadata, str]:
+    """Read the new dump back; its metadata with the results, and pg_restore's warnings. Raises
+    Failure where it is not what the database held."""
     pg_restore, partial = run.tools.pg_restore, run.partial
     examination = examine_dump(pg_restore, partial.dump, draft, run.progress, DUMP_SHARE)
     if examination.problem:
         raise unsound_dump_failure(partial, examination.problem)
-    return draft.verified(examination, pg_restore, time.monotonic() - started)
+    metadata = draft.verified(examination, pg_restore, time.monotonic() - started)
+    return metadata, examination.warnings
 
 
 def publish(partial: PartialBackup, metadata: Metadata) -> list[str]:

@@ -426,7 +426,8 @@ def footer_of(project: Project) -> list[str]:
 
 
 def test_list_tells_the_series_apart(make_project: MakeProject) -> None:
-    """By environment, database and server; what does not know its server stands apart."""
+    """By environment, database and server, with its version: of two, one is often the upgraded
+    one. What does not know its server stands apart."""
     project = make_project()
     for days, environment, name, server in [
         (1, "prod", "shop", "222"),
@@ -440,7 +441,8 @@ def test_list_tells_the_series_apart(make_project: MakeProject) -> None:
         put_pair(project.backups, name, environment, ago(days=days), days, system_identifier=server)
     put_pair(project.backups, "wiki", "prod", ago(days=0), 9, verification=None)
     lines = [re.sub(r"_20\S+Z", "", line) for line in footer_of(project)]
-    assert lines[:-1] == [
+    assert [line for line in lines if " (PostgreSQL 17.5): " in line] == lines[1:4]
+    assert [line.replace(" (PostgreSQL 17.5)", "") for line in lines[:-1]] == [
         "prod wiki: 2 backups, 16 B; newest verified 7 days old: wiki.dump",
         "prod shop of server 222: 1 backup, 1 B; newest verified 1 day old: shop.dump",
         "prod shop of server unknown: 2 backups, 7 B; newest verified 2 days old: shop.dump",

@@ -14,9 +14,10 @@ from faults import (
     fake_call,
     let_go,
     paused,
+    processes_of,
     untouched,
 )
-from support import Project, finish, wait_until
+from support import MOUNTING, Project, finish, wait_until
 
 TOOLS = ("pg_dump", "pg_restore")
 VERSION = "--version"
@@ -66,7 +67,6 @@ def test_tool_that_may_not_be_executed(tool: str, standing: Project) -> None:
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        ("echo '{} (PostgreSQL) 9.6.24'", " is version 9.6.24, too old for the "),
         ("echo hello", " --version does not answer with a version: hello"),
         ("exit 0", " --version does not answer with a version: no output"),
         ("head -c 3000 /dev/urandom", " --version does not answer with a version: "),
@@ -76,7 +76,7 @@ def test_tool_that_may_not_be_executed(tool: str, standing: Project) -> None:
         ("exec yes", " --version has not answered within 1 seconds"),
         ("sleep 100 & exec sleep 100", " --version has not answered within 1 seconds"),
     ],
-    ids=["old", "garbage", "nothing", "noise", "crash", "failure", "hang", "flood", "orphan"],
+    ids=["garbage", "nothing", "noise", "crash", "failure", "hang", "flood", "orphan"],
 )
 def test_tool_that_does_not_tell_a_fit_version(
     script: str, words: str, tool: str, standing: Project
@@ -86,6 +86,33 @@ def test_tool_that_does_not_tell_a_fit_version(
     with untouched(standing):
         result = standing.run().failed_with(6, "Tool error")
     assert f"Error: {standing.fakes / tool}{words.format(tool)}" in result.stderr, result
+
+
+@pytest.mark.parametrize(
+    ("tool", "version", "words"),
+    [
+        ("pg_dump", "9.6.24", "and 14 is the oldest with which a backup can be verified"),
+        ("pg_dump", "13.23", "and 14 is the oldest with which a backup can be verified"),
+        ("pg_dump", "14.20", "too old for the server, which is version 17"),
+        ("pg_restore", "9.6.24", "too old for the archives of pg_dump 17."),
+    ],
+)
+def test_tool_that_is_too_old(tool: str, version: str, words: str, standing: Project) -> None:
+    fake_call(standing, tool, VERSION, f"echo '{tool} (PostgreSQL) {version}'")
+    with untouched(standing):
+        result = standing.run().failed_with(6, "Tool error")
+    is_old = f"Error: {standing.fakes / tool} is version {version}, {words}"
+    assert is_old in result.stderr, result
+
+
+def test_compression_that_an_old_pg_dump_would_not_refuse(standing: Project) -> None:
+    """14 takes any text, and writes uncompressed; 15 has only numbers."""
+    for version in ("14.20", "15.16"):
+        fake_call(standing, "pg_dump", VERSION, f"echo 'pg_dump (PostgreSQL) {version}'")
+        for value in ("zstd:3", "lz4", "gzip", "zstd"):
+            with untouched(standing):
+                result = standing.run(env={"BACKUP_COMPRESS": value}).failed_with(2)
+            assert f"BACKUP_COMPRESS is '{value}'" in result.stderr, result
 
 
 def test_tool_that_leaves_a_process_behind_is_not_waited_for(standing: Project) -> None:
@@ -116,10 +143,8 @@ def test_tool_that_is_no_program(content: bytes, standing: Project) -> None:
             8,
             "pg_restore was ended by signal 11: Segmentation fault",
         ),
-        (TABLE_OF_CONTENTS, 'echo hm >&2; exec "$real" "$@"', 8, "hm\n"),
         (TABLE_OF_CONTENTS, "exit 0", 8, "table messages: not in the dump, 3420 expected"),
         (CONTENTS, "kill -SEGV $$", 8, "pg_restore was ended by signal 11: Segmentation fault"),
-        (CONTENTS, 'echo hm >&2; exec "$real" "$@"', 8, "hm\n"),
         (CONTENTS, "exit 0", 8, "lists the data of 5 tables, it holds that of 0"),
         (CONTENTS, "head -c 30000000 /dev/zero", 8, "a line that is no data and does not end"),
         (CONTENTS, '"$real" "$@" | head -c 3000', 8, "it breaks off within a table"),
@@ -141,6 +166,45 @@ def test_warnings_of_pg_dump_are_passed_on(standing: Project) -> None:
     result = standing.run().succeeded()
     assert result.stderr == "Warning: circular\nWarning: hint: none\nWarning: collation\n"
     assert "✓ Backup created successfully" in result.stdout
+
+
+def test_hint_of_pg_restore_is_passed_on(standing: Project) -> None:
+    """A later release may have some for a sound dump: it is no damage."""
+    fake_call(standing, *CONTENTS, 'echo "pg_restore: hint: new" >&2; exec "$real" "$@"')
+    warning = "Warning: pg_restore: hint: new\n"
+    assert standing.run().succeeded().stderr == warning
+    verified = standing.run("--verify", standing.dumps()[-1]).succeeded()
+    assert verified.stderr == warning
+    assert "Contents:    ✓ Match" in verified.stdout
+
+
+# All that a later release may write besides data, before it and behind it.
+ADDED_LINES = """
+printf '%s\\n' '-- a hint' 'SELECT 1;' '\\restrict x' 'SET new = on;' "INSERT INTO t VALUES ('x');"
+"$real" "$@" || exit
+printf '%s\\n' '' '-- more' '\\unrestrict x' 'COPY;' 'copy t FROM stdin;'
+"""
+
+
+def test_lines_that_a_later_pg_restore_adds_are_no_damage(standing: Project) -> None:
+    fake_call(standing, *CONTENTS, ADDED_LINES)
+    standing.run().succeeded()
+    standing.run("--verify", standing.dumps()[-1]).succeeded()
+
+
+@pytest.mark.parametrize("mode", ["run", "verify"])
+def test_script_of_more_tables_than_are_listed_is_not_read_to_its_end(
+    mode: str, standing: Project
+) -> None:
+    """It has none, and takes no memory."""
+    fake_call(standing, *CONTENTS, "yes \"$(printf 'COPY public.t (a) FROM stdin;\\n\\\\.')\"")
+    (dump,) = standing.dumps()
+    arguments = ("--verify", dump) if mode == "verify" else ()
+    with untouched(standing):
+        process = standing.start(*arguments, prefix=["prlimit", "--as=400000000"])
+        result = finish(process, 20).failed_with(8)
+    assert "lists the data of 5 tables, it holds more\n" in result.stderr, result
+    assert processes_of(standing) == {}
 
 
 def test_program_that_talks_without_end_does_not_fill_the_memory(standing: Project) -> None:
@@ -203,6 +267,79 @@ def test_wrapper_that_writes_elsewhere(script: str, standing: Project) -> None:
         result = standing.run().failed_with(6, "Tool error")
     assert str(standing.fakes / "pg_dump") in result.stderr, result
     assert "wrapper" in result.stderr, result
+
+
+# -- a pg_restore that has no way to the dump -----------------------------------------------------
+
+# A wrapper that gives the program nothing but its standard streams.
+CLOSES_DESCRIPTORS = """exec bash -c '
+    for descriptor in /proc/self/fd/*; do
+        number=${descriptor##*/}
+        [ "$number" -le 2 ] || eval "exec $number>&-" 2>/dev/null
+    done
+    exec "$0" "$@"' "$real" "$@"
+"""
+
+
+def test_pg_restore_that_is_given_no_descriptor_is_no_damage(standing: Project) -> None:
+    standing.fake("pg_restore", CLOSES_DESCRIPTORS)
+    (dump,) = standing.dumps()
+    with untouched(standing):
+        results = [standing.run(), standing.run("--verify", dump)]
+    for result in results:
+        result.failed_with(6, "Tool error")
+        assert f"{standing.fakes / 'pg_restore'} cannot open the dump: is it a wr" in result.stderr
+        assert "first on PATH" in result.stderr, result
+
+
+def test_damaged_dump_is_one_whatever_pg_restore_can_open(standing: Project) -> None:
+    standing.fake("pg_restore", CLOSES_DESCRIPTORS)
+    (dump,) = standing.dumps()
+    content = bytearray(dump.read_bytes())
+    content[-100] ^= 1
+    dump.write_bytes(content)
+    result = standing.run("--verify", dump).failed_with(8)
+    assert "Checksum:    ✗ Mismatch" in result.stderr, result
+
+
+def test_machine_without_proc(standing: Project) -> None:
+    """A rescue system's chroot: /dev/fd leads nowhere."""
+    (dump,) = standing.dumps()
+    without_proc = (*MOUNTING, "sh", "-c", 'mount -t tmpfs tmpfs /proc && exec "$@"', "sh")
+    with untouched(standing):
+        results = [
+            standing.run(prefix=without_proc),
+            standing.run("--verify", dump, prefix=without_proc),
+        ]
+    for result in results:
+        result.failed_with(6, "Tool error")
+        assert "/dev/fd is missing" in result.stderr, result
+        assert "mount -t proc proc /proc" in result.stderr, result
+
+
+# -- a pg_restore without the archive's compression -----------------------------------------------
+
+NO_ZSTD = "pg_restore: error: could not read: this build does not support compression with zstd"
+
+
+@pytest.mark.servers(15)  # its folder is where Debian's packages are put
+@pytest.mark.parametrize("elsewhere", ["16", "17", "18"])
+def test_hint_leads_to_no_pg_restore_that_is_too_old_for_the_archive(
+    elsewhere: str, standing: Project, tmp_path: Path
+) -> None:
+    """Where Debian's packages put it."""
+    folder = tmp_path / elsewhere / "bin"
+    folder.mkdir(parents=True)
+    (folder / "pg_restore").symlink_to(standing.bin_dir / "pg_restore")
+    installed = f'mount --bind {tmp_path} /usr/lib/postgresql && exec "$@"'
+    fake_call(standing, *CONTENTS, f"echo '{NO_ZSTD}' >&2; exit 1")
+    (dump,) = standing.dumps()
+    result = standing.run("--verify", dump, prefix=(*MOUNTING, "sh", "-c", installed, "sh"))
+    result.failed_with(6, "Tool error")
+    assert "is built without zstd" in result.stderr, result
+    assert "version 17 or newer" in result.stderr, result
+    found = f"/usr/lib/postgresql/{elsewhere}/bin" in result.stderr
+    assert found == (elsewhere != "16"), result
 
 
 # -- what a program leaves behind -----------------------------------------------------------------
