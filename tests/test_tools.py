@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import socket
+import subprocess
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cluster import Cluster
+from conftest import MakeProject
 from faults import (
     CONTENTS,
     DUMP,
     HOLD,
     TABLE_OF_CONTENTS,
+    Proxy,
     fake_call,
+    leading_to,
     let_go,
     paused,
     processes_of,
     untouched,
 )
-from support import MOUNTING, Project, finish, wait_until
+from pooler import Pooler
+from support import (
+    MOUNTING,
+    Database,
+    Project,
+    assert_restores,
+    finish,
+    read_metadata,
+    typed,
+    wait_until,
+)
 
 TOOLS = ("pg_dump", "pg_restore")
 VERSION = "--version"
@@ -379,3 +399,119 @@ def test_descriptors_are_given_back(standing: Project) -> None:
     wait_until(lambda: len(open_pipes()) <= 2)  # pg_restore's output and its words
     let_go(standing)
     finish(process).succeeded()
+
+
+# -- servers of other versions --------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def server_of(version: str, project: Project, database: Database) -> Iterator[dict[str, str]]:
+    """The settings that lead to a server that gives itself out as this version. The project's
+    pg_dump does so too, and works on the real one."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        Pooler(listener, database.cluster, database.name, "session", version),
+    ):
+        for name in TOOLS:
+            fake_call(project, name, VERSION, f"echo '{name} (PostgreSQL) {version}'")
+        real = f"PGPORT={database.cluster.port}"
+        path = project.fakes / "pg_dump"
+        work = (
+            f'case "$*" in *--snapshot*) echo "$*" >"$HOME/argv"; {real} exec "$real" "$@";; esac'
+        )
+        path.write_text(path.read_text().replace("\ncase", f"\n{work}\ncase", 1))
+        yield leading_to(listener)
+
+
+@pytest.mark.parametrize("version", ["13.23", "9.6.24"])
+def test_server_that_is_too_old_is_backed_up_by_hand(
+    version: str, standing: Project, standing_database: Database, tmp_path: Path
+) -> None:
+    with server_of(version, standing, standing_database) as way:
+        (standing.fakes / "pg_dump").unlink()
+        (standing.fakes / "pg_restore").unlink()
+        with untouched(standing):
+            result = standing.run(env=way).failed_with(6, "Tool error")
+    assert f"the server is version {version.partition('.')[0]}, and 14 is" in result.stderr, result
+    (step,) = re.findall(r"^  1\. .*", result.stderr, re.MULTILINE)
+    real = str(standing_database.cluster.port)
+    pasted = typed(step).replace(way["DEV_DB_PORT"], real)
+    password = {"PGPASSWORD": standing_database.cluster.password}
+    environ = {**standing.environ, **password}
+    subprocess.run(["sh", "-c", pasted], cwd=tmp_path, env=environ, check=True)
+    assert_restores(tmp_path / "by_hand.dump", standing_database)
+
+
+def test_oldest_server_gets_a_level_of_gzip_alone(
+    standing: Project, standing_database: Database
+) -> None:
+    with server_of("14.20", standing, standing_database) as way:
+        standing.run(env=way).succeeded()
+    argv = (standing.directory / "home" / "argv").read_text().split()
+    assert [word for word in argv if "compress" in word] == ["--compress=4"]
+    metadata = read_metadata(standing.dumps()[-1])
+    assert metadata["postgresql_version"] == "14.20"
+    assert metadata["compression"] == "gzip:4"
+
+
+@pytest.mark.parametrize("version", ["19rc1", "19.0", "20devel"])
+def test_server_of_a_later_release_is_not_refused(
+    version: str, standing: Project, standing_database: Database
+) -> None:
+    with server_of(version, standing, standing_database) as way:
+        dump = standing.run(env=way).succeeded()
+        standing.run("--verify", standing.dumps()[-1]).succeeded()
+    assert "✓ Integrity check passed" in dump.stdout
+
+
+@pytest.mark.parametrize("language", ["C", "de_DE.UTF-8"])
+def test_two_servers_behind_one_address(
+    language: str, standing_database: Database, make_project: MakeProject
+) -> None:
+    """A reader address that balances: pg_dump comes to the other one, which does not know what our
+    session has exported there."""
+    cluster = standing_database.cluster
+    with contextlib.ExitStack() as stack:
+        other = stack.enter_context(Cluster(cluster.bin_dir))
+        name, role = standing_database.name, f"role_{uuid.uuid4().hex[:12]}"
+        stack.callback(cluster.psql, f"DROP ROLE IF EXISTS {role}")
+        for each in (cluster, other):
+            each.psql(f"CREATE ROLE {role} SUPERUSER LOGIN PASSWORD 'secret'")
+        other.create_database(name)
+        settings = {**standing_database.settings(role, "secret")}
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        stack.enter_context(Proxy(listener, cluster, other))
+        settings |= leading_to(listener)
+        project = make_project(settings=settings)
+        if language != "C":
+            words = "FEHLER:  Snapshot »\\1« existiert nicht"
+            say = f'sed -E \'s/ERROR: .*"(.+)".*/{words}/\' "$HOME/words" >&2'
+            fake_call(project, *DUMP, f'"$real" "$@" 2>"$HOME/words"; {say}; exit 1')
+        result = project.run().failed_with(2, "Configuration error")
+    assert "two servers answer at this address" in result.stderr, result
+    assert "DEV_DB_HOST" in result.stderr, result
+    assert ("existiert nicht" in result.stderr) == (language != "C"), result
+    assert not project.dumps()
+
+
+# What the server says of a row that is over 1 GB in its text form (up to 17, and 18).
+ROW_TOO_LONG = """\
+pg_dump: error: Dumping the contents of table "big" failed: PQgetResult() failed.
+pg_dump: detail: Error message from server: ERROR:  {}
+DETAIL:  Cannot enlarge string buffer containing 1073741790 bytes by 400000000 more bytes.
+pg_dump: detail: Command was: COPY public.big (a, b, c) TO stdout;
+"""
+
+
+@pytest.mark.parametrize(
+    "words", ["out of memory", "string buffer exceeds maximum allowed length (1073741823 bytes)"]
+)
+def test_row_over_1_gb_is_told_with_the_way_out(words: str, standing: Project) -> None:
+    (standing.directory / "home" / "words").write_text(ROW_TOO_LONG.format(words))
+    standing.rewrite({"LOCK_RETRY_SECONDS": 0.1})
+    fake_call(standing, *DUMP, 'cat "$HOME/words" >&2; exit 1')
+    with untouched(standing):
+        result = standing.run().failed_with(7, "Backup creation error")
+    assert "the server cannot read its own data of table public.big" in result.stderr, result
+    assert "no repetition of the backup heals that" in result.stderr, result
+    assert "--exclude-table-data=public.big" in result.stderr, result
