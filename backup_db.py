@@ -8,18 +8,21 @@ last byte and found in it every row that the database held at that moment.
 Settings come from the environment, .env.local and .env beside this script, strongest first:
 DEV_DB_NAME or DB_NAME names the database. .env.example has every variable.
 
-To restore, createdb --template=template0 restored; pg_restore --dbname=restored FILE.dump
-README.md has every other way, and all that is to be known.
+To restore a backup beside what is there, then to look at it:
+  createdb --template=template0 restored && pg_restore --dbname=restored FILE.dump
+README.md, "Restore", has every other way.
 """
 
 # Where to look for what:
 #   what happens, in order                create_backup; within it dump_database
-#   why this exit code, and what to do    "Failures"; search the message's words
+#   why this exit code, and what to do    search the message's words: a failure stands where it is
+#                                         met; by cause: CONNECTION_REMEDIES (a wrong password),
+#                                         FILE_REMEDIES (a full disk), SERVER_REMEDIES
 #   what programs are run, and how        "Programs"; find_tools, dump_snapshot, run_pg_restore
 #   can half a file be seen               "The directory": PartialBackup.publish
 #   what the server is asked              begin_read_only; the SQL of "The catalog", "The snapshot"
 #   how a wait ends                       "Waiting": Background.wait, check_signals, Patience
-#   what verified means                   examine_dump, compare_contents, check_hash
+#   what verified means                   examine_dump, compare_contents, compare_hash
 #   what is removed, and when             PartialBackup.begin and .close, retire_backups
 #   what is printed                       "Reports"; the progress line: Progress
 
@@ -105,7 +108,7 @@ METADATA_MAX_BYTES = 256 * 1024 * 1024
 # The least that a dump can be expected to need: a share of the last backup or, without one, of
 # the database. Text compresses to 0.15 to 0.3 of its table; indexes are not in a dump.
 NEED_OF_LAST_BACKUP = 0.8
-NEED_OF_DATABASE = 0.02
+NEED_OF_DATABASE = 0.03
 EXPECTED_OF_DATABASE = 0.2  # for the progress line
 FULL_DISK_BYTES = 64 * 1024
 # The space on the disk that is kept free for others: the lesser of these two.

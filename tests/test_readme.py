@@ -1,4 +1,6 @@
-"""README.md's commands, on the first backup, on restoring and on the nights: run as they stand.
+"""README.md's commands, on the first backup and on the nights: run as they stand.
+
+Those for a restore are in test_recipes.
 
 What stands there for something of the reader's own (FILE.dump, /path/to/project_chat) is replaced.
 What changes the machine, the installation of packages, is only parsed.
@@ -16,22 +18,19 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from cluster import Cluster
 from conftest import MakeProject
 from environment import PROJECT, TESTS
-from sample import PASSWORD, USER, load_rows
+from sample import PASSWORD, USER
 from support import (
     MOUNTING,
     Database,
     Project,
     Result,
-    connect,
-    metadata_path,
     new_database,
     program,
     readme_section,
@@ -44,20 +43,6 @@ def blocks(title: str, language: str) -> list[str]:
     )
 
 
-# The restore section: its situations, each with its blocks of commands; and its table, what for and
-# the command, in which a table quotes each `|`.
-SITUATIONS = {
-    title.rstrip("."): re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    for title, text in re.findall(
-        r"^\*\*(.+?)\*\*(.+?)(?=^\*\*|^\| to )", readme_section("Restore"), re.MULTILINE | re.DOTALL
-    )
-}
-RESTORES = {
-    what: command.replace(r"\|", "|")
-    for what, command in re.findall(
-        r"^\| (.+?) \| `(pg_restore .+)` \|$", readme_section("Restore"), re.MULTILINE
-    )
-}
 (SUCCESS,) = re.findall(
     r"^```console\n\$ python3 backup_db\.py\n(.*?)^```$",
     (PROJECT / "README.md").read_text(encoding="utf-8"),
@@ -79,8 +64,6 @@ UNITS = {
 
 def test_readme_is_read() -> None:
     """What is not found would not be tested."""
-    assert len(RESTORES) == readme_section("Restore").count("| `pg_restore") == 7
-    assert sum(map(len, SITUATIONS.values())) == len(blocks("Restore", "bash")) == 10
     assert PATH_LINE.startswith("PATH=/path/to/project_chat/.venv/bin:")
     assert MAILTO == "MAILTO=you@example.org"
     contract = "cd /path/to/project_chat && python3 backup_db.py --env prod"
@@ -148,256 +131,6 @@ def test_first_backup(sample_database: Database, make_project: MakeProject) -> N
     typed = failed.stderr.replace(f"{project.directory}/", "")
     for shown, real in ((failure, typed), (SUCCESS, succeeded.stdout)):
         assert without_values(shown, sample_database) == without_values(real, sample_database)
-
-
-# -- restoring ------------------------------------------------------------------------------------
-
-
-def type_in(
-    command: str, project: Project, cluster: Cluster, user: str = "postgres", failing: bool = False
-) -> str:
-    """What the command prints, typed into a shell of somebody who may do everything there."""
-    way = {"PGHOST": str(cluster.directory), "PGPORT": str(cluster.port), "PGUSER": user}
-    command = command.replace("127.0.0.1", way["PGHOST"]).replace("5432", way["PGPORT"])
-    done = subprocess.run(
-        ["bash", "-e", "-o", "pipefail", "-c", command],
-        cwd=project.backups,
-        env={**project.environ, **way},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert (done.returncode != 0) == failing, f"$ {command}\n{done.stdout}"
-    return done.stdout
-
-
-@pytest.fixture
-def backed_up(
-    sample_database: Database, make_project: MakeProject, elsewhere: Cluster
-) -> Iterator[tuple[Project, Database]]:
-    """A backup called FILE.dump, and the sample database that it is of; its roles elsewhere."""
-    project = make_project(sample_database)
-    back_up_as_file(project)
-    elsewhere.psql(MAKE_ROLE)
-    yield project, sample_database
-    for name in ("restored", sample_database.name, "project_chat", "project_chat_old"):
-        elsewhere.psql(f"UPDATE pg_database SET datallowconn = true WHERE datname = '{name}'")
-        elsewhere.drop_database(name)
-
-
-MAKE_ROLE = f"""
-DO $$ BEGIN CREATE ROLE {USER}; EXCEPTION WHEN duplicate_object THEN END $$
-"""
-
-
-def back_up_as_file(project: Project) -> None:
-    dump = project.back_up()
-    (dump.parent / "FILE.dump").symlink_to(dump)
-    (dump.parent / "FILE.metadata.json").symlink_to(metadata_path(dump))
-
-
-def equal(copy: Database, original: Database) -> bool:
-    return (copy.schema(), copy.contents()) == (original.schema(), original.contents())
-
-
-@pytest.mark.servers(15)
-def test_server_is_lost(sample_database: Database, make_project: MakeProject) -> None:
-    program("jq", "jq")
-    project = make_project(sample_database)
-    sample_database.psql(f"ALTER DATABASE {sample_database.name} SET work_mem = '7MB'")
-    back_up_as_file(project)
-    commands, passwords = SITUATIONS["The server is lost"]
-    with Cluster(sample_database.cluster.bin_dir) as fresh:
-        type_in(commands, project, fresh)
-        copy = Database(fresh, sample_database.name)
-        assert equal(copy, sample_database)
-        assert copy.psql("SHOW work_mem") == "7MB"
-        type_in(passwords, project, fresh)
-    path = project.backups / "globals.sql"
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert f"CREATE ROLE {USER};" in path.read_text()
-
-
-def test_beside_the_live_database_then_swap(
-    backed_up: tuple[Project, Database], elsewhere: Cluster
-) -> None:
-    project, original = backed_up
-    copying, swapping, showing = SITUATIONS["Beside the live database, then swap"]
-    elsewhere.create_database("project_chat")
-    Database(elsewhere, "project_chat").psql("CREATE TABLE old ()")
-    type_in(copying, project, elsewhere)
-    assert equal(Database(elsewhere, "restored"), original)
-    application = connect(Database(elsewhere, "project_chat"))
-    type_in(swapping, project, elsewhere)
-    application.close()
-    assert equal(Database(elsewhere, "project_chat"), original)
-    elsewhere.psql("ALTER DATABASE project_chat_old WITH ALLOW_CONNECTIONS true")
-    assert Database(elsewhere, "project_chat_old").psql("SELECT 'old'::regclass") == "old"
-    elsewhere.psql("ALTER DATABASE project_chat_old WITH ALLOW_CONNECTIONS false")
-    (dropping,) = re.findall(r"`(dropdb .*)`", readme_section("Restore"))
-    type_in(dropping, project, elsewhere)
-    assert "old" not in elsewhere.psql("SELECT datname FROM pg_database")
-
-    original.psql(f"ALTER DATABASE {original.name} SET work_mem = '7MB'")
-    original.psql(f"GRANT CONNECT ON DATABASE {original.name} TO {USER}")
-    original.psql(f"COMMENT ON DATABASE {original.name} IS 'mine'")
-    (project.backups / "FILE.dump").unlink()
-    (project.backups / "FILE.metadata.json").unlink()
-    back_up_as_file(project)
-    shown = type_in(showing, project, elsewhere)
-    for line in (
-        f"ALTER DATABASE {original.name} SET work_mem TO '7MB';",
-        f"GRANT CONNECT ON DATABASE {original.name} TO {USER};",
-        f"COMMENT ON DATABASE {original.name} IS 'mine';",
-    ):
-        assert line in shown.splitlines()
-
-
-def test_some_rows_of_one_table(backed_up: tuple[Project, Database], elsewhere: Cluster) -> None:
-    project, _ = backed_up
-    elsewhere.create_database("project_chat", "--template=template0")
-    live = Database(elsewhere, "project_chat")
-    load_rows(elsewhere, live.name, "postgres")
-    (rows,) = SITUATIONS["Some rows of one table"]
-    whole = [line for line in live.contents() if line.startswith(("conversations|", "messages|"))]
-    live.psql("DELETE FROM conversations WHERE id = 42; DELETE FROM messages WHERE id = 1")
-    assert not set(whole) & set(live.contents())
-    type_in(rows, project, elsewhere)
-    type_in(rows.partition("FILE.dump\n")[2], project, elsewhere)  # twice is once
-    for table, condition in (("conversations", "id = 42"), ("messages", "conversation_id = 42")):
-        query = f"SELECT * FROM {table} WHERE {condition} ORDER BY id"
-        assert live.psql(query) == Database(elsewhere, "restored").psql(query) != ""
-    assert live.psql("SELECT count(*) FROM messages WHERE id = 1") == "0"
-
-
-def test_managed_server(backed_up: tuple[Project, Database], elsewhere: Cluster) -> None:
-    """Somebody who may make databases and roles, and that is all."""
-    project, original = backed_up
-    (commands,) = SITUATIONS["A managed server, where you are no superuser"]
-    elsewhere.psql("CREATE ROLE admin LOGIN CREATEDB CREATEROLE")
-    (grant,) = re.findall(r"`(GRANT chat [^`]*)`", readme_section("Restore"))
-    try:
-        type_in(commands, project, elsewhere, user="admin")
-        copy = Database(elsewhere, "restored")
-        assert copy.contents() == original.contents()
-        owners = "SELECT DISTINCT tableowner FROM pg_tables WHERE schemaname = 'public'"
-        assert copy.psql(owners) == "admin"
-        elsewhere.drop_database("restored")
-
-        elsewhere.psql(f"DROP ROLE {USER}")
-        elsewhere.psql(f"CREATE ROLE {USER}", user="admin")
-        elsewhere.psql(grant, user="admin")
-        keeping = commands.replace("--no-owner ", "").replace("createdb ", "createdb --owner=chat ")
-        type_in(keeping, project, elsewhere, user="admin")
-        assert copy.psql(owners) == USER
-    finally:
-        elsewhere.drop_database("restored")
-        elsewhere.psql(f"DROP OWNED BY admin; DROP ROLE {USER}; DROP ROLE admin")
-
-
-def test_rows_that_a_function_refuses(
-    backed_up: tuple[Project, Database], elsewhere: Cluster
-) -> None:
-    project, original = backed_up
-    original.psql(
-        """CREATE FUNCTION is_known(text) RETURNS bool LANGUAGE sql
-            AS 'SELECT EXISTS (SELECT FROM conversations WHERE title = $1)';
-        CREATE TABLE mentions (title text CHECK (is_known(title)));
-        INSERT INTO mentions SELECT title FROM conversations"""
-    )
-    for name in ("FILE.dump", "FILE.metadata.json"):
-        (project.backups / name).unlink()
-    back_up_as_file(project)
-    (commands,) = SITUATIONS["Rows that a function refuses"]
-    (copying, _, _) = SITUATIONS["Beside the live database, then swap"]
-    refused = type_in(copying, project, elsewhere, failing=True)
-    assert 'relation "conversations" does not exist' in refused
-    elsewhere.drop_database("restored")
-    type_in(commands, project, elsewhere)
-    assert Database(elsewhere, "restored").contents() == original.contents()
-
-
-def test_faster(backed_up: tuple[Project, Database], elsewhere: Cluster) -> None:
-    project, original = backed_up
-    (commands,) = SITUATIONS["Faster"]
-    type_in(commands, project, elsewhere)
-    assert equal(Database(elsewhere, "restored"), original)
-
-
-@pytest.mark.servers(15)
-def test_tool_is_gone(backed_up: tuple[Project, Database], elsewhere: Cluster) -> None:
-    project, _ = backed_up
-    program("jq", "jq")
-    (commands,) = SITUATIONS["This tool is gone"]
-    assert type_in(commands, project, elsewhere) == "FILE.dump: OK\n"
-    dump = (project.backups / "FILE.dump").resolve()
-    with dump.open("r+b") as file:
-        file.seek(-100, os.SEEK_END)
-        file.write(b"damage")
-    assert "FILE.dump: FAILED" in type_in(commands, project, elsewhere, failing=True)
-
-
-def test_salvage_of_a_damaged_dump(backed_up: tuple[Project, Database], elsewhere: Cluster) -> None:
-    project, _ = backed_up
-    dump = (project.backups / "FILE.dump").resolve()
-    os.truncate(dump, dump.stat().st_size // 2)
-    (command,) = (c for what, c in RESTORES.items() if what.startswith("save what can be read"))
-    type_in(command, project, elsewhere, failing=True)
-    salvaged = (project.backups / "salvaged.sql").read_text()
-    assert "COPY public.conversations " in salvaged
-
-
-def test_restore_over_the_database_of_the_same_name(
-    backed_up: tuple[Project, Database], elsewhere: Cluster
-) -> None:
-    project, original = backed_up
-    elsewhere.create_database(original.name)
-    copy = Database(elsewhere, original.name)
-    copy.psql("CREATE TABLE messages (of text); CREATE TABLE left_over ()")
-    (command,) = (c for what, c in RESTORES.items() if what.startswith("restore over"))
-    type_in(command, project, elsewhere)
-    assert (copy.schema(), copy.contents()) == (original.schema(), original.contents())
-
-
-def test_restore_of_one_table(backed_up: tuple[Project, Database], elsewhere: Cluster) -> None:
-    project, original = backed_up
-    elsewhere.create_database("restored", "--template=template0")
-    copy = Database(elsewhere, "restored")
-    one, rows = (command for what, command in RESTORES.items() if what.startswith("bring back"))
-    (wanted,) = [line for line in original.contents() if line.startswith("messages|")]
-    type_in(one, project, elsewhere)
-    assert wanted in copy.contents()
-    copy.psql("TRUNCATE messages")
-    type_in(rows, project, elsewhere)
-    assert copy.contents() == [wanted]
-
-
-def test_restore_without_owners(backed_up: tuple[Project, Database], elsewhere: Cluster) -> None:
-    project, original = backed_up
-    elsewhere.create_database("restored", "--template=template0")
-    type_in(RESTORES["leave owners and grants out"], project, elsewhere)
-    copy = Database(elsewhere, "restored")
-    assert copy.contents() == original.contents()
-    assert (
-        copy.psql("SELECT DISTINCT tableowner FROM pg_tables WHERE schemaname = 'public'")
-        == "postgres"
-    )
-
-
-def test_restore_by_way_of_a_script(
-    backed_up: tuple[Project, Database], elsewhere: Cluster
-) -> None:
-    # On an older server, for which it is meant, test_servers.py runs it.
-    project, original = backed_up
-    elsewhere.create_database("restored", "--template=template0")
-    (command,) = (c for c in RESTORES.values() if "sed" in c)
-    type_in(command, project, elsewhere)
-    assert Database(elsewhere, "restored").contents() == original.contents()
-
-
-def test_list_of_what_is_in_it(backed_up: tuple[Project, Database], elsewhere: Cluster) -> None:
-    listing = type_in(RESTORES["see what is in it"], backed_up[0], elsewhere)
-    assert " TABLE DATA public messages chat" in listing
 
 
 # -- every night ----------------------------------------------------------------------------------

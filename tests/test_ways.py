@@ -213,7 +213,7 @@ def silent_in_mid_count(project: Project, database: Database) -> Iterator[subpro
         Proxy(listener, database.cluster) as proxy,
     ):
         with transaction(database, "REINDEX TABLE wide"):
-            process = project.start(env=leading_to(listener))
+            process = project.start(env={**leading_to(listener), **IMPATIENT})
             wait_until(lambda: sessions_on(database, f"{IN_COUNT} AND wait_event_type = 'Lock'"))
             proxy.fall_silent()
         yield process
@@ -226,7 +226,7 @@ def test_server_that_falls_silent_in_mid_count_is_given_up(
     standing.rewrite(STALL)
     with untouched(standing), silent_in_mid_count(standing, standing_database) as process:
         # To ask for the blocker's name takes another connection: PGCONNECT_TIMEOUT.
-        finish(process, 40).failed_with(7, "Backup creation error")
+        finish(process, 15).failed_with(7, "Backup creation error")
 
 
 def test_signal_ends_a_count_on_a_silent_server(
