@@ -503,7 +503,7 @@ def libpq_options(user: str | None = None) -> str:
     """The options by which PostgreSQL's programs reach the configured database, from this process's
     libpq settings (see load_configuration)."""
     host, port, name = (os.environ[f"PG{key}"] for key in ("HOST", "PORT", "DATABASE"))
-    user = user or os.environ.get("PGUSER") or current_user()
+    user = user or os.environ.get("PGUSER") or user_name()
     return shell_words("-h", host, "-p", port, "-U", user, "-d", name)
 
 
@@ -972,7 +972,7 @@ def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
         detail = f"{name} not found on PATH ({printable(os.environ.get('PATH', ''))})"
         steps = path_hint(name, major) or [install_hint(major)]
         if blocked := shutil.which(name, mode=os.F_OK):
-            detail = f"{printable(blocked)} is on PATH but may not be run by {current_user()}"
+            detail = f"{printable(blocked)} is on PATH but may not be run by {user_name()}"
             executable = f"Make it executable: {shell_words('chmod', '+x', blocked)}"
             steps = [*path_hint(name, major), executable]
         raise Failure(ExitCode.TOOL, detail, *steps)
@@ -1775,7 +1775,7 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     match, remedy = next((match, remedy) for match, remedy in rows if match)
     found = next(filter(None, match.groups()), "")  # an option of libpq is set by PG… of its name
     option = f"PG{found.replace('_', '').upper()}"
-    user = config.user or current_user()
+    user = config.user or user_name()
     fields = (config.host, str(config.port), config.name, user)
     line = ":".join(re.sub(r"([:\\])", r"\\\1", field) for field in fields)
     hba = f"{sql_identifier(config.name)} {sql_identifier(user)}"
@@ -2864,7 +2864,7 @@ def errno_failure(
     steps = fill_steps(
         text,
         path=shell_words(str(existing)),
-        user=current_user(),
+        user=user_name(),
         access=access_step(path, existing, default_code),
         list=list_command(existing if os.path.isdir(existing) else existing.parent),
         verify=f"To check that backup: {verify_command(str(path))}" if is_dump else "",
@@ -2880,7 +2880,7 @@ def access_step(path: Path, existing: Path, default_code: ExitCode) -> str:
         status = os.stat(existing)
     except OSError:  # a link to where this user may not look
         return ""
-    user, place = shell_words(current_user()), shell_words(str(existing))
+    user, place = shell_words(user_name()), shell_words(str(existing))
     if status.st_uid == os.geteuid():
         return f"Give yourself access: chmod u+rwX {place}"
     if status.st_uid or default_code not in {ExitCode.CREATION, ExitCode.CONFIGURATION}:
@@ -2906,19 +2906,15 @@ def with_filename(path: Path) -> Iterator[None]:
         raise
 
 
-def user_name(number: int) -> str:
-    """The operating system's name for a user, or its number."""
+def user_name(number: int | None = None) -> str:
+    """The operating system's name for a user, by default that of this run; or its number."""
     import pwd
 
+    number = os.geteuid() if number is None else number
     try:
         return pwd.getpwuid(number).pw_name
     except KeyError:
         return str(number)
-
-
-def current_user() -> str:
-    """The name of the user of this run."""
-    return user_name(os.geteuid())
 
 
 def make_directory(directory: Path) -> None:

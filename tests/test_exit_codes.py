@@ -907,6 +907,7 @@ def test_readme_has_the_exit_codes() -> None:
     assert [tuple(row[:2]) for row in rows] == [
         ("0", ""),
         *((str(int(code)), code.category) for code in ExitCode),
+        ("130, 143, 129", ""),
     ]
 
 
