@@ -3,7 +3,7 @@
 
 A backup is a pair: DATABASE_ENVIRONMENT_TIMESTAMP.dump, written by pg_dump, and the
 .metadata.json beside it. It is published only when pg_restore has read the dump back to its
-last byte and found in it every row that the database held at that moment.
+last byte and found in it as many rows of every table as the database held at that moment.
 
 Settings come from the environment, .env.local and .env beside this script, strongest first:
 DEV_DB_NAME or DB_NAME names the database. .env.example has every variable.
@@ -3866,7 +3866,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--verify",
         type=typed_path,
         metavar="FILE",
-        help="verify this .dump: its checksum, its structure and every row in it",
+        help="verify this .dump: its checksum, its structure, the number of rows of every table",
     )
     mode.add_argument("--list", action="store_true", help="list the backups, newest first")
     return parser
