@@ -3,7 +3,7 @@
 
 A backup is a pair: DATABASE_ENVIRONMENT_TIMESTAMP.dump, written by pg_dump, and the
 .metadata.json beside it. It is published only when pg_restore has read the dump back to its
-last byte and found in it every row that the database held at that moment.
+last byte and found in it as many rows of every table as the database held at that moment.
 
 Settings come from the environment, .env.local and .env beside this script, strongest first:
 DEV_DB_NAME or DB_NAME names the database. .env.example has every variable.
@@ -504,7 +504,7 @@ def libpq_options(user: str | None = None) -> str:
     """The options by which PostgreSQL's programs reach the configured database, from this process's
     libpq settings (see load_configuration)."""
     host, port, name = (os.environ[f"PG{key}"] for key in ("HOST", "PORT", "DATABASE"))
-    user = user or os.environ.get("PGUSER") or current_user()
+    user = user or os.environ.get("PGUSER") or user_name()
     return shell_words("-h", host, "-p", port, "-U", user, "-d", name)
 
 
@@ -979,7 +979,7 @@ def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
         detail = f"{name} not found on PATH ({printable(os.environ.get('PATH', ''))})"
         steps = path_hint(name, major) or [install_hint(major)]
         if blocked := shutil.which(name, mode=os.F_OK):
-            detail = f"{printable(blocked)} is on PATH but may not be run by {current_user()}"
+            detail = f"{printable(blocked)} is on PATH but may not be run by {user_name()}"
             executable = f"Make it executable: {shell_words('chmod', '+x', blocked)}"
             steps = [*path_hint(name, major), executable]
         raise Failure(ExitCode.TOOL, detail, *steps)
@@ -1776,7 +1776,7 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     match, remedy = next((match, remedy) for match, remedy in rows if match)
     found = next(filter(None, match.groups()), "")  # an option of libpq is set by PG… of its name
     option = f"PG{found.replace('_', '').upper()}"
-    user = config.user or current_user()
+    user = config.user or user_name()
     fields = (config.host, str(config.port), config.name, user)
     line = ":".join(re.sub(r"([:\\])", r"\\\1", field) for field in fields)
     hba = f"{sql_identifier(config.name)} {sql_identifier(user)}"
@@ -2877,7 +2877,7 @@ def errno_failure(
     steps = fill_steps(
         text,
         path=shell_words(str(existing)),
-        user=current_user(),
+        user=user_name(),
         access=access_step(path, existing, default_code),
         list=list_command(existing if os.path.isdir(existing) else existing.parent),
         verify=f"To check that backup: {verify_command(str(path))}" if is_dump else "",
@@ -2893,7 +2893,7 @@ def access_step(path: Path, existing: Path, default_code: ExitCode) -> str:
         status = os.stat(existing)
     except OSError:  # a link to where this user may not look
         return ""
-    user, place = shell_words(current_user()), shell_words(str(existing))
+    user, place = shell_words(user_name()), shell_words(str(existing))
     if status.st_uid == os.geteuid():
         return f"Give yourself access: chmod u+rwX {place}"
     if status.st_uid or default_code not in {ExitCode.CREATION, ExitCode.CONFIGURATION}:
@@ -2919,19 +2919,15 @@ def with_filename(path: Path) -> Iterator[None]:
         raise
 
 
-def user_name(number: int) -> str:
-    """The operating system's name for a user, or its number."""
+def user_name(number: int | None = None) -> str:
+    """The operating system's name for a user, by default that of this run; or its number."""
     import pwd
 
+    number = os.geteuid() if number is None else number
     try:
         return pwd.getpwuid(number).pw_name
     except KeyError:
         return str(number)
-
-
-def current_user() -> str:
-    """The name of the user of this run."""
-    return user_name(os.geteuid())
 
 
 def make_directory(directory: Path) -> None:
@@ -3885,7 +3881,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--verify",
         type=typed_path,
         metavar="FILE",
-        help="verify this .dump: its checksum, its structure and every row in it",
+        help="verify this .dump: its checksum, its structure, the number of rows of every table",
     )
     mode.add_argument("--list", action="store_true", help="list the backups, newest first")
     return parser

@@ -62,6 +62,7 @@ COMPARISON_DISK_SHARE, GROWTH_DISK_SHARE, RESTORE_DISK_SHARE = 3.5, 2.0, 4.0
 SERVER_DISK_GB = 1.0
 
 README = environment.PROJECT / "README.md"
+FIGURES = Path(__file__).with_suffix(".md")
 README_MARKS = ("<!-- benchmark -->", "<!-- /benchmark -->")
 CHART = environment.TESTS / "benchmark.svg"
 
@@ -763,7 +764,8 @@ def draw_chart(reports: Sequence[Report]) -> str:
             fill = OURS_FILL if name == OURS else PEER_FILL
             place = f'x="{NAME_WIDTH}" y="{y}" width="{width}" height="{BAR_HEIGHT}"'
             base = y + BAR_HEIGHT - 5
-            body.append(svg_text(NAME_WIDTH - 8, base, name, 'text-anchor="end"'))
+            label = name.replace("pg_dump -Fc", "pg_dump -Fc (gzip)") if " -Z" not in name else name
+            body.append(svg_text(NAME_WIDTH - 8, base, label, 'text-anchor="end"'))
             body.append(f'<rect {place} rx="2" fill="{fill}"/>')
             body.append(svg_text(NAME_WIDTH + width + 6, base, f"{seconds:.1f} s"))
             y += BAR_HEIGHT + GAP
@@ -780,8 +782,8 @@ def svg_text(x: int, y: int, text: str, *attributes: str) -> str:
 
 
 def update_readme(reports: Sequence[Report], machine: str) -> None:
-    """Write what was measured between the two marks, and the chart beside this program: first
-    what everybody reads, then the tables, folded away."""
+    """Write what everybody reads between the two marks, the chart and the tables beside this
+    program."""
     text = README.read_text(encoding="utf-8") if README.exists() else ""
     before, begin, rest = text.partition(README_MARKS[0])
     _old, end, after = rest.partition(README_MARKS[1])
@@ -794,11 +796,18 @@ def update_readme(reports: Sequence[Report], machine: str) -> None:
         picture = CHART.relative_to(environment.PROJECT).as_posix()
         lines += [f"![{CHART_TITLE}]({picture})", ""]
     lines += [*(f"- {report.summary}" for report in reports if report.summary), ""]
-    lines += ["<details><summary>All figures</summary>", ""]
-    lines += [f"Measured on {machine}. {MORE_RUNS}", ""]
+    figures = [
+        "# How fast: all figures",
+        "",
+        "Written by `python3 tests/benchmark.py --readme`.",
+        "",
+    ]
+    figures += [f"Measured on {machine}. {MORE_RUNS}"]
     for report in reports:
-        lines += [*report.markdown(), ""]
-    lines += ["</details>"]
+        figures += ["", "\n".join(report.markdown()).rstrip()]
+    FIGURES.write_text("\n".join([*figures, ""]), encoding="utf-8")
+    place = FIGURES.relative_to(environment.PROJECT).as_posix()
+    lines += [f"`pg_dump -Fc` compresses by gzip, its default. [All figures]({place})"]
     README.write_text("\n".join([before + begin, *lines, end + after]), encoding="utf-8")
     say(f"Written: {README}")
 
@@ -844,7 +853,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         "--runs", type=int, default=3, metavar="N", help="of what takes long (default: 3)"
     )
     parser.add_argument(
-        "--readme", action="store_true", help="put the tables into README.md, with a chart"
+        "--readme", action="store_true", help="write README.md's figures, the chart and all tables"
     )
     group = parser.add_argument_group("instead of the comparison of times and sizes")
     group.add_argument(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from conftest import MakeProject
-from faults import BETWEEN_TRIES, WIDE
+from faults import WIDE
 from psycopg2.extensions import connection as Connection  # noqa: N812 - a class, oddly named
 from support import (
     Database,

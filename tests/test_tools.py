@@ -82,7 +82,7 @@ def test_older_tools_in_the_usual_folders_are_no_way_out(standing: Project) -> N
     (folder / "pg_dump").symlink_to(standing.fakes / "pg_dump")
     result = standing.run().failed_with(6, "Tool error")
     assert "crontab" not in result.stderr, result
-    assert "client tools, version 17 or newer" in result.stderr, result
+    assert "client tools, version 14 or newer" in result.stderr, result
 
 
 def test_pg_restore_beside_pg_dump_comes_before_one_that_is_earlier_on_path(
