@@ -75,6 +75,7 @@ CREATE TYPE kinds.state AS ENUM ('new', 'it''s "done"');
 CREATE DOMAIN kinds.score AS numeric CHECK (VALUE >= 0);
 ALTER TABLE conversations ADD gone int, ADD state kinds.state DEFAULT 'new', ADD score kinds.score,
     ADD length int GENERATED ALWAYS AS (length(title)) STORED, ADD "Da""y" date,
+    ADD pause interval DEFAULT '-1 day -02:03',
     ADD latest bigint REFERENCES messages DEFERRABLE INITIALLY DEFERRED;
 ALTER TABLE conversations DROP gone;
 UPDATE conversations SET "Da""y" = '2024-03-04', score = id / 7.0, state = 'it''s "done"',
@@ -127,7 +128,7 @@ OF_THE_DATABASE = r"""
 ALTER DATABASE project_chat OWNER TO chat;
 ALTER DATABASE project_chat SET search_path = public, shop;
 ALTER DATABASE project_chat SET datestyle = 'SQL, DMY';
-ALTER DATABASE project_chat SET intervalstyle = sql_standard;
+ALTER DATABASE project_chat SET intervalstyle = postgres_verbose;
 ALTER DATABASE project_chat SET extra_float_digits = 0;
 ALTER DATABASE project_chat SET array_nulls = off;
 ALTER DATABASE project_chat SET statement_timeout = '20s';
@@ -152,8 +153,6 @@ def load(database: Database) -> None:
     available = server.psql("SELECT name FROM pg_available_extensions").splitlines()
     for extension in sorted({*EXTENSIONS, *BARE_EXTENSIONS} & set(available)):
         database.psql(f"CREATE EXTENSION {extension}; {EXTENSIONS.get(extension, '')}")
-    if "vector" in available:
-        database.psql("ALTER TABLE messages ADD meaning vector(2) DEFAULT '[1,2]'")
     database.psql(OF_THE_DATABASE)
 
 
@@ -453,6 +452,7 @@ def test_one_conversation(user: str, place: Place, live: Database) -> None:
     copy.psql("UPDATE conversations SET started_by = 'old' WHERE id = 1")
     place.server.psql(
         "ALTER DATABASE restored SET datestyle = 'SQL, MDY';"
+        "ALTER DATABASE restored SET intervalstyle = sql_standard;"
         "ALTER DATABASE restored SET statement_timeout = '1ms'"
     )
     live.psql(
@@ -500,13 +500,17 @@ def test_one_conversation_where_something_breaks(user: str, place: Place, live: 
         ("shop.events_1a", "DELETE FROM"),
         ("typed", "DELETE FROM"),
         ("egg", "DELETE FROM"),
+        ("pairs or embeddings", "TRUNCATE"),  # with an extension's type: what the build has
         ("taxi", "TRUNCATE"),
         ('"Sales & ""more"""."COPY x (y) FROM stdin;"', "TRUNCATE"),
     ],
 )
 def test_rows_of_any_table(table: str, lose: str, place: Place, live: Database) -> None:
     """With keys in a circle, too: what README.md has put into the second block."""
-    place.make("restored")
+    copy = place.make("restored")
+    if " or " in table:
+        either = table.replace(" or ", "|")
+        table = copy.psql(f"SELECT tablename FROM pg_tables WHERE tablename ~ '^({either})$'")
     live.psql(f"SET session_replication_role = replica; {lose} {table}")
     make = SOME_ROWS.replace("rows conversations 'id = 42' &&", "")
     make = make.replace("rows messages 'conversation_id = 42'", f"rows '{table}' true")
@@ -536,8 +540,10 @@ def manager(place: Place) -> Iterator[str]:
 
 def assert_only_refused(copy: Database, place: Place, owner: str) -> None:
     """All rows are there, and all else but what is refused."""
-    expected = [line for line in place.original if ALLOWED.match(line)]
-    assert [line for line in whole(copy) if ALLOWED.match(line)] == expected
+    expected = {line for line in place.original if ALLOWED.match(line)}
+    missing = expected - set(whole(copy))
+    # Of pgvector, which takes a superuser in the builds that have it.
+    assert [line for line in missing if not re.search(r"\bembeddings", line)] == []
     owners = "SELECT DISTINCT tableowner FROM pg_tables WHERE tablename IN ('messages', 'events')"
     assert copy.psql(owners) == owner
 
