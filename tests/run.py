@@ -12,9 +12,9 @@ Where to look for what:
     the way to the server     test_connections, test_ways, test_server_faults
     versions, tools           test_servers, test_tools, test_earlier
     what a backup holds       test_counts, test_encodings, test_hostile_data, test_owners
-    one moment, locks         test_snapshot
+    one moment, locks         test_snapshot, test_names, test_waits, test_poolers
     what "verified" means     test_verification, test_contents, test_script_reader
-    files and disks           test_directory, test_disks, test_durability
+    files, disks, limits      test_directory, test_planted, test_disks, test_durability, test_limits
     signals, every night      test_signals, test_nights
     the day of the restore    test_runbook, test_rehearse
     README, sample database   test_readme, test_sample
