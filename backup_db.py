@@ -207,6 +207,9 @@ class DumpFailed(Exception):
         self.stderr_text = stderr_text
 
 
+# The errnos by which a machine, or a limit on this process, says that there is no room.
+NO_ROOM = {errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
+
 # What follows the last ": " of a step is to be typed: shell commands, SQL (it ends in ";"), an
 # option (--…), or a setting. The remedies stand in the section of what fails: tools, connection
 # (CONNECTION_REMEDIES), server, files (FILE_REMEDIES: the only way from an errno to an exit code).
@@ -754,6 +757,10 @@ class OpenFile(NamedTuple):
             except OSError:  # ulimit -n allows no number that high
                 high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10)
             return cls(path, high)
+        except OSError:
+            if flags & os.O_EXCL:  # it is ours
+                os.unlink(path)
+            raise
         finally:
             os.close(low)
 
@@ -997,6 +1004,8 @@ def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
                 words = program.stderr_text or printable(answer.strip()) or "no output"
                 problem = f"does not answer with a version: {words}"
     except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
         problem = f"cannot be run: {error.strerror}"
     raise Failure(
         ExitCode.TOOL,
@@ -1367,6 +1376,8 @@ def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check
         try:
             digest = hashing.wait()
         except OSError as error:
+            if error.errno in NO_ROOM:
+                raise
             return invalid(f"{display_path(dump.path)} cannot be read: {error.strerror}")
         if not hashing.done_bytes == dump.size_bytes == size_bytes:
             difference = f"expected {size_bytes} bytes, read {hashing.done_bytes}, "
@@ -3994,12 +4005,14 @@ def as_failure(error: Failure | OSError | MemoryError, default_code: ExitCode) -
     """What may leave an operation, as the failure that it is."""
     if isinstance(error, Failure):
         return error
-    number = error.errno if isinstance(error, OSError) else errno.ENOMEM
-    if isinstance(error, OSError) and number not in (errno.ENOMEM, errno.EAGAIN):
-        return file_failure(error, default_code)
+    words = str(error) or "out of memory"
+    if isinstance(error, OSError):
+        if error.errno not in NO_ROOM:
+            return file_failure(error, default_code)
+        words = str(error.strerror)
     # A dump is not damaged because it could not be read.
     code = ExitCode.GENERAL if default_code == ExitCode.VERIFICATION else default_code
-    detail = f"this machine has no room for memory, a process or a thread: {error or 'memory'}"
+    detail = f"no room on this machine for memory, a process, a thread or an open file: {words}"
     return Failure(code, detail, "See what is left, and the limits here: free -m; ulimit -a")
 
 
