@@ -34,6 +34,11 @@ import environment
 
 # Each worker runs a server and, in turn, the tools: more of them than cores only wait.
 WORKERS = min(os.cpu_count() or 1, 8)
+OPTIONS = (
+    f"--numprocesses={WORKERS}",
+    "--dist=worksteal",  # tests of one file, which share a server, stay together
+    "--durations=10",
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,8 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         print(failure, file=sys.stderr)
         return 1
     os.chdir(environment.PROJECT)
-    options = (f"--numprocesses={WORKERS}", "--durations=10")
-    os.execv(python, [python, "-m", "pytest", *options, *arguments])
+    os.execv(python, [python, "-m", "pytest", *OPTIONS, *arguments])
 
 
 if __name__ == "__main__":

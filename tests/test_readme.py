@@ -6,6 +6,7 @@ What changes the machine, the installation of packages, is only parsed.
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import os
 import pwd
@@ -22,9 +23,9 @@ from typing import ClassVar
 
 import pytest
 from cluster import Cluster
-from conftest import MakeProject
+from conftest import MakeProject, Stage
 from environment import PROJECT
-from sample import PASSWORD, USER, load_rows
+from sample import DATABASE, PASSWORD, USER, load_rows
 from support import (
     MOUNTING,
     Database,
@@ -170,18 +171,40 @@ def type_in(
     return done.stdout
 
 
+@contextlib.contextmanager
+def as_elsewhere(
+    project: Project, original: Database, elsewhere: Cluster
+) -> Iterator[tuple[Project, Database]]:
+    """The backup is called FILE.dump; elsewhere its roles are there, and are no copies of it."""
+    (dump,) = project.dumps()
+    name_as_file(dump)
+    elsewhere.psql(MAKE_ROLE)
+    yield project, original
+    names = ("restored", original.name, "project_chat", "project_chat_old")
+    elsewhere.psql(
+        f"UPDATE pg_database SET datallowconn = true WHERE datname IN {names};"
+        f"SELECT format('DROP DATABASE %I WITH (FORCE)', datname) FROM pg_database"
+        f" WHERE datname IN {names} \\gexec"
+    )
+
+
 @pytest.fixture
-def backed_up(
+def backed_up(stage: Stage, elsewhere: Cluster) -> Iterator[tuple[Project, Database]]:
+    """A backup called FILE.dump, and the sample database that it is of, which no test changes."""
+    original = Database(stage.cluster, DATABASE)
+    with as_elsewhere(stage.project(), original, elsewhere) as both:
+        yield both
+
+
+@pytest.fixture
+def backed_up_own(
     sample_database: Database, make_project: MakeProject, elsewhere: Cluster
 ) -> Iterator[tuple[Project, Database]]:
-    """A backup called FILE.dump, and the sample database that it is of; its roles elsewhere."""
+    """The same of a copy of that database, for the test to do with as it likes."""
     project = make_project(sample_database)
-    back_up_as_file(project)
-    elsewhere.psql(MAKE_ROLE)
-    yield project, sample_database
-    for name in ("restored", sample_database.name, "project_chat", "project_chat_old"):
-        elsewhere.psql(f"UPDATE pg_database SET datallowconn = true WHERE datname = '{name}'")
-        elsewhere.drop_database(name)
+    project.back_up()
+    with as_elsewhere(project, sample_database, elsewhere) as both:
+        yield both
 
 
 MAKE_ROLE = f"""
@@ -190,7 +213,10 @@ DO $$ BEGIN CREATE ROLE {USER}; EXCEPTION WHEN duplicate_object THEN END $$
 
 
 def back_up_as_file(project: Project) -> None:
-    dump = project.back_up()
+    name_as_file(project.back_up())
+
+
+def name_as_file(dump: Path) -> None:
     (dump.parent / "FILE.dump").symlink_to(dump)
     (dump.parent / "FILE.metadata.json").symlink_to(metadata_path(dump))
 
@@ -218,9 +244,9 @@ def test_server_is_lost(sample_database: Database, make_project: MakeProject) ->
 
 
 def test_beside_the_live_database_then_swap(
-    backed_up: tuple[Project, Database], elsewhere: Cluster
+    backed_up_own: tuple[Project, Database], elsewhere: Cluster
 ) -> None:
-    project, original = backed_up
+    project, original = backed_up_own
     copying, swapping, showing = SITUATIONS["Beside the live database, then swap"]
     elsewhere.create_database("project_chat")
     Database(elsewhere, "project_chat").psql("CREATE TABLE old ()")
@@ -295,9 +321,9 @@ def test_managed_server(backed_up: tuple[Project, Database], elsewhere: Cluster)
 
 
 def test_rows_that_a_function_refuses(
-    backed_up: tuple[Project, Database], elsewhere: Cluster
+    backed_up_own: tuple[Project, Database], elsewhere: Cluster
 ) -> None:
-    project, original = backed_up
+    project, original = backed_up_own
     original.psql(
         """CREATE FUNCTION is_known(text) RETURNS bool LANGUAGE sql
             AS 'SELECT EXISTS (SELECT FROM conversations WHERE title = $1)';
