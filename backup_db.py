@@ -3,20 +3,26 @@
 
 A backup is a pair: DATABASE_ENVIRONMENT_TIMESTAMP.dump, written by pg_dump, and the
 .metadata.json beside it. It is published only when pg_restore has read the dump back to its
-last byte and found in it every row that the database held at that moment.
+last byte and found in it as many rows of every table as the database held at that moment.
 
 Settings come from the environment, .env.local and .env beside this script, strongest first:
 DEV_DB_NAME or DB_NAME names the database. .env.example has every variable.
+
+To restore a backup beside what is there, then to look at it:
+  createdb --template=template0 restored && pg_restore --dbname=restored FILE.dump
+README.md, "Restore", has every other way.
 """
 
 # Where to look for what:
 #   what happens, in order                create_backup; within it dump_database
-#   why this exit code, and what to do    "Failures"; search the message's words
+#   why this exit code, and what to do    search the message's words: a failure stands where it is
+#                                         met; by cause: CONNECTION_REMEDIES (a wrong password),
+#                                         FILE_REMEDIES (a full disk), SERVER_REMEDIES
 #   what programs are run, and how        "Programs"; find_tools, dump_snapshot, run_pg_restore
 #   can half a file be seen               "The directory": PartialBackup.publish
 #   what the server is asked              begin_read_only; the SQL of "The catalog", "The snapshot"
 #   how a wait ends                       "Waiting": Background.wait, check_signals, Patience
-#   what verified means                   examine_dump, compare_contents, check_hash
+#   what verified means                   examine_dump, compare_contents, compare_hash
 #   what is removed, and when             PartialBackup.begin and .close, retire_backups
 #   what is printed                       "Reports"; the progress line: Progress
 
@@ -84,6 +90,7 @@ TOOL_SECONDS = 30  # for a tool to report its version
 STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
 ORPHAN_SECONDS = 1  # for the server to notice that this process was killed, and to end its query
 TICK_SECONDS = 0.1  # between two checks during any wait
+STILL_SECONDS = 1.0  # for the dump and a count, before another session looks who is in the way
 REDRAW_SECONDS = 0.2  # between two states of the progress line
 
 # No wait of ours while we hold locks is longer: PostgreSQL's deadlock_timeout is 1 s by default.
@@ -102,10 +109,10 @@ METADATA_MAX_BYTES = 256 * 1024 * 1024
 # The least that a dump can be expected to need: a share of the last backup or, without one, of
 # the database. Text compresses to 0.15 to 0.3 of its table; indexes are not in a dump.
 NEED_OF_LAST_BACKUP = 0.8
-NEED_OF_DATABASE = 0.02
+NEED_OF_DATABASE = 0.03
 EXPECTED_OF_DATABASE = 0.2  # for the progress line
 FULL_DISK_BYTES = 64 * 1024
-# The space on the disk that is left to others: the lesser of these two.
+# The space on the disk that is kept free for others: the lesser of these two.
 RESERVE_BYTES = 256 * 1024 * 1024
 RESERVE_SHARE = 0.02
 
@@ -199,6 +206,9 @@ class DumpFailed(Exception):
         self.status = status
         self.stderr_text = stderr_text
 
+
+# The errnos by which a machine, or a limit on this process, says that there is no room.
+NO_ROOM = {errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 
 # What follows the last ": " of a step is to be typed: shell commands, SQL (it ends in ";"), an
 # option (--…), or a setting. The remedies stand in the section of what fails: tools, connection
@@ -359,6 +369,12 @@ class Progress:
         """Erase the line, before anything else is printed."""
         self._draw([])
 
+    def finish(self) -> None:
+        """At the end of a run that had such a line, say how long it took."""
+        if self._drawn_at:
+            took = f"Took {round(time.monotonic() - self._started)} s."
+            write_lines(self._terminal, [took])
+
     def show(self, phase: str, fraction: float | None = None, *details: str) -> None:
         """Draw the line, a few times a second at most. `fraction` is that of the whole run; the
         one shown never decreases. A narrow terminal shows only the first of the `details`."""
@@ -491,7 +507,7 @@ def libpq_options(user: str | None = None) -> str:
     """The options by which PostgreSQL's programs reach the configured database, from this process's
     libpq settings (see load_configuration)."""
     host, port, name = (os.environ[f"PG{key}"] for key in ("HOST", "PORT", "DATABASE"))
-    user = user or os.environ.get("PGUSER") or current_user()
+    user = user or os.environ.get("PGUSER") or user_name()
     return shell_words("-h", host, "-p", port, "-U", user, "-d", name)
 
 
@@ -515,6 +531,7 @@ def sql_quoted(text: str, mark: str) -> str:
 DUMP_SUFFIX = ".dump"
 METADATA_SUFFIX = ".metadata.json"
 PARTIAL_SUFFIX = ".partial"
+LOCK_SUFFIX = ".lock"
 # A published file's: PartialBackup.begin makes them.
 FILE_NAME = re.compile(
     r"(?P<prefix>[^.].*?(?:_(?P<environment>dev|prod))?)"
@@ -740,6 +757,10 @@ class OpenFile(NamedTuple):
             except OSError:  # ulimit -n allows no number that high
                 high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10)
             return cls(path, high)
+        except OSError:
+            if flags & os.O_EXCL:  # it is ours
+                os.unlink(path)
+            raise
         finally:
             os.close(low)
 
@@ -873,38 +894,61 @@ TOOL_FOLDERS = (
 )
 
 
-def path_hint(name: str, *at_least: int) -> list[str]:
-    """The step by which cron, or a shell, finds the newest tool in the usual folders; none where
-    there is none, or where the number in its folder's name is too low."""
+def path_hint(name: str, major: int = 0) -> list[str]:
+    """The steps by which cron, or a shell, finds the newest tool in the usual folders; none where
+    there is none, or where it is too old."""
     import glob
-
-    def version(folder: str) -> tuple[int, ...]:
-        return tuple(int(number) for number in re.findall(r"\d+", folder))
-
-    folders = [folder for pattern in TOOL_FOLDERS for folder in glob.glob(pattern)]
-    found = [folder for folder in folders if os.access(os.path.join(folder, name), os.X_OK)]
-    newest = max(found, key=version, default="")
-    if not newest or version(newest) < at_least:
-        return []
-    line = f"PATH={newest}:/usr/local/bin:/usr/bin:/bin"
-    return [f"It is in {newest}. For cron, put this line above yours in the crontab: {line}"]
-
-
-def install_hint(major: int = 17) -> str:
-    """What to install, by this system's own package manager."""
     import shutil
 
-    command = {
-        "apt-get": f"sudo apt-get install postgresql-client-{major}",
-        "dnf": f"sudo dnf install postgresql{major}",
-        "brew": f"brew install postgresql@{major}",
-    }
-    folders = "/usr/bin:/opt/homebrew/bin:/usr/local/bin"
-    manager = next((name for name in command if shutil.which(name, path=folders)), "apt-get")
-    return (
-        f"Install PostgreSQL's client tools, version {major} or newer (Debian and Ubuntu have "
-        f"newer ones from apt.postgresql.org): {command[manager]}"
-    )
+    tools = []
+    for folder in sorted(folder for pattern in TOOL_FOLDERS for folder in glob.glob(pattern)):
+        if shutil.which(name, path=folder) not in {None, shutil.which(name)}:
+            with contextlib.suppress(Failure):  # it does not run
+                tools.append(find_tool(name, folder))
+    found = max(tools, key=lambda tool: tool.major, default=None)
+    if found is None or found.major < major:
+        return []
+    newest = os.path.dirname(found.path)
+    # This python3, a virtual environment's, stays the first, unless such a tool is beside it.
+    python = os.path.dirname(sys.executable)
+    own = [newest, python] if os.path.exists(os.path.join(python, name)) else [python, newest]
+    path = ":".join(dict.fromkeys([*own, "/usr/local/bin", "/usr/bin", "/bin"]))
+    return [
+        f"It is in {newest}. For cron, put this line above yours in the crontab: PATH={path}",
+        f'In a shell: export PATH={shell_words(":".join(own))}:"$PATH"',
+    ]
+
+
+APT_NEWER = """\
+sudo apt-get install postgresql-common ca-certificates && \
+sudo /usr/share/postgresql-common/pgdg/apt.postgresql.org.sh -y && \
+sudo apt-get install postgresql-client-{major}"""
+# By a system's package manager: what installs the client tools that its own archive has, and those
+# of a version that may be newer (on Red Hat from PostgreSQL's repository, which README.md names).
+INSTALL = {
+    "apt-get": ("sudo apt-get install postgresql-client", APT_NEWER),
+    "dnf": ("sudo dnf install postgresql", "sudo dnf install postgresql{major}"),
+    "apk": ("apk add postgresql-client", "apk add postgresql{major}-client"),
+    "brew": ("brew install libpq", "brew install libpq"),
+}
+# The version in the archives of Debian 12 and 13, Ubuntu 22.04 and 24.04.
+ARCHIVE_MAJORS = {"12": 15, "13": 17, "22.04": 14, "24.04": 16}
+
+
+def install_hint(major: int = 0) -> str:
+    """What to install, by this system's own package manager; 0 for any version."""
+    import platform
+    import shutil
+
+    folders = "/usr/bin:/sbin:/opt/homebrew/bin:/usr/local/bin"
+    manager = next((name for name in INSTALL if shutil.which(name, path=folders)), "apt-get")
+    release = ""
+    with contextlib.suppress(OSError):  # macOS has none
+        release = platform.freedesktop_os_release().get("VERSION_ID", "")
+    is_newer = major > ARCHIVE_MAJORS.get(release, 0)
+    version = f"version {major} or newer" if major else "of the server's version or newer"
+    command = INSTALL[manager][is_newer].format(major=major)
+    return f"Install PostgreSQL's client tools, {version}: {command}"
 
 
 def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
@@ -916,6 +960,12 @@ def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
 
 def wrapper_failure(tool: Tool, problem: str, stderr_text: str) -> Failure:
     """A tool that does not reach our file, which it inherits as /dev/fd/N."""
+    if not os.path.exists("/dev/fd"):  # a chroot of a rescue system
+        return Failure(
+            ExitCode.TOOL,
+            f"{printable(tool.path)} {problem}: /dev/fd is missing\n{stderr_text}".rstrip(),
+            "Mount what it leads to: sudo mount -t proc proc /proc",
+        )
     return Failure(
         ExitCode.TOOL,
         f"{printable(tool.path)} {problem}: is it a wrapper that runs on another machine, in a "
@@ -926,18 +976,19 @@ def wrapper_failure(tool: Tool, problem: str, stderr_text: str) -> Failure:
     )
 
 
-def find_tool(name: str, folder: str | None = None) -> Tool:
+def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
     """The program called `name`, in the folder or on PATH, asked for its version. Raises Failure
-    with the PATH line that would find it."""
+    with the PATH line that would find it; `major` is the version that is needed, if known."""
     import shutil
 
     path = shutil.which(name, path=folder) or shutil.which(name)
     if path is None:
         detail = f"{name} not found on PATH ({printable(os.environ.get('PATH', ''))})"
-        steps = path_hint(name) or [install_hint()]
+        steps = path_hint(name, major) or [install_hint(major)]
         if blocked := shutil.which(name, mode=os.F_OK):
-            detail = f"{printable(blocked)} is on PATH but may not be run by {current_user()}"
-            steps = [*path_hint(name), f"Make it executable: {shell_words('chmod', '+x', blocked)}"]
+            detail = f"{printable(blocked)} is on PATH but may not be run by {user_name()}"
+            executable = f"Make it executable: {shell_words('chmod', '+x', blocked)}"
+            steps = [*path_hint(name, major), executable]
         raise Failure(ExitCode.TOOL, detail, *steps)
     problem = f"has not answered within {TOOL_SECONDS} seconds"
     try:
@@ -953,6 +1004,8 @@ def find_tool(name: str, folder: str | None = None) -> Tool:
                 words = program.stderr_text or printable(answer.strip()) or "no output"
                 problem = f"does not answer with a version: {words}"
     except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
         problem = f"cannot be run: {error.strerror}"
     raise Failure(
         ExitCode.TOOL,
@@ -1310,7 +1363,7 @@ def examine_dump(
     if checksum.problem:
         return Examination("", checksum, structure, None, None)
     examination = Examination(hashing.wait(), checksum, structure, contents, found)
-    check_restore_fits(pg_restore, dump, expected, examination.problem)
+    check_restore_fits(pg_restore, expected, examination.problem)
     return examination
 
 
@@ -1323,6 +1376,8 @@ def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check
         try:
             digest = hashing.wait()
         except OSError as error:
+            if error.errno in NO_ROOM:
+                raise
             return invalid(f"{display_path(dump.path)} cannot be read: {error.strerror}")
         if not hashing.done_bytes == dump.size_bytes == size_bytes:
             difference = f"expected {size_bytes} bytes, read {hashing.done_bytes}, "
@@ -1341,7 +1396,7 @@ def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check
     return Check(f"✗ Mismatch ({difference})", problem)
 
 
-def check_restore_fits(pg_restore: Tool, dump: OpenFile, metadata: Metadata, problem: str) -> None:
+def check_restore_fits(pg_restore: Tool, metadata: Metadata, problem: str) -> None:
     """Raise Failure where the problem is pg_restore's and not the archive's: it is too old, lacks
     the compression, or has no way to the file."""
     if problem and pg_restore.major < least_major(metadata):
@@ -1359,13 +1414,7 @@ def check_restore_fits(pg_restore: Tool, dump: OpenFile, metadata: Metadata, pro
             "For new backups another compression will do: BACKUP_COMPRESS=gzip:4",
         )
     if "could not open input file" in problem:
-        if os.path.exists(dump.argument):
-            raise wrapper_failure(pg_restore, "cannot open the dump", problem)
-        raise Failure(
-            ExitCode.TOOL,
-            f"{printable(pg_restore.path)} cannot open the dump: /dev/fd is missing\n{problem}",
-            "Mount what it leads to: sudo mount -t proc proc /proc",
-        )
+        raise wrapper_failure(pg_restore, "cannot open the dump", problem)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1601,8 +1650,13 @@ def begin_read_only(session: Session, isolation: str = "READ COMMITTED") -> None
 
 
 # The first row whose pattern is in the error: libpq's own words, which are never translated, and
-# the server's in the C locale. In parentheses is what its catalog tells, or what PGSSLMODE is.
+# the server's in the C locale. In parentheses is what its catalog tells, the environment, or what
+# PGSSLMODE is. A place in capitals is a variable of libpq; {found} is what the pattern captures.
 CONNECTION_REMEDIES = {
+    r"\(prod\)[\s\S]*(?:\(missing\)|database \".*\" does not exist)": """
+Verify database exists: psql -l {options}
+Check database name {name_location}
+If it was lost, see its backups, then README.md, Restore: {list}""",
     r"\(missing\)|database \".*\" does not exist": """
 Verify database exists: psql -l {options}
 Check database name {name_location}
@@ -1627,14 +1681,34 @@ Try it by hand: psql {options} -d {database}""",
 {password_hint}
 Check the password {password_location}
 The server says the same of a user that is missing; check it {user_location}
-Try both by hand: psql {options} -d {database}""",
-    r"[Pp]eer authentication failed": """
-This socket lets a user in only as the role of the same name; set the user {user_location}
+And of a password that has expired; lift that, as a superuser in any database: \
+ALTER ROLE {sql_user} VALID UNTIL 'infinity';
+Try it by hand: psql {options} -d {database}""",
+    r"[Pp]eer authentication failed|local user with ID": """
+The role must be named, on a socket with the name of this user; set the user {user_location}
 Or connect by TCP with a password: set the host to 127.0.0.1 {host_location}""",
     r"server does not support SSL": """
-The server has no TLS; set to prefer {sslmode_location}""",
-    r"\(PGSSLMODE=disable\)[\s\S]*(no encryption|SSL off)": """
-The server demands TLS; set to require {sslmode_location}""",
+The server has no TLS; set to prefer {PGSSLMODE}""",
+    r"\(PGSSLMODE=disable\)[\s\S]*(?:no encryption|SSL off)": """
+The server demands TLS; set to require {PGSSLMODE}""",
+    r"valid client certificate|[Cc]ertificate authentication failed": """
+The server asks for this user's certificate; name its file {PGSSLCERT}
+And that of its key, which only you may read, {PGSSLKEY}""",
+    r"private key file (\".*\") has group or world access": """
+Keep it from others: chmod 600 {found}""",
+    r"channel binding": """
+The server offers none on this way; set to prefer {PGCHANNELBINDING}""",
+    r"invalid \"?(\w+)\"? value|for connection option \"(\w+)\"": """
+Correct it {found}""",
+    r"(?:unrecognized|unsupported) .*parameter|command-line arg|invalid value for parameter": """
+Correct it {PGOPTIONS}""",
+    r"[Ss]ocket path .* is too long": """
+Name a shorter path, such as a link to that directory; set the host {host_location}
+Or connect by TCP: set the host to 127.0.0.1 {host_location}""",
+    r"not recognized by setlocale": """
+The server's system lacks that locale; install it there, on Debian by: \
+sudo dpkg-reconfigure locales
+Then start the server again, on its machine: sudo systemctl restart postgresql""",
     r"no pg_hba\.conf entry|pg_hba\.conf rejects": """
 Let this client in, above the other lines of the server's pg_hba.conf: {hba_line}
 See where that file is, as a superuser in any database: SHOW hba_file;
@@ -1646,7 +1720,7 @@ Or create it, as a superuser in any database: CREATE ROLE {sql_user} LOGIN;""",
 Allow it, as a superuser in any database: ALTER ROLE {sql_user} LOGIN;
 Or back up as another role, set {user_location}""",
     r"certificate verify failed|root certificate file": """
-Name the file of the certificate authority {sslrootcert_location}
+Name the file of the certificate authority {PGSSLROOTCERT}
 With system for that file it needs, beside it: SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt""",
     r"does not match host name": """
 Use the host name that is in the certificate; set it {host_location}""",
@@ -1708,17 +1782,23 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     # Where there was no answer in time, there is no other database to ask either.
     text = ("" if isinstance(error, NoAnswer) else look_up_database(config)) or error.text
     is_mac = sys.platform == "darwin"
-    asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) {text}"
-    cause = next(cause for cause in CONNECTION_REMEDIES if re.search(cause, asked))
-    user = config.user or current_user()
+    asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) ({config.environment.value}) {text}"
+    rows = ((re.search(cause, asked), remedy) for cause, remedy in CONNECTION_REMEDIES.items())
+    match, remedy = next((match, remedy) for match, remedy in rows if match)
+    found = next(filter(None, match.groups()), "")  # an option of libpq is set by PG… of its name
+    option = f"PG{found.replace('_', '').upper()}"
+    user = config.user or user_name()
     fields = (config.host, str(config.port), config.name, user)
     line = ":".join(re.sub(r"([:\\])", r"\\\1", field) for field in fields)
     hba = f"{sql_identifier(config.name)} {sql_identifier(user)}"
     client = re.search(r'for host "([\w.:]+)"', error.text)
     hba = f"host {hba} {client[1]}/{128 if ':' in client[1] else 32}" if client else f"local {hba}"
     steps = fill_steps(
-        CONNECTION_REMEDIES[cause],
+        remedy,
         **{f"{name}_location": place for name, place in config.setting_locations.items()},
+        **{variable: config.location(variable) for variable in re.findall(r"{(PG\w+)}", remedy)},
+        found=config.location(option) if found.isidentifier() else found,
+        list=shell_words("python3", *sys.argv, "--list"),
         host=shell_words(config.host),
         database=shell_words(config.name),
         sql_database=sql_identifier(config.name),
@@ -1730,7 +1810,7 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
         look_up="ping -c 1" if is_mac else "getent hosts",
         start="brew services start postgresql" if is_mac else "sudo systemctl start postgresql",
     )
-    code = ExitCode.PERMISSION if "CONNECT privilege" in cause else ExitCode.CONNECTION
+    code = ExitCode.PERMISSION if "CONNECT privilege" in match[0] else ExitCode.CONNECTION
     return Failure(code, error.text, *steps)
 
 
@@ -2215,13 +2295,6 @@ def damage_failure(detail: str, table: str) -> Failure:
     )
 
 
-def dump_failure(failed: DumpFailed) -> Failure:
-    """pg_dump failed, and nothing here explains it: its own words are all there is."""
-    look = "See whether the system ran out of memory: sudo dmesg | grep -i 'killed process'"
-    steps = [look] if failed.status == -signal.SIGKILL else []
-    return Failure(ExitCode.CREATION, failed.stderr_text, *steps, SERVER_LOG, AGAIN)
-
-
 class Blocker(NamedTuple):
     """Who has a lock that we or pg_dump wait for: a session, with what this role may see of it, or
     a prepared transaction, which has no session."""
@@ -2259,6 +2332,7 @@ class Snapshot(NamedTuple):
     """An exported snapshot, for pg_dump to import, with every table locked."""
 
     id: str
+    pid: int  # of the session that has it
     tables: Sequence[Table]
     names: Names
     facts: Mapping[str, Any]  # what the metadata says of the database
@@ -2377,11 +2451,11 @@ def lock_and_export(session: Session, tables: list[Table]) -> Snapshot | None:
         names = ", ".join(f"ONLY {table.qualified_name}" for table in tables)
         session.query(f"LOCK TABLE {names} IN ACCESS SHARE MODE NOWAIT")
     session.query(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
-    ((identifier,),) = session.query("SELECT pg_export_snapshot()")
+    ((identifier, pid),) = session.query("SELECT pg_export_snapshot(), pg_backend_pid()")
     if list_tables(session) != tables:
         return None
     session.query("SELECT pg_relation_size(%s)", LARGE_OBJECTS)  # pg_dump will wait for it, too
-    snapshot = Snapshot(identifier, tables, read_names(session), describe_database(session))
+    snapshot = Snapshot(identifier, pid, tables, read_names(session), describe_database(session))
     session.query("SET LOCAL lock_timeout = 0")  # from here on Patience ends a wait
     return snapshot
 
@@ -2452,6 +2526,8 @@ def dump_snapshot(run: RunContext, snapshot: Snapshot) -> tuple[list[int], str]:
     environment = {**tool_environment("PG"), "PGTZ": "UTC"}
     environment["PGAPPNAME"] = f"backup_db {snapshot.id}"
     with Program(argv, environment, dump, run.lock) as pg_dump:
+        with with_filename(run.lock.path):  # see held_lock_failure
+            os.write(run.lock.descriptor, f"pg_dump {pg_dump.process.pid}\n".encode())
         watch = DumpWatch(run, pg_dump, snapshot, expected_bytes)
         watch.wait(until=lambda: watch.is_copying)
         counts = count_rows(run.session, snapshot, watch)
@@ -2569,18 +2645,21 @@ def find_change(run: RunContext, snapshot: Snapshot) -> str:
     return describe_change(snapshot.names, read_names(run.session))
 
 
-# pg_dump's backend; whether it waits for a lock, on which relation, and whether anyone waits for it
-# or for us meanwhile. Within a transaction pg_stat_activity is frozen until pg_stat_clear_snapshot.
+# pg_dump's backend, and ours; whether one of the two waits for a lock, on which relation, and
+# whether anyone waits for them meanwhile. Within a transaction pg_stat_activity is frozen until
+# pg_stat_clear_snapshot. Without pg_dump's backend, `a` is null.
 ACTIVITY = """
 SELECT pg_stat_clear_snapshot();
 SELECT starts_with(a.query, 'COPY '),
        concat_ws(' ', a.query_start, a.state_change, p.bytes_processed),
-       (SELECT relation::bigint FROM pg_locks WHERE pid = a.pid AND NOT granted LIMIT 1),
-       EXISTS (SELECT FROM pg_locks WHERE pid = a.pid AND NOT granted)
+       (SELECT relation::bigint FROM pg_locks WHERE pid IN (a.pid, ours.pid) AND NOT granted
+         LIMIT 1),
+       EXISTS (SELECT FROM pg_locks WHERE pid IN (a.pid, ours.pid) AND NOT granted)
        AND EXISTS (SELECT FROM pg_locks w WHERE NOT w.granted
-                      AND pg_blocking_pids(w.pid) && ARRAY[a.pid, pg_backend_pid()])
-  FROM pg_stat_activity a LEFT JOIN pg_stat_progress_copy p ON p.pid = a.pid
- WHERE a.usename = session_user AND a.application_name = 'backup_db ' || %s
+                      AND pg_blocking_pids(w.pid) && ARRAY[a.pid, ours.pid])
+  FROM (SELECT %s) AS ours (pid) LEFT JOIN pg_stat_activity a
+    ON a.usename = session_user AND a.application_name = 'backup_db ' || %s
+  LEFT JOIN pg_stat_progress_copy p ON p.pid = a.pid
 """
 
 
@@ -2606,6 +2685,7 @@ class DumpWatch:
         self._has_grown = True  # the file, since the last check
         self._patience = Patience()
         self._blocker: Blocker | None = None
+        self._looked_at = time.monotonic()  # for what blocks pg_dump
         self.is_copying = False
         self.counter = RowCounter()
 
@@ -2621,24 +2701,21 @@ class DumpWatch:
             raise DumpFailed(status, self._pg_dump.stderr_text)
 
     def check_without_session(self) -> None:
-        """Check what can be seen while our session is busy. Raises DumpFailed, Failure."""
+        """Check what can be seen while our session is busy. Raises DumpFailed, LetGo, Failure."""
         self._check_status()
         patience, written = self._patience, self._run.partial.dump.size_bytes
         self.is_copying |= written > 0
         if self._pg_dump.process.poll() is None:
             last = self._run.last
-            why = f"for others, and for the dump, which had come to {format_size(written)}"
+            why = f"kept free for others, and for the dump, now of {format_size(written)}"
             why += f"; the last backup had {format_size(last.size_bytes or 0)}" if last else ""
             require_room(self._run.partial.directory, 2 * (written - self._written), why)
         self._has_grown = written > self._written
         self._written = written
         if patience.has_moved(written=written, rows=self.counter.rows):
             self._blocker = None
-        if patience.still_seconds > STALL_SECONDS and self._blocker is None:
-            # Our own session may be busy. If another is refused, the blocker stays without a name.
-            with contextlib.suppress(ServerError), Session(self._run.config) as beside:
-                begin_read_only(beside)
-                self._find_blocker(beside)
+        if min(patience.still_seconds, time.monotonic() - self._looked_at) > STILL_SECONDS:
+            self._look_beside()
         if self._blocker is not None:
             blocks = f"{self._blocker} blocks"
             patience.check(f"pg_dump waits for a lock: {blocks} it", self._blocker)
@@ -2650,25 +2727,35 @@ class DumpWatch:
 
     def check_with_session(self) -> None:
         """The same, and ask our session, now free, what pg_dump does and who blocks it, unless its
-        file grows. Raises LetGo as well."""
+        file grows."""
         check_signals()
         self.check_without_session()
-        if not self._has_grown and self._find_blocker(self._run.session):
-            raise LetGo(self._blocker)
+        if not self._has_grown:
+            self._find_blocker(self._run.session)
 
-    def _find_blocker(self, session: Session) -> bool:
-        """Look for what blocks pg_dump, and whether somebody waits for our locks meanwhile."""
-        self._blocker = None
-        rows = session.query(ACTIVITY, self._snapshot.id)
-        if not rows:  # it has not connected yet
-            return False
+    def _look_beside(self) -> None:
+        """Ask another session, while ours is busy: its count may wait, and others for us. If that
+        is refused, ours is all there is, and the blocker stays without a name."""
+        try:
+            with Session(self._run.config) as beside:
+                begin_read_only(beside)
+                self._find_blocker(beside)
+        except ServerError:
+            self._looked_at = float("inf")
+
+    def _find_blocker(self, session: Session) -> None:
+        """Look for what blocks pg_dump, or our count. Raises LetGo where somebody waits for our
+        locks meanwhile."""
+        self._blocker, self._looked_at = None, time.monotonic()
+        rows = session.query(ACTIVITY, self._snapshot.pid, self._snapshot.id)
         is_copying, activity, relation, others_wait = rows[0]
         self.is_copying |= bool(is_copying)
         if relation:
             self._blocker = find_blocker(session, [relation])
         else:
             self._patience.has_moved(activity=activity)
-        return bool(others_wait)
+        if others_wait:
+            raise LetGo(self._blocker)
 
 
 WROTE_NOTHING = "wrote nothing into the dump"
@@ -2709,9 +2796,12 @@ def diagnose_dump(run: RunContext, snapshot: Snapshot, failed: DumpFailed, is_la
     text = failed.stderr_text
     check_dump_file(run, failed)
     look = "See whether the system ran out of memory: sudo dmesg | grep -i 'killed process'"
-    steps = [look] if failed.status == -signal.SIGKILL else []
-    unexplained = Failure(ExitCode.CREATION, text, *steps, SERVER_LOG, AGAIN)
-    if failed.status < 0:
+    if failed.status == -signal.SIGTERM or "terminated by user" in text:
+        look = "Somebody, or a shutdown, has ended pg_dump; nothing is wrong with the server"
+    elif failed.status > 0:
+        look = SERVER_LOG
+    unexplained = Failure(ExitCode.CREATION, text, look, AGAIN)
+    if look != SERVER_LOG:
         raise unexplained
     try:
         change = find_change(run, snapshot)
@@ -2758,16 +2848,19 @@ def check_one_server(config: DatabaseConfig, snapshot: Snapshot, stderr_text: st
 FILE_REMEDIES: Mapping[tuple[ExitCode | None, tuple[int, ...]], str] = {
     (ExitCode.DISK_SPACE, (errno.ENOSPC, errno.EDQUOT)): """
 See what is full, blocks or inodes: df -h {path}; df -i {path}
-Free space there, or write elsewhere: --output-dir DIR""",
+Free space there, or keep fewer backups by BACKUP_KEEP in .env.local; these are there: {list}
+{elsewhere}""",
     (ExitCode.PERMISSION, (errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP)): """
 See whether it is mounted read-only, or has no locks: findmnt -T {path}
-Mount it otherwise, or write elsewhere: --output-dir DIR""",
+{elsewhere}""",
     (ExitCode.PERMISSION, (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)): """
+{verify}
 See what it is: ls -ld {path}
-Name another path, or move it out of the way: mv -n {path} {path}.old""",
+{elsewhere}""",
     (ExitCode.PERMISSION, (errno.EACCES, errno.EPERM)): """
+{access}
 See who may use it (this run is as user {user}): ls -ld {path}
-{instead}""",
+{elsewhere}""",
     (None, ()): """
 Check the file system: df -h {path}; sudo dmesg | tail
 Check the limit on a file's size, of FAT32 (4 GB) or of this session: ulimit -f""",
@@ -2788,16 +2881,43 @@ def errno_failure(
     """The same for an errno that another program met, or none yet; `detail` says what happened."""
     rows = FILE_REMEDIES.items()
     code, text = next((code, text) for (code, these), text in rows if number in these or not these)
-    existing = (str(place) for place in (path, *path.parents) if os.path.lexists(place))
-    look_at, user = shell_words(next(existing, ".")), current_user()
-    own = "Give that user access, or"
-    instead = {
-        ExitCode.CONFIGURATION: f"Make it the owner: sudo {shell_words('chown', user, str(path))}",
-        ExitCode.GENERAL: f"{own} list another directory: --output-dir DIR",
-        ExitCode.VERIFICATION: f"{own} run this as the user who owns the backup",
-    }.get(default_code, f"{own} write elsewhere: --output-dir DIR")
-    steps = fill_steps(text, path=look_at, user=user, instead=instead)
+    existing = next((place for place in (path, *path.parents) if os.path.lexists(place)), Path("."))
+    is_dump = path.name.endswith(DUMP_SUFFIX)
+    other = shell_words("--output-dir", str(path.parent)) if is_dump else "--output-dir DIR"
+    do = {ExitCode.CREATION: "use", ExitCode.GENERAL: "list"}.get(default_code)
+    steps = fill_steps(
+        text,
+        path=shell_words(str(existing)),
+        user=user_name(),
+        access=access_step(path, existing, default_code),
+        list=list_command(existing if os.path.isdir(existing) else existing.parent),
+        verify=f"To check that backup: {verify_command(str(path))}" if is_dump else "",
+        elsewhere=f"Or {do} another directory: {other}" if do else "",
+    )
     return Failure(code or default_code, detail, *steps)
+
+
+def access_step(path: Path, existing: Path, default_code: ExitCode) -> str:
+    """How this user gets at a path, or at what exists of it. What belongs to another user, such as
+    that of the nightly job, stays theirs; what a run by sudo has left to root need not."""
+    try:
+        status = os.stat(existing)
+    except OSError:  # a link to where this user may not look
+        return ""
+    user, place = shell_words(user_name()), shell_words(str(existing))
+    if status.st_uid == os.geteuid():
+        return f"Give yourself access: chmod u+rwX {place}"
+    if status.st_uid or default_code not in {ExitCode.CREATION, ExitCode.CONFIGURATION}:
+        owner = re.sub(r"^(?=\d+$)", "#", user_name(status.st_uid))  # a number, as sudo takes it
+        again = shell_words("sudo", "-u", owner, sys.executable, *sys.argv)
+        return f"It belongs to {printable(owner)}; run this as that user: {again}"
+    if path != existing and not path.name.endswith((LOCK_SUFFIX, PARTIAL_SUFFIX)):
+        place = shell_words(str(path))
+        return f"Make it for this user: sudo mkdir -p {place}; sudo chown {user} {place}"
+    # A file of ours, or a directory as we make one, for its owner alone; none of the system's.
+    is_ours = stat.S_ISREG(status.st_mode) or SCRIPT_DIR in Path(os.path.realpath(existing)).parents
+    is_ours |= not status.st_mode & 0o077 and str(existing) != "/root"
+    return f"Root made it; take it over: sudo chown {user} {place}" if is_ours else ""
 
 
 @contextlib.contextmanager
@@ -2810,14 +2930,15 @@ def with_filename(path: Path) -> Iterator[None]:
         raise
 
 
-def current_user() -> str:
-    """The operating system's name for the user of this run, or its number."""
+def user_name(number: int | None = None) -> str:
+    """The operating system's name for a user, by default that of this run; or its number."""
     import pwd
 
+    number = os.geteuid() if number is None else number
     try:
-        return pwd.getpwuid(os.geteuid()).pw_name
+        return pwd.getpwuid(number).pw_name
     except KeyError:
-        return str(os.geteuid())
+        return str(number)
 
 
 def make_directory(directory: Path) -> None:
@@ -2825,11 +2946,8 @@ def make_directory(directory: Path) -> None:
     made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except PermissionError as error:
-        failure, place = file_failure(error), shell_words(str(directory))
-        owner = shell_words(current_user())
-        make = f"Make it for this user: sudo mkdir -p {place}; sudo chown {owner} {place}"
-        raise Failure(failure.code, failure.detail, make, *failure.steps) from None
+    except PermissionError as error:  # of the topmost that is missing
+        raise type(error)(error.errno, error.strerror, str(directory)) from None
     except FileExistsError:  # "File exists" would not tell that it is no directory
         number = errno.ENOTDIR
         raise NotADirectoryError(number, os.strerror(number), str(directory)) from None
@@ -2866,13 +2984,14 @@ def database_lock(path: Path) -> Iterator[OpenFile]:
 def held_lock_failure(lock: OpenFile) -> Failure:
     """Another run has the lock, or the pg_dump of one that was killed."""
     text = os.pread(lock.descriptor, 1000, 0).decode("ascii", "replace")
-    match = re.fullmatch(r"pid (\d+)\nstarted ([\d:TZ-]+)\n", text, re.ASCII)
-    pid, started = match.groups() if match else ("?", "?")
+    match = re.match(r"pid (\d{1,9})\nstarted ([\d:TZ-]+)\n(?:pg_dump (\d+)\n)*", text, re.ASCII)
+    pid, started, pg_dump = match.groups() if match else ("?", "?", None)
+    either = shell_words("|".join(filter(None, (pid, pg_dump)))) if match else "backup_db"
     return Failure(
         ExitCode.GENERAL,
         f"another backup of this database is running: process {pid}, started {started}",
-        f"Wait until it has ended; look at it: ps -fp {pid}",
-        "Where that process is gone, its pg_dump is still at work: pgrep -a pg_dump",
+        f"Wait until it has ended; look at it: ps -ef | grep -wE {either}",
+        *([f"If only its pg_dump is left, wait for that, or: kill {pg_dump}"] if pg_dump else []),
         "For another server's database of this name use another directory: --output-dir DIR",
     )
 
@@ -2967,7 +3086,7 @@ class DiskRoom(NamedTuple):
     """The free space of a file system; unlimited where that does not report it."""
 
     free_bytes: int
-    reserve_bytes: int  # of these, left to others: a server whose data is there would stop
+    reserve_bytes: int  # of these, kept free for others: a server whose data is there would stop
     is_full: bool  # no bytes, or no inodes where it counts them
 
     @classmethod
@@ -3032,6 +3151,7 @@ class Backup(NamedTuple):
     status: Status
     timestamp: str
     series: Series
+    is_described: bool = False  # by metadata that was read
     is_renamed: bool = False  # since it was made
     total_rows: int = 0
     database_size_bytes: int | None = None
@@ -3098,6 +3218,7 @@ def describe_backup(
         status,
         values["backup_timestamp"],
         Series(values["database_name"], values["environment"], optional.get("system_identifier")),
+        is_described=True,
         is_renamed=values["backup_file"] != name,
         total_rows=sum(values["table_counts"].values()),
         database_size_bytes=optional.get("database_size_bytes"),
@@ -3239,7 +3360,8 @@ def retire_backups(
         files = [display_path(full.dump), display_path(metadata_path(full.dump))]
         warnings.append(
             f"{files[0]} is kept beyond BACKUP_KEEP: it has {plural(full.total_rows, 'row')}, the "
-            f"newer ones at most {most}. If that is meant: {shell_words('rm', '--', *files)}"
+            f"newer ones at most {most}. "
+            f"If those rows were deleted on purpose: {shell_words('rm', '--', *files)}"
         )
     for backup in others:
         if backup in kept or backup == full:
@@ -3293,7 +3415,7 @@ def create_backup(
         make_directory(output_dir)
         prefix = file_prefix(config.name, config.environment.value)
         partial = PartialBackup(output_dir, prefix)
-        lock_file = output_dir / f".{prefix}.lock"
+        lock_file = output_dir / f".{prefix}{LOCK_SUFFIX}"
         with database_lock(lock_file) as lock, contextlib.closing(partial):
             backups = find_backups(output_dir)
             earlier = verified_backups(backups, series)
@@ -3304,10 +3426,16 @@ def create_backup(
             snapshot, counts, warning = dump_database(run)
             session.close()  # nothing more is asked of the server
             Background(partial.dump.sync).wait()
-            metadata = verify_new_dump(run, draft_metadata(run, snapshot, counts, series), started)
+            draft = draft_metadata(run, snapshot, counts, series)
+            metadata, hint = verify_new_dump(run, draft, started)
             complaints = publish(partial, metadata)
             made = read_backup(output_dir, partial.published_dump.name)
-            warnings = [warning, *complaints, *shrinkage_lines(metadata, recent)]
+            warnings = [warning, hint, *complaints, *shrinkage_lines(metadata, recent)]
+            if not metadata.table_counts:
+                place = config.setting_locations["name"]
+                warnings.append(
+                    f"the database has no table; is it the right one? It is set {place}"
+                )
             announce(creation_lines(made.dump, metadata), warnings)
             # A name that may not be on the disk replaces no older backup.
             retention = None if complaints else config.retention
@@ -3316,14 +3444,15 @@ def create_backup(
             announce([f"Removed:     {paths}"] if removed else [], warnings)
 
 
-def verify_new_dump(run: RunContext, draft: Metadata, started: float) -> Metadata:
-    """Read the new dump back; its metadata with the results. Raises Failure where it is not what
-    the database held."""
+def verify_new_dump(run: RunContext, draft: Metadata, started: float) -> tuple[Metadata, str]:
+    """Read the new dump back; its metadata with the results, and pg_restore's warnings. Raises
+    Failure where it is not what the database held."""
     pg_restore, partial = run.tools.pg_restore, run.partial
     examination = examine_dump(pg_restore, partial.dump, draft, run.progress, DUMP_SHARE)
     if examination.problem:
         raise unsound_dump_failure(partial, examination.problem)
-    return draft.verified(examination, pg_restore, time.monotonic() - started)
+    metadata = draft.verified(examination, pg_restore, time.monotonic() - started)
+    return metadata, examination.warnings
 
 
 def publish(partial: PartialBackup, metadata: Metadata) -> list[str]:
@@ -3365,20 +3494,22 @@ def missing_package_failure(error: ImportError) -> Failure:
 def foreign_config_failure(error: BaseException) -> Failure:
     """brain_core/config.py is missing, or another project's, whose import may end in anything."""
     path = SCRIPT_DIR / "brain_core" / "config.py"
-    words = " ".join(f"{type(error).__name__}: {error}".split())
+    words = printable(" ".join(f"{type(error).__name__}: {error}".split()))
     readme = 'All of it is in README.md, "Into an existing project"'
     if not path.exists():
-        detail = f"{display_path(path)} is missing: {printable(words)}"
+        detail = f"{display_path(path)} is missing: {words}"
         copy = "Copy brain_core/, beside backup_db.py, from where that came from"
         return Failure(ExitCode.GENERAL, detail, copy, readme)
-    script, folder = (display_path(SCRIPT_DIR / name) for name in ("backup_db.py", "backup"))
-    move = f"{shell_words('mkdir', folder)} && {shell_words('mv', script, folder)}"
-    link = shell_words("ln", "-s", "../.env.local", folder)
+    script, folder = (
+        shell_words(display_path(SCRIPT_DIR / name)) for name in ("backup_db.py", "backup")
+    )
+    detail = f"{display_path(path)} is not the one that backup_db.py came with: {words}"
+    move = f"mkdir {folder} && mv {script} {folder} && ln -s ../.env.local {folder}"
     return Failure(
         ExitCode.GENERAL,
-        f"{display_path(path)} is not the one that backup_db.py came with: {printable(words)}",
+        detail,
         f"Leave that file as it is, and give backup_db.py a folder of its own: {move}",
-        f"Copy the brain_core/ that it came with into {folder}, and link the settings: {link}",
+        f"Then copy the brain_core/ that it came with into {folder}",
         readme,
     )
 
@@ -3481,7 +3612,7 @@ def verify_backup(dump: Path, progress: Progress) -> tuple[Metadata, Examination
     Raises Failure for what keeps the checks from being made (files, tools), OSError.
     """
     metadata = load_metadata(dump)
-    pg_restore = find_tool("pg_restore")
+    pg_restore = find_tool("pg_restore", major=least_major(metadata))
     with contextlib.closing(OpenFile.open(dump, os.O_RDONLY)) as file:
         examination = examine_dump(pg_restore, file, metadata, progress)
     return metadata, examination
@@ -3495,10 +3626,12 @@ def load_metadata(dump: Path) -> Metadata:
     except FileNotFoundError:
         detail = f"there is no file {display_path(dump)}"
     if detail:
-        steps = [f"See which backups there are: {list_command(dump.parent)}"]
-        if dump.name.endswith(METADATA_SUFFIX):
-            meant = str(dump).removesuffix(METADATA_SUFFIX) + DUMP_SUFFIX
-            steps.insert(0, f"Name the dump: {verify_command(meant)}")
+        folder = dump if dump.is_dir() else dump.parent
+        steps = [f"See which backups there are: {list_command(folder)}"]
+        name = dump.name.replace(METADATA_SUFFIX, DUMP_SUFFIX)
+        meant = (str(dump.with_name(name)), display_path(DEFAULT_OUTPUT_DIR / name))
+        if found := next(filter(os.path.isfile, meant), ""):
+            steps.insert(0, f"Name the dump: {verify_command(found)}")
         raise Failure(ExitCode.VERIFICATION, detail, *steps)
     path = metadata_path(dump)
     back = "Bring the metadata file back from the place that this backup was copied to or from"
@@ -3592,24 +3725,30 @@ def list_lines(
     """The contract's table, and a footer."""
     folder = display_path(output_dir).rstrip("/") + "/"
     if not backups:
-        return [f"No backups yet in {folder}", *footer_lines([], orphans, now)]
+        usual = f"The usual directory: {list_command(DEFAULT_OUTPUT_DIR)}"
+        is_usual = os.path.abspath(output_dir) == str(DEFAULT_OUTPUT_DIR)
+        lines = [f"No backups yet in {folder}", *([] if is_usual else [usual])]
+        return [*lines, *footer_lines([], orphans, now)]
     rows = [("Timestamp", "Environment", "Database", "Size", "Status")]
     for backup in backups:
         database, environment = map(printable, backup.series[:2])
         size = "-" if backup.size_bytes is None else format_size(backup.size_bytes)
-        name = f" ({printable(backup.dump.name)})" if backup.is_renamed else ""
+        is_named = backup.is_described and not backup.is_renamed
+        name = "" if is_named else f" ({printable(backup.dump.name)})"
         rows.append((backup.timestamp, environment, database, size, backup.status.value + name))
     widths = [
         max(least, *(len(cell) + 2 for cell in column))
         for least, column in zip((25, 13, 20, 10, 0), zip(*rows, strict=True), strict=True)
     ]
     total = sum(backup.size_bytes or 0 for backup in backups)
+    unusable = sum(backup.status is not Status.VERIFIED for backup in backups)
     return [
         f"Backup Files ({folder}):",
         "",
         *("".join(map(str.ljust, row, widths)).rstrip() for row in rows),
         "",
-        f"{plural(len(backups), 'backup')}, {format_size(total)} in all",
+        f"{plural(len(backups), 'backup')}, {format_size(total)} in all"
+        + (f", {unusable} not usable" if unusable else ""),
         *footer_lines(backups, orphans, now),
     ]
 
@@ -3619,7 +3758,7 @@ def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
     nightly backups that have stopped, and those that a move or an upgrade left behind."""
     by_series: dict[Series, list[Backup]] = {}
     for backup in backups:
-        if backup.series.environment != "-":
+        if backup.is_described:
             by_series.setdefault(backup.series, []).append(backup)
     servers = Counter(series[:2] for series in by_series)
     for series, members in by_series.items():
@@ -3698,7 +3837,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit 2."""
-        super().error(printable(message))
+        message = printable(message)
+        if message.startswith("unrecognized") and sys.argv[-1].endswith(DUMP_SUFFIX):
+            folder = shell_words(os.path.dirname(sys.argv[-1]) or ".")
+            loop = f'for f in {folder}/*.dump; do python3 backup_db.py --verify "$f"; done'
+            message += f"\nVerify several one by one: {loop}"
+        super().error(message)
 
 
 def typed_path(text: str) -> Path:
@@ -3748,7 +3892,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--verify",
         type=typed_path,
         metavar="FILE",
-        help="verify this .dump: its checksum, its structure and every row in it",
+        help="verify this .dump: its checksum, its structure, the number of rows of every table",
     )
     mode.add_argument("--list", action="store_true", help="list the backups, newest first")
     return parser
@@ -3838,7 +3982,8 @@ def run_listing(directory: Path) -> None:
             raise Failure(
                 ExitCode.GENERAL,
                 f"there is no directory {display_path(directory)}",
-                "Name the one that has the backups: --output-dir DIR",
+                "See the usual one: python3 backup_db.py --list",
+                "Or name the one that has the backups: --output-dir DIR",
                 "Or make the first backup: python3 backup_db.py",
             ) from None
     write_result(list_lines(backups, orphans, directory, datetime.now(timezone.utc)))
@@ -3860,12 +4005,14 @@ def as_failure(error: Failure | OSError | MemoryError, default_code: ExitCode) -
     """What may leave an operation, as the failure that it is."""
     if isinstance(error, Failure):
         return error
-    number = error.errno if isinstance(error, OSError) else errno.ENOMEM
-    if isinstance(error, OSError) and number not in (errno.ENOMEM, errno.EAGAIN):
-        return file_failure(error, default_code)
+    words = str(error) or "out of memory"
+    if isinstance(error, OSError):
+        if error.errno not in NO_ROOM:
+            return file_failure(error, default_code)
+        words = str(error.strerror)
     # A dump is not damaged because it could not be read.
     code = ExitCode.GENERAL if default_code == ExitCode.VERIFICATION else default_code
-    detail = f"this machine has no room for memory, a process or a thread: {error or 'memory'}"
+    detail = f"no room on this machine for memory, a process, a thread or an open file: {words}"
     return Failure(code, detail, "See what is left, and the limits here: free -m; ulimit -a")
 
 
@@ -3876,6 +4023,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prepare_process()
         mode.run(progress)
+        progress.finish()
         return 0
     except (Failure, OSError, MemoryError) as error:
         failure = as_failure(error, mode.default_code)

@@ -12,7 +12,7 @@ import enum
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -39,6 +39,14 @@ MISTYPED = (
     (r".*\r", r"ends in a carriage return (\r), as Windows ends its lines", "Remove it"),
     (r".* ", "ends in a space", "Remove the space"),
     (r".*\$\{.*", "still holds ${, and nothing is expanded here", "Write the value itself"),
+)
+# The same of a line in a file: what other programs, or the person who typed it, read otherwise.
+AMBIGUOUS = (
+    (
+        r"[^=]+=\s*[^'\"\s].*(\s#|\$\$|`).*",
+        'stands without quotes, and has " #" (at which it ends), $$ or a backtick behind it',
+        "Write it as it is meant, in single quotes",
+    ),
 )
 
 
@@ -77,6 +85,7 @@ class Settings:
     values: Mapping[str, str]
     sources: Mapping[str, str]
     folder: Path
+    lines: Mapping[str, str] = field(default_factory=dict)  # as they stand in the file, if in one
 
     def first(self, *names: str) -> tuple[str, str] | None:
         """The first of `names` that is set, as (name, value); None where none is."""
@@ -117,11 +126,15 @@ class DatabaseConfig:
     compress: str
     retention: Retention | None  # None keeps every backup
     connect_seconds: int
-    # Where each field comes from: field name to "in .env.local: DEV_DB_NAME"; and "libpq", the
-    # further PG* variables, where there are any.
+    # Where each field comes from: field name to "in .env.local: DEV_DB_NAME"; of each PG* variable
+    # too; and "libpq", the further ones together.
     setting_locations: Mapping[str, str]
     # Every PG* variable that libpq is to see, the connection settings included.
     libpq: Mapping[str, str] = field(repr=False)
+
+    def location(self, variable: str) -> str:
+        """Where a PG* variable is set, or is to be set."""
+        return self.setting_locations.get(variable, f"in {ENV_FILES[0]}: {variable}")
 
 
 def read_settings(environ: Mapping[str, str], folder: Path) -> Settings:
@@ -130,20 +143,21 @@ def read_settings(environ: Mapping[str, str], folder: Path) -> Settings:
     Raises ConfigurationError for a file in which a setting of ours cannot be parsed, OSError for
     one that cannot be read, ModuleNotFoundError where there is a file but no python-dotenv.
     """
-    layers = [("the environment", environ)]
+    layers = [("the environment", {name: (value, "") for name, value in environ.items()})]
     layers += [(name, _read_env_file(folder / name)) for name in ENV_FILES]
     values: dict[str, str] = {}
     sources: dict[str, str] = {}
+    lines: dict[str, str] = {}
     for source, layer in layers:
-        for name, value in layer.items():
+        for name, (value, line) in layer.items():
             if value and name not in values:
-                values[name], sources[name] = value, source
-    return Settings(MappingProxyType(values), MappingProxyType(sources), folder)
+                values[name], sources[name], lines[name] = value, source, line
+    return Settings(MappingProxyType(values), MappingProxyType(sources), folder, lines)
 
 
-def _read_env_file(path: Path) -> dict[str, str]:
-    """The variables of one .env file, taken literally; nothing where there is no such file. What
-    does not parse, and is another program's, is left out."""
+def _read_env_file(path: Path) -> dict[str, tuple[str, str]]:
+    """The variables of one .env file, taken literally, with their lines; nothing where there is no
+    such file. What does not parse, and is another program's, is left out."""
     try:
         # utf-8-sig: an editor's byte order mark is no part of the first name.
         stream = path.open(encoding="utf-8-sig")
@@ -167,7 +181,7 @@ def _read_env_file(path: Path) -> dict[str, str]:
             raise ConfigurationError(
                 f"{path} is not UTF-8 text: {error}", f"Save it as UTF-8: {path}"
             ) from None
-    values: dict[str, str] = {}
+    values: dict[str, tuple[str, str]] = {}
     for binding in bindings:
         # A bare NAME is a variable that is not set; `NAME: value` or `NAME:value` is a mistake.
         is_bare_text = binding.value is None and not (binding.key or "_").isidentifier()
@@ -183,7 +197,7 @@ def _read_env_file(path: Path) -> dict[str, str]:
                 "See .env.example for every variable",
             )
         if binding.key is not None and binding.value is not None:
-            values[binding.key] = binding.value
+            values[binding.key] = binding.value, binding.original.string.strip()
     return values
 
 
@@ -201,17 +215,33 @@ def detect_environment(settings: Settings) -> Environment:
     for environment in Environment:
         if f"{environment.variable_prefix}DB_NAME" in settings.values:
             return environment
+    raise _unset_error(
+        settings,
+        "no database is configured: none of ENV_MODE, DEV_DB_NAME and DB_NAME is set",
+        "DEV_DB_NAME or DB_NAME",
+        "Set DEV_DB_NAME (development) or DB_NAME (production), and DB_HOST, DB_PORT, DB_USER, "
+        "DB_PASSWORD, in {file}",
+        f"Or see it work on a throw-away server first: {SAMPLE_COMMAND}",
+    )
+
+
+def _unset_error(
+    settings: Settings, problem: str, names: str, set_it: str, *steps: str
+) -> ConfigurationError:
+    """No database is named: which of the files are there, and what to set in which {file}."""
     there = [name for name in ENV_FILES if (settings.folder / name).exists()]
     example = settings.folder / ".env.example"
     own = shlex.quote(str(settings.folder / ENV_FILES[0]))
     copy = f"cp -n {shlex.quote(str(example))} {own} && chmod 600 {own}"
-    raise ConfigurationError(
-        "no database is configured: none of ENV_MODE, DEV_DB_NAME and DB_NAME is set"
-        + "".join(f"; {name} is there, but lacks DEV_DB_NAME or DB_NAME" for name in there),
+    found = "".join(f"; {name} is there, but lacks {names}" for name in there)
+    found = found or f"; there is no {ENV_FILES[0]} in {settings.folder}"
+    if "DATABASE_URL" in settings.values:
+        found += "; DATABASE_URL is not read, put its parts into variables of their own"
+    return ConfigurationError(
+        problem + found,
         *([f"Copy the example: {copy}"] if not there and example.exists() else []),
-        f"Set DEV_DB_NAME (development) or DB_NAME (production), and DB_HOST, DB_PORT, DB_USER, "
-        f"DB_PASSWORD, in {settings.folder / (there or ENV_FILES)[0]}",
-        f"Or see it work on a throw-away server first: {SAMPLE_COMMAND}",
+        set_it.format(file=settings.folder / (there or ENV_FILES)[0]),
+        *steps,
     )
 
 
@@ -240,7 +270,8 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
     port = _parse_port(lookup("port", "PGPORT"), locations["port"])
     user = lookup("user", "PGUSER")
     password = lookup("password", "PGPASSWORD")
-    mistake = _find_mistake(password)
+    line = settings.lines.get(locations["password"].rpartition(": ")[2], "")
+    mistake = _find_mistake(password) or _find_mistake(line, AMBIGUOUS)
     hint = f"The password {mistake[0]}. {mistake[1]} {locations['password']}" if mistake else ""
     own = {"PGHOST": host, "PGPORT": str(port), "PGDATABASE": name}
     own |= {"PGUSER": user} if user else {}
@@ -266,12 +297,15 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
 def _database_name(settings: Settings, environment: Environment) -> str:
     variable = f"{environment.variable_prefix}DB_NAME"
     if variable not in settings.values:
-        raise ConfigurationError(
+        (other,) = set(Environment) - {environment}
+        is_other_set = f"{other.variable_prefix}DB_NAME" in settings.values
+        raise _unset_error(
+            settings,
             f"{variable} is not set: it names the database to back up "
             f"in the {environment.value} environment",
-            f"Set {variable} in {settings.folder / ENV_FILES[0]} (see .env.example)",
-            "Or back up the other environment: "
-            f"--env {'prod' if environment is Environment.DEV else 'dev'}",
+            variable,
+            f"Set {variable} in {{file}} (see .env.example)",
+            *([f"Or back up the other environment: --env {other.value}"] if is_other_set else []),
         )
     _require_plain(settings, variable, settings.values[variable])
     return settings.values[variable]
@@ -290,15 +324,15 @@ def _libpq_variables(
     further = [name for name in inherited.keys() - own.keys() - {"PGDATA"} if name.isalpha()]
     listed = "; ".join(settings.location(variable) for variable in sorted(further))
     locations["libpq"] = listed or f"in {ENV_FILES[0]}"
-    locations |= {
-        name: settings.location(f"PG{name.upper()}") for name in ("sslmode", "sslrootcert")
-    }
+    locations |= {variable: settings.location(variable) for variable in inherited}
     return MappingProxyType({**inherited, **own})
 
 
-def _find_mistake(value: str) -> tuple[str, str] | None:
+def _find_mistake(
+    value: str, mistakes: Sequence[tuple[str, str, str]] = MISTYPED
+) -> tuple[str, str] | None:
     """What `value` is obviously mistyped by, and what to do."""
-    for pattern, cause, remedy in MISTYPED:
+    for pattern, cause, remedy in mistakes:
         if re.fullmatch(pattern, value, re.DOTALL):
             return cause, remedy
     return None

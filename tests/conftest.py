@@ -103,6 +103,10 @@ class MakeProject(Protocol):
     ) -> Project: ...
 
 
+# What a test that asks for nothing else would only wait for: the pause before another attempt.
+HURRIED = {"LOCK_RETRY_SECONDS": 0.1}
+
+
 def project_maker(parent: Path, cluster: Cluster) -> MakeProject:
     """For fixtures that live longer than a test; a test takes `make_project`."""
 
@@ -129,7 +133,7 @@ def project_maker(parent: Path, cluster: Cluster) -> MakeProject:
         project.fakes.mkdir()
         (directory / "home").mkdir()
         project.configure({**(database.settings() if database else {}), **(settings or {})})
-        project.rewrite(constants or {})
+        project.rewrite({**HURRIED, **(constants or {})})
         return project
 
     return make

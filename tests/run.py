@@ -15,7 +15,7 @@ Where to look for what:
     one moment, locks, waits  test_snapshot, test_names, test_waits
     nobody else's code runs   test_owners, test_planted
     what "verified" means     test_verification, test_contents, test_script_reader
-    files and disks           test_directory, test_disks, test_durability
+    files, disks, limits      test_directory, test_disks, test_durability, test_limits
     signals, every night      test_signals, test_nights, test_retention
     the day of the restore    test_runbook, test_recipes, test_rehearse
     README, sample database   test_readme, test_sample
@@ -35,6 +35,11 @@ import environment
 
 # Each worker runs a server and, in turn, the tools: more of them than cores only wait.
 WORKERS = min(os.cpu_count() or 1, 8)
+OPTIONS = (
+    f"--numprocesses={WORKERS}",
+    "--dist=worksteal",  # tests of one file, which share a server, stay together
+    "--durations=10",
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,8 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         print(failure, file=sys.stderr)
         return 1
     os.chdir(environment.PROJECT)
-    options = (f"--numprocesses={WORKERS}", "--durations=10")
-    os.execv(python, [python, "-m", "pytest", *options, *arguments])
+    os.execv(python, [python, "-m", "pytest", *OPTIONS, *arguments])
 
 
 if __name__ == "__main__":

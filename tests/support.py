@@ -44,6 +44,12 @@ UNPRIVILEGED = (
     ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
 )
 
+# Another user, who has no name. Pytest's folders are root's alone: this one may look into them.
+VISITOR = (
+    *("setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"),
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+)
+
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -435,7 +441,11 @@ def assert_restores(dump: Path, original: Database) -> None:
 # -- what a person is told to type ----------------------------------------------------------------
 
 # They belong to a system, not to PostgreSQL; not every machine that runs tests has each.
-OF_THE_SYSTEM = {"sudo", "systemctl", "service", "brew", "dnf", "apt-get", "dmesg", "findmnt"}
+OF_THE_SYSTEM = {
+    *("sudo", "systemctl", "service", "brew", "dnf", "apt-get", "apk", "dmesg", "findmnt"),
+    "/usr/share/postgresql-common/pgdg/apt.postgresql.org.sh",
+    "dpkg-reconfigure",
+}
 
 
 def typed(step: str) -> str:
@@ -452,7 +462,11 @@ def shell_commands(line: str) -> list[list[str]]:
             commands.append([])
         else:
             commands[-1].append(word)
-    return [command[1:] if command[0] == "sudo" else command for command in commands if command]
+    commands = [command for command in commands if command]
+    for command in commands:
+        if command[0] == "sudo":  # sudo -u USER …
+            del command[: 3 if command[1] == "-u" else 1]
+    return commands
 
 
 def assert_typeable(step: str, project: Project) -> None:

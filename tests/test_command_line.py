@@ -113,8 +113,13 @@ def test_more_than_six_tables_are_summed_up(database: Database, make_project: Ma
 
 
 def test_empty_database_is_backed_up(database: Database, make_project: MakeProject) -> None:
-    lines = make_project(database).run().succeeded().stdout.splitlines()
+    result = make_project(database).run().succeeded()
+    lines = result.stdout.splitlines()
     assert lines[7] == "Tables:      0"
+    assert result.stderr == (
+        "Warning: the database has no table; is it the right one? It is set in .env.local: "
+        "DEV_DB_NAME\n"
+    )
     assert lines[9:11] == [
         "Verified:    ✓ Integrity check passed",
         "Contents:    ✓ Match (0 rows in 0 tables)",
@@ -341,31 +346,39 @@ def test_list_shows_every_broken_pair_and_hides_none(make_project: MakeProject) 
 
     result = make_project().run("--list", "--output-dir", directory).succeeded()
     table, totals = result.stdout.split("\n\n")[1:]
+    names = {path.name[:-26]: f"({path.name})" for path in directory.glob("*_2025-*.dump")}
     rows = [tuple(re.split(r"  +", line)) for line in table.splitlines()[1:]]
     assert rows == [
         ("2025-01-09T00:00:00Z", "dev", "good", "10 B", "✓ Verified"),
         ("2025-01-08T00:00:00Z", "dev", "smaller", "10 B", "✗ Size mismatch"),
-        ("2025-01-07T00:00:00Z", "dev", "alone_dev", "7 B", "✗ No metadata"),
+        (
+            *("2025-01-07T00:00:00Z", "dev", "alone_dev", "7 B"),
+            f"✗ No metadata {names['alone_dev']}",
+        ),
         *(
             (
                 "2025-01-06T00:00:00Z",
                 "prod" if name.endswith("_prod") else "-",
                 name,
                 "6 B",
-                "✗ Bad metadata",
+                f"✗ Bad metadata {names[name]}",
             )
             for name in sorted(broken, reverse=True)
         ),
-        ("2025-01-05T00:00:00Z", "-", "key_missing", "5 B", "✗ Bad metadata"),
-        ("-", "-", "-", "3 B", "✗ No metadata"),
-        ("-", "-", "-", "-", "✗ No metadata"),
+        (
+            "2025-01-05T00:00:00Z",
+            "-",
+            "key_missing",
+            "5 B",
+            f"✗ Bad metadata {names['key_missing']}",
+        ),
+        ("-", "-", "-", "3 B", "✗ No metadata (hand-made.dump)"),
+        ("-", "-", "-", "-", "✗ No metadata (gone.dump)"),
     ]
     assert re.fullmatch(
-        r"""13 backups, 77 B in all
+        r"""13 backups, 77 B in all, 12 not usable
 dev good: 1 backup, 10 B; newest verified \d+ days old: good_2025-01-09T00-00-00Z\.dump
 dev smaller: 1 backup, 10 B; none verified
-dev alone_dev: 1 backup, 7 B; none verified
-prod no_json_prod: 1 backup, 6 B; none verified
 1 metadata without a dump; .*: rm -- .*/a_dev_2025-01-01T00-00-00Z\.metadata\.json
 Verified means verified when it was made. To check a file now: .* --verify .*/good_2025\S+
 """,
@@ -419,6 +432,10 @@ def test_no_backups_yet(make_project: MakeProject) -> None:
         assert (result.stdout, result.stderr) == ("No backups yet in db/backups/\n", "")
         project.backups.mkdir(parents=True, exist_ok=True)
     project.run("--list", "--output-dir", "db/backup").failed_with(1)
+    (project.directory / "wrong").mkdir()
+    lines = project.run("--list", "--output-dir", "wrong").succeeded().stdout.splitlines()
+    usual = f"The usual directory: python3 backup_db.py --list --output-dir {project.backups}"
+    assert lines == ["No backups yet in wrong/", usual]
 
 
 def footer_of(project: Project) -> list[str]:
@@ -426,7 +443,8 @@ def footer_of(project: Project) -> list[str]:
 
 
 def test_list_tells_the_series_apart(make_project: MakeProject) -> None:
-    """By environment, database and server; what does not know its server stands apart."""
+    """By environment, database and server, with its version: of two, one is often the upgraded
+    one. What does not know its server stands apart."""
     project = make_project()
     for days, environment, name, server in [
         (1, "prod", "shop", "222"),
@@ -646,6 +664,7 @@ def test_help_is_the_docstring_and_the_options(make_project: MakeProject) -> Non
     assert not result.stderr
     assert backup_db.__doc__
     assert f"{backup_db.__doc__}\nThis is release {backup_db.BACKUP_DB_VERSION}.\n" in result.stdout
+    assert "README.md" in result.stdout
     for default in ("auto", "db/backups/"):
         assert f"default: {default}" in " ".join(result.stdout.split())
     lines = result.stdout.splitlines()
@@ -656,7 +675,8 @@ def test_help_is_the_docstring_and_the_options(make_project: MakeProject) -> Non
 
 
 def test_options_of_the_contract_are_the_only_ones() -> None:
-    helped = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", backup_db.build_parser().format_help()))
+    own = backup_db.build_parser().format_help().replace(backup_db.__doc__ or "", "")
+    helped = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", own))
     assert helped == OPTIONS | {"-h"}
 
 
@@ -688,6 +708,25 @@ def test_wrong_option_is_refused(
     assert not project.backups.exists()
 
 
+def test_several_dumps_to_verify_are_told_the_loop(bare: Project) -> None:
+    copy_pair(bare.dumps()[0], bare.directory / "it's a copy")
+    (dump,) = bare.dumps()
+    shutil.copy(dump, bare.directory / "it's a copy" / "second.dump")
+    result = bare.run("--verify", *sorted((bare.directory / "it's a copy").glob("*.dump")))
+    *_usage, error, told = result.failed_with(2).stderr.splitlines()
+    assert error.startswith("backup_db.py: error: unrecognized arguments: ")
+    loop = told.removeprefix("Verify several one by one: ")
+    done = subprocess.run(
+        ["sh", "-c", loop],
+        cwd=bare.directory,
+        env=bare.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.count("✓ Backup verification passed") == 1
+    assert done.stderr.count("✗ Backup verification failed") == 1
+
+
 # -- the language ---------------------------------------------------------------------------------
 
 
@@ -708,7 +747,7 @@ def test_older_python_gets_a_plain_line(make_project: MakeProject) -> None:
     project = make_project()
     script = project.directory / "backup_db.py"
     text = script.read_text(encoding="utf-8")
-    ast.parse(text, feature_version=(3, 9))  # or its SyntaxError would come before the line
+    ast.parse(text, feature_version=(3, 8))  # or its SyntaxError would come before the line
     assert text.count("sys.version_info < (3, 10)") == 1
     script.write_text(text.replace("sys.version_info < (3, 10)", "sys.version_info < (99, 0)"))
     version = ".".join(map(str, sys.version_info[:3]))

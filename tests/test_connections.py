@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from conftest import MakeProject
 from faults import DUMP, fake_call, paused
 from sample import PASSWORD, USER
 from support import Database, assert_restores, finish, new_database, read_metadata, wait_until
+from test_counts import KINDS, KINDS_COUNTS
 
 
 @pytest.fixture
@@ -126,20 +128,26 @@ def arrived(standby: Cluster, cluster: Cluster) -> None:
     wait_until(lambda: standby.psql(f"SELECT pg_last_wal_replay_lsn() >= '{there}'") == "t")
 
 
-def test_hot_standby(
-    standby: Cluster, cluster: Cluster, sample_database: Database, make_project: MakeProject
+def test_hot_standby_is_backed_up_without_what_it_does_not_have(
+    standby: Cluster, cluster: Cluster, database: Database, make_project: MakeProject
 ) -> None:
-    sample_database.psql("CREATE UNLOGGED TABLE scratch (x int); INSERT INTO scratch VALUES (1)")
+    database.psql(KINDS)
+    # Of a sequence that counts on its own the standby is told 32 numbers more than were taken.
+    database.psql("SELECT setval('plain_id_seq', 21), setval('identity_id_seq', 7)")
     arrived(standby, cluster)
-    on_standby = Database(standby, sample_database.name)
+    on_standby = Database(standby, database.name)
     assert on_standby.psql("SELECT pg_is_in_recovery()") == "t"
     dump = make_project(on_standby).back_up()
     metadata = read_metadata(dump)
+    counts = {key: rows for key, rows in KINDS_COUNTS.items() if key != "unlogged"}
+    assert metadata["table_counts"] == counts
     assert metadata["not_included"] == [
-        "data of unlogged tables, which a standby does not have (scratch)"
+        "data of unlogged tables, which a standby does not have (unlogged)",
+        "contents of materialized views, which a restore computes anew (counted)",
+        'data of foreign tables ("Foreign", foreign_child)',
     ]
-    sample_database.psql("TRUNCATE scratch")
-    assert_restores(dump, sample_database)
+    database.psql("TRUNCATE unlogged")
+    assert_restores(dump, database)
 
 
 def test_standby_that_ends_its_readers(
@@ -208,6 +216,39 @@ def test_server_that_cannot_be_verified(
         result = make_project(settings={**way, **settings}).run()
         assert words in result.failed_with(3, "Database connection error").stderr
         assert step in result.stderr.partition("Troubleshooting:")[2], result
+
+
+def test_clients_certificate(
+    tls_cluster: Cluster, authority: trustme.CA, make_project: MakeProject, tmp_path: Path
+) -> None:
+    """One that is demanded, then a key that others may read; never a weaker pg_hba.conf."""
+    authority.cert_pem.write_to_path(str(tls_cluster.data_dir / "ca.pem"))
+    hba = tls_cluster.data_dir / "pg_hba.conf"
+    hba.write_text(f"hostssl all client all cert\n{hba.read_text()}")
+    for statement in (
+        "CREATE ROLE client LOGIN SUPERUSER",
+        "ALTER SYSTEM SET ssl_ca_file = 'ca.pem'",
+        "SELECT pg_reload_conf()",
+    ):
+        tls_cluster.psql(statement)
+    way = {**Database(tls_cluster, "postgres").settings("client"), "PGSSLMODE": "require"}
+    project = make_project(settings=way)
+    result = project.run().failed_with(3, "Database connection error")
+    assert "requires a valid client certificate" in result.stderr, result
+    assert (
+        "  1. The server asks for this user's certificate; name its file in .env." in result.stderr
+    )
+    assert "pg_hba" not in result.stderr, result
+    certificate = authority.issue_cert(common_name="client")
+    key, chain = tmp_path / "a key", tmp_path / "certificate"
+    certificate.private_key_pem.write_to_path(str(key))
+    certificate.cert_chain_pems[0].write_to_path(str(chain))
+    key.chmod(0o644)
+    project.configure({**way, "PGSSLKEY": str(key), "PGSSLCERT": str(chain)})
+    result = project.run().failed_with(3, "Database connection error")
+    (command,) = re.findall(r"^  1\. .*: (chmod .*)$", result.stderr, re.MULTILINE)
+    subprocess.run(["sh", "-c", command], check=True)
+    project.run().succeeded()
 
 
 def test_certificates_of_the_system_are_not_those_of_psycopg2(

@@ -234,25 +234,6 @@ def test_thousands_of_tables_take_a_lock_each_and_no_more(
         assert sum(counts.values()) == TABLES / 10
 
 
-def test_standby_is_backed_up_without_what_it_does_not_have(
-    extended_cluster: Cluster, make_project: MakeProject
-) -> None:
-    with new_database(extended_cluster) as primary:
-        primary.psql(KINDS)
-        standby = Cluster(extended_cluster.bin_dir)
-        standby.follow(extended_cluster)
-        with standby:
-            assert standby.psql("SELECT pg_is_in_recovery()") == "t"
-            dump = make_project(Database(standby, primary.name)).back_up()
-        metadata = read_metadata(dump)
-        counts = {key: rows for key, rows in KINDS_COUNTS.items() if key != "unlogged"}
-        assert metadata["table_counts"] == counts
-        left_out = "data of unlogged tables, which a standby does not have (unlogged)"
-        assert left_out in metadata["not_included"]
-        primary.psql("TRUNCATE unlogged")
-        assert_restores(dump, primary)
-
-
 # -- indexes, which a count has no use for --------------------------------------------------------
 
 INDEXED_ROWS = 5000

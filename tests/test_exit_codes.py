@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import shutil
 import socket
@@ -20,6 +21,7 @@ from environment import PROJECT
 from sample import DATABASE, PASSWORD, USER
 from support import (
     UNPRIVILEGED,
+    VISITOR,
     Database,
     Project,
     Result,
@@ -41,6 +43,7 @@ class Situation:
     code: ExitCode
     words: str  # in the error: those of the tool that met it, if there is one
     step: str  # in one of the steps
+    first: str  # in the first of them, which is to lead to the mend
     arrange: Callable[[Stage], Result]
     servers: Sequence[int]  # whose programs it takes, beside those of 17
 
@@ -49,10 +52,10 @@ SITUATIONS: list[Situation] = []
 
 
 def situation(
-    code: ExitCode, words: str, step: str, servers: Sequence[int] = ()
+    code: ExitCode, words: str, step: str, first: str = "", servers: Sequence[int] = ()
 ) -> Callable[[Callable[[Stage], Result]], Callable[[Stage], Result]]:
     def register(arrange: Callable[[Stage], Result]) -> Callable[[Stage], Result]:
-        SITUATIONS.append(Situation(code, words, step, arrange, servers))
+        SITUATIONS.append(Situation(code, words, step, first, arrange, servers))
         return arrange
 
     return register
@@ -61,7 +64,12 @@ def situation(
 # -- 1: general error -----------------------------------------------------------------------------
 
 
-@situation(ExitCode.GENERAL, "another backup of this database is running: process ", "ps -fp ")
+@situation(
+    ExitCode.GENERAL,
+    "another backup of this database is running: process ",
+    "",
+    "ps -ef | grep -wE 1",
+)
 def another_backup_is_running(stage: Stage) -> Result:
     project = stage.project()
     lock = stage.stack.enter_context((project.backups / ".project_chat_dev.lock").open("w"))
@@ -73,7 +81,12 @@ def another_backup_is_running(stage: Stage) -> Result:
     return result
 
 
-@situation(ExitCode.GENERAL, "there is no directory nowhere", "--output-dir DIR")
+@situation(
+    ExitCode.GENERAL,
+    "there is no directory nowhere",
+    "--output-dir DIR",
+    ": python3 backup_db.py --list",
+)
 def directory_to_list_is_missing(stage: Stage) -> Result:
     return stage.project().run("--list", "--output-dir", "nowhere")
 
@@ -122,9 +135,22 @@ def nothing_is_configured(stage: Stage) -> Result:
     return stage.make_project().run()
 
 
-@situation(ExitCode.CONFIGURATION, "DB_NAME is not set", "Set DB_NAME in ")
+@situation(
+    ExitCode.CONFIGURATION, "; .env.local is there, but lacks DB_NAME", "--env dev", "Set DB_NAME"
+)
 def database_name_is_missing(stage: Stage) -> Result:
     return stage.project().run("--env", "prod")
+
+
+@situation(ExitCode.CONFIGURATION, "; there is no .env.local in ", "", "Set DB_NAME in ")
+def settings_are_missing(stage: Stage) -> Result:
+    project = stage.project()
+    (project.directory / ".env.local").unlink()
+    result = project.run("--env", "prod", env={"DATABASE_URL": "postgres://a:secret-0815@b/c"})
+    assert "; DATABASE_URL is not read" in result.stderr
+    assert "secret-0815" not in result.stderr
+    assert "--env dev" not in result.stderr  # nothing is set for that one either
+    return result
 
 
 @situation(
@@ -210,8 +236,20 @@ def database_is_missing(stage: Stage) -> Result:
 
 
 @situation(
+    ExitCode.CONNECTION, 'database "nowhere" does not exist', " --env prod --list", "psql -l "
+)
+def production_is_missing(stage: Stage) -> Result:
+    """An empty one in its place would be backed up as a success."""
+    settings = {"DB_NAME": "nowhere", **Database(stage.cluster, "nowhere").settings(prefix="")}
+    result = stage.project(settings=settings).run("--env", "prod")
+    assert "createdb" not in result.stderr
+    return result
+
+
+@situation(
     ExitCode.CONNECTION,
     f'FATAL: password authentication failed for user "{USER}"',
+    "in .env.local: DEV_DB_PASSWORD",
     "in .env.local: DEV_DB_PASSWORD",
 )
 def password_is_wrong(stage: Stage) -> Result:
@@ -225,6 +263,19 @@ def password_is_wrong(stage: Stage) -> Result:
 )
 def password_keeps_its_quotes(stage: Stage) -> Result:
     return stage.run_as(Database(stage.cluster, DATABASE), USER, f'"{PASSWORD}"')
+
+
+@situation(
+    ExitCode.CONNECTION,
+    "FATAL: password authentication failed",
+    "",
+    'The password stands without quotes, and has " #"',
+)
+def password_is_cut_by_a_comment(stage: Stage) -> Result:
+    project = stage.make_project(Database(stage.cluster, DATABASE))
+    with (project.directory / ".env.local").open("a") as file:
+        file.write(f"DEV_DB_USER={USER}\nDEV_DB_PASSWORD=pass #word\n")
+    return project.run()
 
 
 @situation(
@@ -310,6 +361,53 @@ def server_demands_tls(stage: Stage) -> Result:
     return stage.make_project(settings={**settings, "PGSSLMODE": "disable"}).run()
 
 
+@situation(ExitCode.CONNECTION, "", "", "in .env.local: PGSSLMODE")
+def sslmode_is_none(stage: Stage) -> Result:
+    return stage.project(settings={"PGSSLMODE": "required"}).run()
+
+
+@situation(ExitCode.CONNECTION, "", "", "in the environment: PGTARGETSESSIONATTRS")
+def session_attributes_are_none(stage: Stage) -> Result:
+    return stage.project().run(env={"PGTARGETSESSIONATTRS": "best"})
+
+
+@situation(ExitCode.CONNECTION, "", "", "in .env.local: PGOPTIONS")
+def options_are_none(stage: Stage) -> Result:
+    return stage.project(settings={"PGOPTIONS": "-c nonsense=1"}).run()
+
+
+@situation(ExitCode.CONNECTION, "", "", "in .env.local: PGOPTIONS")
+def options_do_not_parse(stage: Stage) -> Result:
+    return stage.project(settings={"PGOPTIONS": "nonsense"}).run()
+
+
+@situation(ExitCode.CONNECTION, "channel binding", "", "in .env.local: PGCHANNELBINDING")
+def channel_cannot_be_bound(stage: Stage) -> Result:
+    return stage.project(settings={"PGCHANNELBINDING": "require"}).run()
+
+
+@situation(ExitCode.CONNECTION, " is too long", "to 127.0.0.1 in", "in .env.local: DEV_DB_HOST")
+def socket_path_is_too_long(stage: Stage) -> Result:
+    return stage.project(settings={"DEV_DB_HOST": "/tmp/" + "x" * 120}).run()
+
+
+@situation(
+    ExitCode.CONNECTION, "user with ID 12345 does not exist", "", "in .env.local: DEV_DB_USER"
+)
+def user_has_no_name(stage: Stage) -> Result:
+    settings = Database(stage.cluster, DATABASE).settings()
+    return stage.make_project(settings={**settings, "DEV_DB_USER": ""}).run(prefix=VISITOR)
+
+
+@situation(ExitCode.CONNECTION, "not recognized by setlocale", "", "dpkg-reconfigure locales")
+def locale_is_missing(stage: Stage) -> Result:
+    database = stage.database()
+    stage.cluster.psql(
+        f"UPDATE pg_database SET datcollate = 'xx_YY.UTF-8' WHERE datname = '{database.name}'"
+    )
+    return stage.make_project(database).run()
+
+
 # -- 4: permission error --------------------------------------------------------------------------
 
 
@@ -352,7 +450,16 @@ def directory_may_not_be_written(stage: Stage) -> Result:
     return project.run("--output-dir", "locked", prefix=UNPRIVILEGED)
 
 
-@situation(ExitCode.PERMISSION, "backup_db.py: Not a directory", ": ls -ld backup_db.py")
+@situation(
+    ExitCode.PERMISSION, ".dump: Not a directory", "--output-dir db/backups", " --verify db/"
+)
+def directory_is_a_dump(stage: Stage) -> Result:
+    project = stage.project()
+    (dump,) = project.dumps()
+    return project.run("--output-dir", dump.relative_to(project.directory))
+
+
+@situation(ExitCode.PERMISSION, "backup_db.py: Not a directory", "--output-dir DIR", ": ls -ld ")
 def directory_is_a_file(stage: Stage) -> Result:
     return stage.project().run("--output-dir", "backup_db.py")
 
@@ -363,14 +470,37 @@ def file_system_is_read_only(stage: Stage) -> Result:
     return stage.project().run("--output-dir", disk / "backups")
 
 
-@situation(ExitCode.PERMISSION, ".env.local: Permission denied", "chown ")
+@situation(ExitCode.PERMISSION, ".env.local: Permission denied", "", "chmod u+rwX ")
 def settings_may_not_be_read(stage: Stage) -> Result:
     project = stage.project()
     (project.directory / ".env.local").chmod(0)
     return project.run(prefix=UNPRIVILEGED)
 
 
-@situation(ExitCode.PERMISSION, ".dump: Permission denied", ".dump")
+@situation(ExitCode.PERMISSION, ".env.local: Permission denied", "", ": sudo -u '#12345' ")
+def settings_are_of_another_user(stage: Stage) -> Result:
+    """Of the nightly job's: taken from it, that would fail from now on."""
+    project = stage.project()
+    path = project.directory / ".env.local"
+    path.chmod(0o600)
+    os.chown(path, 12345, 12345)
+    result = project.run(prefix=UNPRIVILEGED)
+    assert "chown" not in result.stderr
+    return result
+
+
+@situation(ExitCode.PERMISSION, "dev.lock: Permission denied", "", ": ls -ld ")
+def directory_is_of_the_system(stage: Stage) -> Result:
+    """Of root's, and not one that we make."""
+    project = stage.project()
+    directory = project.directory.parent / "backups"
+    directory.mkdir(mode=0o755)
+    result = project.run("--output-dir", directory, prefix=VISITOR)
+    assert "chown" not in result.stderr
+    return result
+
+
+@situation(ExitCode.PERMISSION, ".dump: Permission denied", ".dump", "chmod u+rwX ")
 def dump_may_not_be_read(stage: Stage) -> Result:
     project = stage.project()
     (dump,) = project.dumps()
@@ -378,7 +508,9 @@ def dump_may_not_be_read(stage: Stage) -> Result:
     return project.run("--verify", dump, prefix=UNPRIVILEGED)
 
 
-@situation(ExitCode.PERMISSION, "locked: Permission denied", "list another directory")
+@situation(
+    ExitCode.PERMISSION, "locked: Permission denied", "list another directory", "chmod u+rwX "
+)
 def directory_may_not_be_listed(stage: Stage) -> Result:
     project = stage.project()
     (project.directory / "locked").mkdir(mode=0o300)
@@ -394,7 +526,7 @@ def disk_is_too_small(stage: Stage) -> Result:
     return stage.project().run("--output-dir", disk)
 
 
-@situation(ExitCode.DISK_SPACE, "No space left on device", "df -h ")
+@situation(ExitCode.DISK_SPACE, "No space left on device", "BACKUP_KEEP", "df -h ")
 def disk_fills_while_writing(stage: Stage) -> Result:
     disk = stage.stack.enter_context(small_disk("size=200k"))
     project = stage.project()
@@ -414,7 +546,7 @@ def disk_has_no_inodes(stage: Stage) -> Result:
 # -- 6: tool error --------------------------------------------------------------------------------
 
 
-@situation(ExitCode.TOOL, "pg_dump not found on PATH (/nowhere)", "client tools")
+@situation(ExitCode.TOOL, "pg_dump not found on PATH (/nowhere)", "", "install postgresql-client")
 def pg_dump_is_missing(stage: Stage) -> Result:
     return stage.project(constants={"TOOL_FOLDERS": ()}).run(env={"PATH": "/nowhere"})
 
@@ -425,11 +557,12 @@ def pg_restore_is_elsewhere(stage: Stage) -> Result:
     project = stage.project(constants={"TOOL_FOLDERS": (bin_dir,)})
     (project.fakes / "pg_dump").symlink_to(Path(bin_dir) / "pg_dump")
     result = project.run(env={"PATH": str(project.fakes)})
-    assert f"above yours in the crontab: PATH={bin_dir}:" in result.stderr
+    here = Path(sys.executable).parent  # or cron would lose the virtual environment
+    assert f"above yours in the crontab: PATH={here}:{bin_dir}:" in result.stderr
     return result
 
 
-@situation(ExitCode.TOOL, "pg_restore not found on PATH (/nowhere)", "client tools")
+@situation(ExitCode.TOOL, "pg_restore not found on PATH (/nowhere)", "", "version 17 or newer")
 def pg_restore_is_missing_to_verify(stage: Stage) -> Result:
     project = stage.project(constants={"TOOL_FOLDERS": ()})
     return project.run("--verify", *project.dumps(), env={"PATH": "/nowhere"})
@@ -493,7 +626,17 @@ def pg_dump_fails(stage: Stage) -> Result:
     return project.run()
 
 
-@situation(ExitCode.CREATION, "pg_dump was ended by signal 9: Killed", "dmesg")
+@situation(ExitCode.CREATION, "pg_dump: terminated by user", "", "nothing is wrong with the server")
+def pg_dump_is_ended(stage: Stage) -> Result:
+    project = stage.project()
+    action = "echo 'pg_dump: terminated by user' >&2; exit 1"
+    project.fake("pg_dump", INSTEAD_OF_DUMPING.format(action))
+    result = project.run()
+    assert "server's log" not in result.stderr
+    return result
+
+
+@situation(ExitCode.CREATION, "pg_dump was ended by signal 9: Killed", "", "dmesg")
 def pg_dump_is_killed(stage: Stage) -> Result:
     project = stage.project()
     project.fake("pg_dump", INSTEAD_OF_DUMPING.format("kill -9 $$"))
@@ -609,6 +752,20 @@ def dump_is_missing(stage: Stage) -> Result:
     return stage.project().run("--verify", "nowhere.dump")
 
 
+@situation(
+    ExitCode.VERIFICATION, "there is no file project_chat_", "", " --verify db/backups/project"
+)
+def dump_is_named_as_the_list_prints_it(stage: Stage) -> Result:
+    project = stage.project()
+    (dump,) = project.dumps()
+    return project.run("--verify", dump.name)
+
+
+@situation(ExitCode.VERIFICATION, "is not a .dump file", "", "--list --output-dir db/backups")
+def directory_is_to_be_verified(stage: Stage) -> Result:
+    return stage.project().run("--verify", "db/backups/")
+
+
 @situation(ExitCode.VERIFICATION, "there is no metadata file db/backups/", "pg_restore --file=/dev")
 def metadata_is_missing(stage: Stage) -> Result:
     project = stage.project()
@@ -679,6 +836,9 @@ def test_situation_has_its_code_its_words_and_its_steps(case: Situation, stage: 
         assert step.startswith(f"  {number}. "), f"not step {number}:{result}"
         assert_typeable(step, stage.make_project())
     assert any(case.step in step for step in numbered), f"no step says {case.step!r}:{result}"
+    assert case.first in numbered[0], f"the first step does not say {case.first!r}:{result}"
+    # No step moves, renames or removes a backup.
+    assert not re.search(r"\b(mv|rm) .*\.(dump|metadata)", steps), result
     # Written for a file as well as for a terminal.
     assert not re.search(r"[\r\x1b]", result.stderr)
 
@@ -747,13 +907,15 @@ def test_readme_has_the_exit_codes() -> None:
     assert [tuple(row[:2]) for row in rows] == [
         ("0", ""),
         *((str(int(code)), code.category) for code in ExitCode),
+        ("130, 143, 129", ""),
     ]
 
 
 def test_readme_has_the_fields_of_the_metadata() -> None:
     rows = table_rows(readme_section("Files"))
     fields = list(backup_db.Metadata._fields)
-    assert [row[0].strip("`") for row in rows] == fields
+    told = [key for row in rows for key in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(told) == sorted(fields)
 
 
 def test_readme_has_the_options_of_the_contract() -> None:

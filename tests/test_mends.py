@@ -16,8 +16,10 @@ from faults import fake_call, transaction
 from sample import DATABASE, PASSWORD, USER
 from support import (
     UNPRIVILEGED,
+    VISITOR,
     Database,
     Project,
+    Result,
     assert_typeable,
     metadata_path,
     new_database,
@@ -156,25 +158,45 @@ def closed_folder(stage: Stage) -> Project:
     return project
 
 
-@mend(r"sudo mkdir", "--output-dir", "closed/backups", prefix=UNPRIVILEGED)
+@mend(r"chmod u", "--output-dir", "closed/backups", prefix=UNPRIVILEGED)
 def directory_cannot_be_made(stage: Stage) -> Project:
     return closed_folder(stage)
 
 
-@mend(r"sudo chown", prefix=UNPRIVILEGED)
-def settings_are_of_another_user(stage: Stage) -> Project:
+@mend(r"sudo mkdir", "--output-dir", "closed/backups", prefix=VISITOR)
+def directory_of_root_cannot_be_made_in(stage: Stage) -> Project:
+    return closed_folder(stage)
+
+
+@mend(r"sudo chown", prefix=VISITOR)
+def directory_is_of_root(stage: Stage) -> Project:
+    """As after a run by sudo."""
     project = stage.project()
-    path = project.directory / ".env.local"
-    path.chmod(0o600)
-    os.chown(path, 12345, 12345)
+    project.backups.chmod(0o700)
     return project
 
 
-@mend(r"mv -n", "--output-dir", "taken")
-def file_has_the_name_of_the_directory(stage: Stage) -> Project:
+@mend(r"sudo chown", prefix=VISITOR)
+def lock_is_of_root(stage: Stage) -> Project:
     project = stage.project()
-    (project.directory / "taken").write_text("")
+    os.chown(project.backups, 12345, 12345)
+    (project.backups / ".project_chat_dev.lock").touch(mode=0o600)
     return project
+
+
+@mend(r"VALID UNTIL")
+def password_has_expired(stage: Stage) -> Project:
+    return restricted(stage, attributes="VALID UNTIL '2020-01-01'")
+
+
+@mend(r"PGSSLMODE$")
+def sslmode_is_mistyped(stage: Stage) -> Project:
+    return stage.project(settings={"PGSSLMODE": "required"})
+
+
+@mend(r"PGCHANNELBINDING")
+def channel_cannot_be_bound(stage: Stage) -> Project:
+    return stage.project(settings={"PGCHANNELBINDING": "require"})
 
 
 @mend(r"chmod \+x")
@@ -191,6 +213,11 @@ def tools_are_not_on_path(stage: Stage) -> Project:
     return without_bin_dir(project)
 
 
+@mend(r"export PATH=")
+def tools_are_not_on_the_path_of_a_shell(stage: Stage) -> Project:
+    return tools_are_not_on_path(stage)
+
+
 def without_bin_dir(project: Project) -> Project:
     """PATH as cron has it; pg_restore alone is where it is looked for."""
     (project.fakes / "pg_restore").symlink_to(project.bin_dir / "pg_restore")
@@ -204,7 +231,7 @@ def compression_is_mistyped(stage: Stage) -> Project:
 
 
 # What the setting is to be, where the step says it in words.
-CHOSEN = {"PGSSLMODE": "prefer", "BACKUP_COMPRESS": "gzip:4"}
+CHOSEN = {"PGSSLMODE": "prefer", "PGCHANNELBINDING": "prefer", "BACKUP_COMPRESS": "gzip:4"}
 
 
 def paste(step: str, stage: Stage, project: Project, environ: dict[str, str]) -> None:
@@ -217,6 +244,9 @@ def paste(step: str, stage: Stage, project: Project, environ: dict[str, str]) ->
         stage.hba(text)
     elif text.startswith("PATH="):
         environ["PATH"] = text.removeprefix("PATH=")
+    elif text.startswith("export "):
+        show = ["/bin/sh", "-c", f'{text}; printf %s "$PATH"']
+        environ["PATH"] = subprocess.check_output(show, env=project.environ, text=True)
     elif text in CHOSEN:
         with (project.directory / ".env.local").open("a") as file:
             file.write(f"{text}={CHOSEN[text]}\n")
@@ -239,12 +269,32 @@ def shell(command: str, stage: Stage, project: Project) -> None:
     )
 
 
+def test_run_by_the_user_of_the_nightly_job(stage: Stage) -> None:
+    """All is theirs, and somebody else runs it by hand."""
+    project = stage.project()
+    owned = [project.directory / ".env.local", project.backups, *project.backups.iterdir()]
+    for path in owned:
+        os.chown(path, 12345, 12345)
+    (project.directory / ".env.local").chmod(0o600)
+    (step, *_others) = steps_of(project.run(prefix=UNPRIVILEGED).failed_with(4))
+    by_them = " ".join(VISITOR)
+    project.fake("sudo", f'[ "$1 $2" = "-u #12345" ] && shift 2 && exec {by_them} "$@"')
+    environ = {**project.environ, "PATH": f"{project.environ['PATH']}:{os.environ['PATH']}"}
+    subprocess.run(["sh", "-ec", typed(step)], cwd=project.directory, env=environ, check=True)
+    assert len(project.dumps()) == 2
+    assert {path.stat().st_uid for path in project.backups.iterdir()} == {12345}
+
+
+def steps_of(result: Result) -> list[str]:
+    return re.findall(r"^  \d\. (.+)$", result.stderr, re.MULTILINE)
+
+
 @pytest.mark.parametrize("case", MENDS, ids=lambda case: case.arrange.__name__)
 def test_mend_is_pasted_and_the_next_run_succeeds(case: Mend, stage: Stage) -> None:
     project = case.arrange(stage)
     result = project.run(*case.arguments, prefix=case.prefix)
     assert result.returncode, result
-    steps = re.findall(r"^  \d\. (.+)$", result.stderr, re.MULTILINE)
+    steps = steps_of(result)
     chosen = [step for step in steps if re.search(case.steps, step)]
     assert chosen, f"no step says {case.steps!r}:{result}"
     environ: dict[str, str] = {}

@@ -36,8 +36,14 @@ def large_database(cluster: Cluster) -> Iterator[Database]:
 
 @pytest.fixture
 def large(make_project: MakeProject, large_database: Database) -> Project:
-    settings = {**large_database.settings(), "BACKUP_COMPRESS": "gzip:9"}
-    return make_project(settings=settings, constants={"REDRAW_SECONDS": 0})
+    return make_project(large_database, constants={"REDRAW_SECONDS": 0})
+
+
+@pytest.fixture
+def slow(large: Project, large_database: Database) -> Project:
+    """The same, and pg_dump takes its time."""
+    large.configure({**large_database.settings(), "BACKUP_COMPRESS": "gzip:9"})
+    return large
 
 
 def test_the_line_tells_how_far_a_backup_is(large: Project, large_database: Database) -> None:
@@ -49,6 +55,7 @@ def test_the_line_tells_how_far_a_backup_is(large: Project, large_database: Data
     # Not a trace of it stays on the screen.
     assert left.startswith("✓ Backup created successfully\n\nBackup File: db/backups/"), left
     assert not re.search(r"[\r\x1b]|elapsed", left), left
+    assert re.fullmatch(r"Took [1-9]\d* s\.", left.splitlines()[-1]), left
 
     lines = terminal.progress
     assert [line for line in lines if line][-1].startswith("Verifying  [")
@@ -83,15 +90,15 @@ def test_time_left_does_not_count_what_came_before() -> None:
     with open(keyboard, "rb", buffering=0) as reader, open(screen, "w", encoding="utf-8") as stream:
         progress = backup_db.Progress(stream)
         progress.show("Waiting: session 4711 holds the table messages")
-        time.sleep(2)
+        time.sleep(1.2)
         progress.show("Dumping", 0.0)
-        time.sleep(0.5)
-        progress.show("Dumping", 0.5)  # half a second for the one half, so also for the other
+        time.sleep(0.3)
+        progress.show("Dumping", 0.5)  # as long for the one half as for the other: no second
         shown = b""
         while shown.count(b"\x1b[K") < 3:
             shown += reader.read(4096)
     line = shown.decode().rpartition("\r")[2]
-    assert line == "Dumping  [##########----------]   50 %  0:00:00 left  0:00:02 elapsed\x1b[K"
+    assert line == "Dumping  [##########----------]   50 %  0:00:00 left  0:00:01 elapsed\x1b[K"
 
 
 def test_whom_pg_dump_waits_for_is_shown(large: Project, large_database: Database) -> None:
@@ -107,8 +114,8 @@ def test_whom_pg_dump_waits_for_is_shown(large: Project, large_database: Databas
 
 
 @pytest.mark.parametrize("columns", [80, 40, 12])
-def test_the_line_fits_the_terminal(columns: int, large: Project) -> None:
-    with Terminal(large, columns=columns) as terminal:
+def test_the_line_fits_the_terminal(columns: int, slow: Project) -> None:
+    with Terminal(slow, columns=columns) as terminal:
         status, left = terminal.finish()
     assert status == 0, left
     assert max(map(len, terminal.progress)) < columns
@@ -118,18 +125,24 @@ def test_the_line_fits_the_terminal(columns: int, large: Project) -> None:
         assert re.search(r"Dumping$|\]$| %$| left$| elapsed$| written$|\)$", line), line
 
 
-def test_a_verification_has_one_too(large: Project) -> None:
-    dump = large.back_up()
-    with Terminal(large, "--verify", dump) as terminal:
+def test_a_verification_has_one_too(slow: Project) -> None:
+    dump = slow.back_up()
+    with Terminal(slow, "--verify", dump) as terminal:
         status, left = terminal.finish()
     assert status == 0, left
     assert left.startswith("✓ Backup verification passed\n\nFile:        db/backups/"), left
+    assert re.search(r"\)\nTook \d+ s\.\n$", left), left
     assert terminal.progress[-1] == ""
     lines = terminal.progress[:-1]
     assert lines
     assert all(line.startswith("Verifying  [") for line in lines), lines
     for before, after in pairwise(line.count("#") for line in lines):
         assert before <= after
+
+
+def test_list_is_too_short_for_one(large: Project) -> None:
+    with Terminal(large, "--list") as terminal:
+        assert terminal.finish() == (0, "No backups yet in db/backups/\n")
 
 
 def test_there_is_none_where_stderr_is_no_terminal(large: Project) -> None:

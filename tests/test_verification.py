@@ -446,15 +446,19 @@ LYING_DUMPS = {
     "forgets the rows of a table": '"$real" "$@" --exclude-table-data=messages',
     "forgets a table": '"$real" "$@" --exclude-table=empty',
     "forgets the large objects": '"$real" "$@" --no-large-objects',
+    "writes statements": '"$real" "$@" --inserts',
     "dumps another moment": """
-        psql --quiet --command='DELETE FROM messages WHERE id = 1'
+        psql --quiet --command='INSERT INTO messages VALUES (0)'
         for argument; do
             shift
             case $argument in --snapshot=*) ;; *) set -- "$@" "$argument" ;; esac
         done
         "$real" "$@"
+        psql --quiet --command='DELETE FROM messages WHERE id = 0'
     """,
 }
+
+STUCK = "is stuck"
 
 # What a pg_restore may do while it reads the rows, though the archive is whole.
 FAILING_RESTORES = {
@@ -469,7 +473,7 @@ FAILING_RESTORES = {
         "lists the data of 3 tables, it holds more",
     ),
     "loses a row": ('"$real" "$@" | sed "/^7\t/d"', "399 rows in the dump, 400 expected"),
-    "is stuck": ("sleep 60", "pg_restore is stuck: silent for 2 seconds"),
+    STUCK: ("sleep 60", "pg_restore is stuck: silent for 1 second"),
 }
 
 
@@ -487,11 +491,11 @@ def fake_at_work(project: Project, program: str, option: str, script: str) -> No
 
 @pytest.mark.parametrize("lie", LYING_DUMPS)
 def test_new_dump_that_lacks_something_is_not_published(
-    lie: str, database: Database, make_project: MakeProject
+    lie: str, source: Database, originals: Callable[[str], Backup], make_project: MakeProject
 ) -> None:
-    database.psql(SCHEMA)
-    project = make_project(database)
-    project.back_up()
+    project = make_project(source)
+    project.backups.parent.mkdir()
+    originals("zstd:3").copy_to(project.backups)
     before = contents_of(project.backups)
     fake_at_work(project, "pg_dump", "--snapshot=", LYING_DUMPS[lie])
     result = project.run().failed_with(8, "Verification error")
@@ -504,7 +508,7 @@ def test_backup_that_pg_restore_cannot_read_is_not_verified(
     failure: str, source: Database, backup: Backup, make_project: MakeProject
 ) -> None:
     script, words = FAILING_RESTORES[failure]
-    project = make_project(source, constants={"STALL_SECONDS": 2})
+    project = make_project(source, constants={"STALL_SECONDS": 1} if failure == STUCK else {})
     fake_at_work(project, "pg_restore", "--use-list", script)
     created = project.run().failed_with(8, "Verification error")
     assert words in created.stderr, created
