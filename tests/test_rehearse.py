@@ -140,7 +140,8 @@ def prepare(database: Database) -> None:
 
 
 def test_backup_of_the_sample(sample_dump: Path, place: Path) -> None:
-    result = rehearse(sample_dump, place).succeeded()
+    legacy = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = rehearse(sample_dump, place, legacy).succeeded()
     lines = result.stdout.splitlines()
     commands = [line for line in read_metadata(sample_dump)["restore"] if line[0] != "#"]
     assert [line[2:] for line in lines if line.startswith("$ ")][1:] == commands
@@ -373,6 +374,19 @@ def test_large_object_with_another_content(
     called(database, "PERFORM lo_put(4711, 39999, 'y')")
     result = rehearse(make_project(database).back_up(), place)
     assert_not_equal(result, "large objects (other values)")
+
+
+def test_copy_that_cannot_be_read(
+    database: Database, make_project: MakeProject, place: Path
+) -> None:
+    database.psql("CREATE TABLE t (i int); INSERT INTO t VALUES (1)")
+    remove = "EXECUTE format('COPY (SELECT) TO PROGRAM %L', 'cat >/dev/null; rm -f ' || {file})"
+    called(database, remove.format(file="pg_relation_filepath('public.t')"))
+    result = rehearse(make_project(database).back_up(), place)
+    assert result.returncode == 1
+    assert last_line(result).startswith("✗ Not compared: "), result
+    assert 'Dumping the contents of table "t" failed' in last_line(result), result
+    assert "pg_dump: detail: " in result.stdout, result
 
 
 def test_earlier_backup(place: Path) -> None:
