@@ -172,11 +172,8 @@ class ServerError(Exception):
 
 
 class ConnectionLost(ServerError):
-    """The connection has ended: only `Session.close` and `Session.connect` are left."""
-
-
-class NoAnswer(ConnectionLost):
-    """There was no answer in time. There is no point in asking the same server anything else."""
+    """The connection has ended, or there was no answer in time. Only `Session.close` and
+    `Session.connect` are left."""
 
 
 class ArchiveError(Exception):
@@ -428,7 +425,6 @@ def printable_lines(text: str) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 row`, `2 rows`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
@@ -495,7 +491,6 @@ def list_command(directory: Path) -> str:
 
 
 def verify_command(dump: str) -> str:
-    """The command that verifies a backup."""
     return shell_words("python3", "backup_db.py", "--verify", dump)
 
 
@@ -507,21 +502,16 @@ def libpq_options(user: str | None = None) -> str:
     return shell_words("-h", host, "-p", port, "-U", user, "-d", name)
 
 
-def sql_identifier(name: str) -> str:
+def sql_identifier(name: str, mark: str = '"') -> str:
     """A name quoted for SQL; unprintable characters, such as a newline, are in SQL's escapes."""
-    return sql_quoted(name, '"')
+    quoted = mark + name.replace(mark, mark * 2) + mark
+    if quoted.isprintable():
+        return quoted
+    return "U&" + re.sub(r"[^ -~]|\\", lambda match: f"\\+{ord(match[0]):06X}", quoted)
 
 
 def sql_literal(text: str) -> str:
-    """A text quoted for SQL in the same way."""
-    return sql_quoted(text, "'")
-
-
-def sql_quoted(text: str, mark: str) -> str:
-    quoted = mark + text.replace(mark, mark * 2) + mark
-    if quoted.isprintable():
-        return quoted
-    return "U&" + re.sub(r"[^ -~]|\\", lambda found: f"\\+{ord(found.group()):06X}", quoted)
+    return sql_identifier(text, mark="'")
 
 
 DUMP_SUFFIX = ".dump"
@@ -552,12 +542,11 @@ def file_prefix(database: str, environment: str) -> str:
 
 
 def iso_timestamp(moment: datetime) -> str:
-    """The moment as the metadata and the reports have it."""
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def parse_iso_timestamp(text: str) -> datetime:
-    """The inverse of iso_timestamp, for more than it writes. Raises ValueError."""
+    """The inverse, for more than iso_timestamp writes. Raises ValueError."""
     return datetime.fromisoformat(text.replace("Z", "+00:00"))
 
 
@@ -580,10 +569,7 @@ class NewerMetadata(MetadataError):
 
 def is_utc_time(value: object) -> bool:
     try:
-        return (
-            re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", str(value), re.ASCII) is not None
-            and parse_iso_timestamp(str(value)) is not None
-        )
+        return iso_timestamp(parse_iso_timestamp(str(value))) == value
     except ValueError:  # a 30th of February
         return False
 
@@ -737,7 +723,7 @@ class OpenFile(NamedTuple):
     """A file held open: it stays the same file, whatever becomes of its name.
 
     A program gets it as /dev/fd/N, which is seekable (tested on Linux with 15 to 18; on macOS it
-    shares our offset). N is high, so that the program has no other use for it.
+    shares our offset). N is 10 or more: a shell script in between has a use for lower ones.
     """
 
     path: Path
@@ -748,11 +734,7 @@ class OpenFile(NamedTuple):
         """Open the file; a new one is readable only by its owner. Raises OSError."""
         low = os.open(path, flags | os.O_CLOEXEC, 0o600)
         try:
-            try:
-                high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100)
-            except OSError:  # ulimit -n allows no number that high
-                high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10)
-            return cls(path, high)
+            return cls(path, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10))
         finally:
             os.close(low)
 
@@ -886,9 +868,9 @@ TOOL_FOLDERS = (
 )
 
 
-def path_hint(name: str, major: int = 0) -> list[str]:
-    """The steps by which cron, or a shell, finds the newest tool in the usual folders; none where
-    there is none, or where it is too old."""
+def tool_steps(name: str, major: int = 0) -> list[str]:
+    """The steps to a tool of that version or newer: how cron, or a shell, finds the newest one in
+    the usual folders, or what to install."""
     import glob
     import shutil
 
@@ -897,16 +879,16 @@ def path_hint(name: str, major: int = 0) -> list[str]:
         if shutil.which(name, path=folder) not in {None, shutil.which(name)}:
             with contextlib.suppress(Failure):  # it does not run
                 tools.append(find_tool(name, folder))
-    found = max(tools, key=lambda tool: tool.major, default=None)
-    if found is None or found.major < major:
-        return []
-    newest = os.path.dirname(found.path)
+    newest = max(tools, key=lambda tool: tool.major, default=None)
+    if newest is None or newest.major < major:
+        return [install_step(major)]
+    folder = os.path.dirname(newest.path)
     # This python3, a virtual environment's, stays the first, unless such a tool is beside it.
     python = os.path.dirname(sys.executable)
-    own = [newest, python] if os.path.exists(os.path.join(python, name)) else [python, newest]
+    own = [folder, python] if os.path.exists(os.path.join(python, name)) else [python, folder]
     path = ":".join(dict.fromkeys([*own, "/usr/local/bin", "/usr/bin", "/bin"]))
     return [
-        f"It is in {newest}. For cron, put this line above yours in the crontab: PATH={path}",
+        f"It is in {folder}. For cron, put this line above yours in the crontab: PATH={path}",
         f'In a shell: export PATH={shell_words(":".join(own))}:"$PATH"',
     ]
 
@@ -927,7 +909,7 @@ INSTALL = {
 ARCHIVE_MAJORS = {"12": 15, "13": 17, "22.04": 14, "24.04": 16}
 
 
-def install_hint(major: int = 0) -> str:
+def install_step(major: int) -> str:
     """What to install, by this system's own package manager; 0 for any version."""
     import platform
     import shutil
@@ -944,10 +926,9 @@ def install_hint(major: int = 0) -> str:
 
 
 def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
-    """A tool that is too old, with a newer one where this machine has it."""
+    """A tool that is too old."""
     detail = f"{printable(tool.path)} is version {tool.version}, {because}"
-    steps = [*path_hint(os.path.basename(tool.path), major), install_hint(major)]
-    return Failure(ExitCode.TOOL, detail, *steps)
+    return Failure(ExitCode.TOOL, detail, *tool_steps(os.path.basename(tool.path), major))
 
 
 def wrapper_failure(tool: Tool, problem: str, stderr_text: str) -> Failure:
@@ -957,24 +938,23 @@ def wrapper_failure(tool: Tool, problem: str, stderr_text: str) -> Failure:
         f"{printable(tool.path)} {problem}: is it a wrapper that runs on another machine, in a "
         f"container or by sudo?\n{stderr_text}".rstrip(),
         f"See what it is: file -L {shell_words(tool.path)}",
-        *(path_hint(os.path.basename(tool.path), tool.major) or [install_hint(tool.major)]),
+        *tool_steps(os.path.basename(tool.path), tool.major),
         "Or put the folder of PostgreSQL's own tools first on PATH",
     )
 
 
 def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
-    """The program called `name`, in the folder or on PATH, asked for its version. Raises Failure
-    with the PATH line that would find it; `major` is the version that is needed, if known."""
+    """The program called `name`, in the folder or on PATH, asked for its version. Raises Failure;
+    `major` is the version that is needed, if known."""
     import shutil
 
     path = shutil.which(name, path=folder) or shutil.which(name)
     if path is None:
         detail = f"{name} not found on PATH ({printable(os.environ.get('PATH', ''))})"
-        steps = path_hint(name, major) or [install_hint(major)]
+        steps = tool_steps(name, major)
         if blocked := shutil.which(name, mode=os.F_OK):
             detail = f"{printable(blocked)} is on PATH but may not be run by {current_user()}"
-            executable = f"Make it executable: {shell_words('chmod', '+x', blocked)}"
-            steps = [*path_hint(name, major), executable]
+            steps = [f"Make it executable: {shell_words('chmod', '+x', blocked)}"]
         raise Failure(ExitCode.TOOL, detail, *steps)
     problem = f"has not answered within {TOOL_SECONDS} seconds"
     try:
@@ -987,8 +967,8 @@ def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
                 # "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
                 if version := re.search(r"\) ((\d+)[.\w]*)", answer):
                     return Tool(path, version[1], int(version[2]))
-                words = program.stderr_text or printable(answer.strip()) or "no output"
-                problem = f"does not answer with a version: {words}"
+                shown = program.stderr_text or printable(answer.strip()) or "no output"
+                problem = f"does not answer with a version: {shown}"
     except OSError as error:
         problem = f"cannot be run: {error.strerror}"
     raise Failure(
@@ -1125,8 +1105,12 @@ class ScriptReader:
             elif statement := self.STATEMENT.match(script, position):
                 position = statement.end()
                 if statement["copy"]:
+                    if len(self.blocks) == self._most_blocks:
+                        listed = f"lists the data of {plural(self._most_blocks, 'table')}"
+                        raise ArchiveError(f"its table of contents {listed}, it holds more")
+                    self.blocks.append(0)
+                    self._is_in_data = True
                     position -= 1  # the newline before the first row ends the statement, too
-                    self._begin_data()
                 elif statement["large_object"]:
                     self.large_objects += 1
             else:
@@ -1134,13 +1118,6 @@ class ScriptReader:
         self._unread = script[position:]
         if len(self._unread) > self.LONGEST_STATEMENT_BYTES:
             raise ArchiveError("a line that is no data and does not end")
-
-    def _begin_data(self) -> None:
-        if len(self.blocks) == self._most_blocks:
-            listed = plural(self._most_blocks, "table")
-            raise ArchiveError(f"its table of contents lists the data of {listed}, it holds more")
-        self._is_in_data = True
-        self.blocks.append(0)
 
     def finish(self) -> None:
         """Raises ArchiveError where the script breaks off."""
@@ -1354,27 +1331,27 @@ def examine_dump(
 def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check:
     """Whether every byte was hashed, and the hash is the one that the metadata has, if any."""
     size_bytes, checksum = expected.backup_size_bytes, expected.checksum_sha256
-    found = dump.size_bytes
-    difference = f"expected {size_bytes} bytes, found {found}"
-    if found == size_bytes:
+    actual_bytes = dump.size_bytes
+    if actual_bytes == size_bytes:
         try:
             digest = hashing.wait()
         except OSError as error:
             return invalid(f"{display_path(dump.path)} cannot be read: {error.strerror}")
-        if not hashing.done_bytes == dump.size_bytes == size_bytes:
-            difference = f"expected {size_bytes} bytes, read {hashing.done_bytes}, "
-            difference += f"then found {dump.size_bytes}"
-        elif digest == (checksum or digest):
-            return Check(f"✓ Match ({digest[:12]}...)")
-        else:
-            difference = f"expected {checksum[:12]}..., found {digest[:12]}..."
+        actual_bytes = hashing.done_bytes
+    if actual_bytes != size_bytes:
+        difference = f"expected {size_bytes} bytes, found {actual_bytes}"
+    elif digest == (checksum or digest):
+        return Check(f"✓ Match ({digest[:12]}...)")
+    else:
+        difference = f"expected {checksum[:12]}..., found {digest[:12]}..."
     problem = difference
     if checksum and not expected.describes(dump.path):
         metadata_file = display_path(metadata_path(dump.path))
         problem = f"{metadata_file} describes another backup: {printable(expected.backup_file)}"
     elif checksum:
-        left = f"{found} of {size_bytes} bytes are left" if found < size_bytes else difference
-        problem = f"This file has changed since its backup: {left}"
+        is_cut = actual_bytes < size_bytes
+        change = f"{actual_bytes} of {size_bytes} bytes are left" if is_cut else difference
+        problem = f"This file has changed since its backup: {change}"
     return Check(f"✗ Mismatch ({difference})", problem)
 
 
@@ -1391,8 +1368,7 @@ def check_restore_fits(pg_restore: Tool, dump: OpenFile, metadata: Metadata, pro
             ExitCode.TOOL,
             f"{printable(pg_restore.path)} ({pg_restore.version}) is built without "
             f"{compression}, by which the backup is compressed\n{problem}",
-            *path_hint("pg_restore", least_major(metadata)),
-            install_hint(least_major(metadata)),
+            *tool_steps("pg_restore", least_major(metadata)),
             "For new backups another compression will do: BACKUP_COMPRESS=gzip:4",
         )
     if "could not open input file" in problem:
@@ -1459,7 +1435,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
             self._connection = self._call(self._open, limit)
         except ServerError as error:
             if time.monotonic() - started >= config.connect_seconds:
-                raise NoAnswer(error.text) from None
+                raise ConnectionLost(error.text) from None
             raise
         self.server_version = int(self._connection.server_version)  # 170010 for 17.10
         # As libpq knows it; a pooler hands out a number of its own.
@@ -1492,9 +1468,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         except TimeoutError:
             address = f'"{self._config.host}", port {self._config.port}'
             answer = f"no answer from {address} within {format_age(seconds)}"
-            raise NoAnswer(answer) from None
-        except UnicodeDecodeError as error:
-            raise ServerError(decode_server_text(error.object)) from None
+            raise ConnectionLost(answer) from None
         except (psycopg2.Error, ValueError) as error:
             raise self._translate(error) from None
         finally:
@@ -1504,6 +1478,13 @@ class Session(contextlib.AbstractContextManager["Session"]):
 
     def _translate(self, error: Exception) -> ServerError:
         """The server's or libpq's words for what psycopg2 raised."""
+        if isinstance(error, UnicodeDecodeError):
+            # Before the login the server's own words are in an encoding that it does not name, what
+            # it repeats of ours is UTF-8. A byte that is not UTF-8 is taken as Latin-1.
+            decoded = error.object.decode("utf-8", "surrogateescape")
+            return ServerError(
+                re.sub("[\udc80-\udcff]", lambda match: chr(ord(match[0]) - 0xDC00), decoded)
+            )
         sqlstate, text = getattr(error, "pgcode", None), getattr(error, "pgerror", None)
         # What is not UTF-8 before a login some Pythons lose (seen on 3.11.2, not on 3.11.7).
         unread = "the server's words are not UTF-8, and lost on this Python; psql shows them"
@@ -1584,13 +1565,6 @@ def import_psycopg2() -> Any:
     except ImportError as error:
         raise missing_package_failure(error) from None
     return psycopg2
-
-
-def decode_server_text(raw: bytes) -> str:
-    """A message from before the login: the server's own words are in an encoding that it does not
-    name, what it repeats of ours is UTF-8. A byte that is not UTF-8 is taken as Latin-1."""
-    text = raw.decode("utf-8", "surrogateescape")
-    return re.sub("[\udc80-\udcff]", lambda found: chr(ord(found[0]) - 0xDC00), text)
 
 
 # For each major version the first minor release that can refuse a view or foreign table in a
@@ -1768,10 +1742,11 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     """Why there is no connection. The cause is looked up in the catalog, where another database
     lets us in; the server's words are shown as they are, in whatever language."""
     # Where there was no answer in time, there is no other database to ask either.
-    text = ("" if isinstance(error, NoAnswer) else look_up_database(config)) or error.text
+    is_silent = isinstance(error, ConnectionLost)
+    cause = ("" if is_silent else look_up_database(config)) or error.text
     is_mac = sys.platform == "darwin"
-    asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) ({config.environment.value}) {text}"
-    rows = ((re.search(cause, asked), remedy) for cause, remedy in CONNECTION_REMEDIES.items())
+    asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) ({config.environment.value}) {cause}"
+    rows = ((re.search(key, asked), remedy) for key, remedy in CONNECTION_REMEDIES.items())
     match, remedy = next((match, remedy) for match, remedy in rows if match)
     found = next(filter(None, match.groups()), "")  # an option of libpq is set by PG… of its name
     option = f"PG{found.replace('_', '').upper()}"
