@@ -148,8 +148,7 @@ class Failure(Exception):
     """An expected failure: what a user, a server or a disk can cause.
 
     `detail` says what happened, in the words of the tool that met it; `steps` what to do next;
-    `report`, above both, what was found before. Any other exception that leaves an operation, but
-    OSError, is a bug.
+    `report`, above both, what was found before. Any other exception but OSError is a bug.
     """
 
     def __init__(
@@ -172,8 +171,7 @@ class ServerError(Exception):
 
 
 class ConnectionLost(ServerError):
-    """The connection has ended, or there was no answer in time. Only `Session.close` and
-    `Session.connect` are left."""
+    """The connection has ended, or no answer came in time; only `close` and `connect` are left."""
 
 
 class ArchiveError(Exception):
@@ -343,7 +341,6 @@ class Patience:
 
 
 def pause(progress: Progress, waits_for: str, seconds: float = LOCK_RETRY_SECONDS) -> None:
-    """Wait for a moment before the next attempt."""
     sleeping = Background(lambda: time.sleep(seconds))
     sleeping.wait(lambda: progress.show(f"Waiting: {waits_for}"))
 
@@ -420,7 +417,6 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """A tool's words, printable, line by line."""
     return "\n".join(map(printable, text.strip().replace("\t", "    ").splitlines()))
 
 
@@ -495,8 +491,7 @@ def verify_command(dump: str) -> str:
 
 
 def libpq_options(user: str | None = None) -> str:
-    """The options by which PostgreSQL's programs reach the configured database, from this process's
-    libpq settings (see load_configuration)."""
+    """The options by which PostgreSQL's programs reach the database that the PG* variables name."""
     host, port, name = (os.environ[f"PG{key}"] for key in ("HOST", "PORT", "DATABASE"))
     user = user or os.environ.get("PGUSER") or current_user()
     return shell_words("-h", host, "-p", port, "-U", user, "-d", name)
@@ -592,8 +587,7 @@ def test_for(annotation: Any) -> Callable[[Any], object]:
 
 
 class Series(NamedTuple):
-    """What backups must have in common to be compared, counted and removed: two servers may share a
-    directory."""
+    """What backups have in common that are compared and removed: servers may share a directory."""
 
     database: str  # as the server has it, which cuts longer names
     environment: str
@@ -606,8 +600,8 @@ class Series(NamedTuple):
 
 
 def read_metadata_values(path: str) -> dict[str, Any]:
-    """The values of a metadata file, by key. The required ones are checked, the optional ones not.
-    Raises MetadataError, naming the key; OSError."""
+    """The values, of which the required ones are checked. Raises MetadataError, with the key;
+    OSError."""
     status = os.stat(path)  # first: to open a pipe of that name would hang
     if not stat.S_ISREG(status.st_mode) or status.st_size > METADATA_MAX_BYTES:
         raise MetadataError("it is no metadata file")
@@ -693,7 +687,7 @@ class Metadata(NamedTuple):
 
     def verified(self, examination: Examination, pg_restore: Tool, seconds: float) -> Metadata:
         """A copy, with the results of the examination of a sound dump."""
-        assert examination.found is not None
+
         return self._replace(
             checksum_sha256=examination.digest,
             duration_seconds=round(seconds, 3),
@@ -809,8 +803,7 @@ class Program(contextlib.AbstractContextManager["Program"]):
             self.process.stdout.close()
 
     def wait(self, seconds: float) -> int | None:
-        """The exit status, negative for a signal; None where `seconds` went by first. Raises
-        Interrupted."""
+        """The exit status, negative for a signal; None if `seconds` go by. Raises Interrupted."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None and time.monotonic() < deadline:
             check_signals()
@@ -834,8 +827,6 @@ class Program(contextlib.AbstractContextManager["Program"]):
 
 
 class Tool(NamedTuple):
-    """A PostgreSQL program that was found, and asked for its version."""
-
     path: str
     version: str
     major: int
@@ -926,7 +917,6 @@ def install_step(major: int) -> str:
 
 
 def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
-    """A tool that is too old."""
     detail = f"{printable(tool.path)} is version {tool.version}, {because}"
     return Failure(ExitCode.TOOL, detail, *tool_steps(os.path.basename(tool.path), major))
 
@@ -1024,8 +1014,7 @@ def compression_refusal(tools: Tools) -> str:
     # Version 14 takes any text, and writes uncompressed.
     if tools.pg_dump.major < 16 and not re.fullmatch(r"none|gzip:\d", tools.compression):
         return "before version 16 it has none but gzip, with a level from 1 to 9"
-    # pg_dump checks the value before it connects (tested on 15 to 18). The address leads nowhere:
-    # no server is asked, and no file is made.
+    # pg_dump checks the value before it tries to connect, in vain (tested on 15 to 18).
     options = ("--format=custom", f"--compress={tools.compress_value}", f"--file={os.devnull}")
     nowhere = {"PGHOST": "/nowhere", "PGDATABASE": "probe"}
     with Program([tools.pg_dump.path, *options], tool_environment() | nowhere) as program:
@@ -1169,37 +1158,32 @@ def run_pg_restore(
         return program.stderr_text
 
 
-# Dump id; oid of the catalog, oid of the object, kind. For a table's data the object is the table;
-# the data of large objects belongs to no object.
-TOC_DATA_ENTRY = re.compile(rb"^(\d+); \d+ (\d+) (?:TABLE DATA|BLOBS) ", re.MULTILINE)
-
-
 def list_data_entries(pg_restore: Tool, dump: OpenFile) -> dict[bytes, int]:
-    """The archive's data entries, in its order: the table's oid by dump id, 0 for large objects.
-    Raises ArchiveError."""
+    """The table's oid by dump id, in the archive's order; 0 for large objects, whose data belongs
+    to no object. Raises ArchiveError."""
     listing: list[bytes] = []
     run_pg_restore(pg_restore, dump, "--list", on_block=listing.append)
-    return {dump_id: int(oid) for dump_id, oid in TOC_DATA_ENTRY.findall(b"".join(listing))}
+    # Dump id; oid of the catalog, oid of the object, kind.
+    data_entry = re.compile(rb"^(\d+); \d+ (\d+) (?:TABLE DATA|BLOBS) ", re.MULTILINE)
+    return {dump_id: int(oid) for dump_id, oid in data_entry.findall(b"".join(listing))}
 
 
 class Contents(NamedTuple):
     """What pg_restore has decoded of a dump, and its warnings."""
 
-    rows: Mapping[int, int]  # by the table's oid
-    large_objects: int
-    warnings: str
+    rows: Mapping[int, int] = {}  # by the table's oid
+    large_objects: int = 0
+    warnings: str = ""
 
 
 def read_contents(
     pg_restore: Tool, dump: OpenFile, entries: Mapping[bytes, int], on_tick: Callable[[int], None]
 ) -> Contents:
-    """Let pg_restore decode every data entry. It writes them in the order of `entries`: the k-th
-    COPY is the k-th table's. The memory this takes does not grow with the archive. Raises
-    ArchiveError."""
+    """Let pg_restore decode every data entry, in the order of `entries`: the k-th COPY is the k-th
+    table's. The memory this takes does not grow with the archive. Raises ArchiveError."""
     oids = [oid for oid in entries.values() if oid]
     reader = ScriptReader(len(oids))
-    # --use-list leaves out all but the data: a large object's comment may hold any line, that of a
-    # COPY too.
+    # --use-list leaves comments out: a large object's may hold any line, that of a COPY too.
     warnings = run_pg_restore(
         pg_restore,
         dump,
@@ -1258,26 +1242,20 @@ NO_ARCHIVE = "is no custom-format archive of pg_dump"
 
 
 def is_no_archive(file: Path) -> bool:
-    """Whether it does not begin like one; the toc.dat of the directory and tar formats differs in
-    the last of these bytes."""
+    """Whether it begins otherwise; another format's toc.dat differs in the last of these bytes."""
     with contextlib.suppress(OSError), file.open("rb") as opened:
         return not re.match(rb"PGDMP.{5}\x01", opened.read(11), re.DOTALL)
     return False
 
 
 class Examination(NamedTuple):
-    """What the three checks of a dump found; None for one that was not made."""
+    """What the three checks of a dump found, and its contents, if they were read."""
 
-    digest: str  # SHA-256; empty where the checksum does not match
     checksum: Check
     structure: Check
-    contents: Check | None
-    found: Contents | None
-
-    @property
-    def warnings(self) -> str:
-        """What pg_restore said of a dump that it could read."""
-        return self.found.warnings if self.found else ""
+    contents: Check | None = None  # not made
+    digest: str = ""  # SHA-256, where the checksum matches
+    found: Contents = Contents()
 
     @property
     def problem(self) -> str:
@@ -1296,7 +1274,7 @@ def examine_dump(
     more is read, and the contents are discarded. `begin` is the fraction of the whole run that came
     before. Raises Failure where pg_restore is not up to this archive, Interrupted.
     """
-    contents, found = None, None
+    contents, found = None, Contents()
     try:
         entries = list_data_entries(pg_restore, dump)
         structure = Check("✓ Valid (pg_restore --list succeeded)")
@@ -1322,8 +1300,8 @@ def examine_dump(
             pass
     checksum = compare_hash(dump, hashing, expected)
     if checksum.problem:
-        return Examination("", checksum, structure, None, None)
-    examination = Examination(hashing.wait(), checksum, structure, contents, found)
+        return Examination(checksum, structure)
+    examination = Examination(checksum, structure, contents, hashing.wait(), found)
     check_restore_fits(pg_restore, dump, expected, examination.problem)
     return examination
 
@@ -1332,18 +1310,19 @@ def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check
     """Whether every byte was hashed, and the hash is the one that the metadata has, if any."""
     size_bytes, checksum = expected.backup_size_bytes, expected.checksum_sha256
     actual_bytes = dump.size_bytes
+    difference = f"expected {size_bytes} bytes, found {actual_bytes}"
     if actual_bytes == size_bytes:
         try:
             digest = hashing.wait()
         except OSError as error:
             return invalid(f"{display_path(dump.path)} cannot be read: {error.strerror}")
-        actual_bytes = hashing.done_bytes
-    if actual_bytes != size_bytes:
-        difference = f"expected {size_bytes} bytes, found {actual_bytes}"
-    elif digest == (checksum or digest):
-        return Check(f"✓ Match ({digest[:12]}...)")
-    else:
-        difference = f"expected {checksum[:12]}..., found {digest[:12]}..."
+        if not hashing.done_bytes == dump.size_bytes == size_bytes:
+            difference = f"expected {size_bytes} bytes, read {hashing.done_bytes}, "
+            difference += f"then found {dump.size_bytes}"
+        elif digest == (checksum or digest):
+            return Check(f"✓ Match ({digest[:12]}...)")
+        else:
+            difference = f"expected {checksum[:12]}..., found {digest[:12]}..."
     problem = difference
     if checksum and not expected.describes(dump.path):
         metadata_file = display_path(metadata_path(dump.path))
@@ -1356,19 +1335,20 @@ def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check
 
 
 def check_restore_fits(pg_restore: Tool, dump: OpenFile, metadata: Metadata, problem: str) -> None:
-    """Raise Failure where the problem is pg_restore's and not the archive's: it is too old, lacks
-    the compression, or has no way to the file."""
-    if problem and pg_restore.major < least_major(metadata):
+    """Raise Failure if pg_restore is too old, lacks the compression, or has no way to the file."""
+    needed = least_major(metadata)
+    if problem and pg_restore.major < needed:
         pg_dump = f"pg_dump {printable(metadata.pg_dump_version)}"
-        because = f"too old for this backup, which {pg_dump} made"
-        raise older_tool_failure(pg_restore, least_major(metadata), because)
+        raise older_tool_failure(
+            pg_restore, needed, f"too old for this backup, which {pg_dump} made"
+        )
     if "does not support compression" in problem:
         compression = printable((metadata.compression or "the method").partition(":")[0])
         raise Failure(
             ExitCode.TOOL,
             f"{printable(pg_restore.path)} ({pg_restore.version}) is built without "
             f"{compression}, by which the backup is compressed\n{problem}",
-            *tool_steps("pg_restore", least_major(metadata)),
+            *tool_steps("pg_restore", needed),
             "For new backups another compression will do: BACKUP_COMPRESS=gzip:4",
         )
     if "could not open input file" in problem:
@@ -1649,19 +1629,15 @@ Try it by hand: psql {options} -d {database}""",
     r"[Pp]eer authentication failed|local user with ID": """
 The role must be named, on a socket with the name of this user; set the user {user_location}
 Or connect by TCP with a password: set the host to 127.0.0.1 {host_location}""",
-    r"server does not support SSL": """
-The server has no TLS; set to prefer {PGSSLMODE}""",
+    r"server does not support SSL": "The server has no TLS; set to prefer {PGSSLMODE}",
     r"\(PGSSLMODE=disable\)[\s\S]*(?:no encryption|SSL off)": """
 The server demands TLS; set to require {PGSSLMODE}""",
     r"valid client certificate|[Cc]ertificate authentication failed": """
 The server asks for this user's certificate; name its file {PGSSLCERT}
 And that of its key, which only you may read, {PGSSLKEY}""",
-    r"private key file (\".*\") has group or world access": """
-Keep it from others: chmod 600 {found}""",
-    r"channel binding": """
-The server offers none on this way; set to prefer {PGCHANNELBINDING}""",
-    r"invalid \"?(\w+)\"? value|for connection option \"(\w+)\"": """
-Correct it {found}""",
+    r"private key file (\".*\") has group or world access": "Keep it private: chmod 600 {found}",
+    r"channel binding": "The server offers none on this way; set to prefer {PGCHANNELBINDING}",
+    r"invalid \"?(\w+)\"? value|for connection option \"(\w+)\"": "Correct it {found}",
     r"(?:unrecognized|unsupported) .*parameter|command-line arg|invalid value for parameter": """
 Correct it {PGOPTIONS}""",
     r"[Ss]ocket path .* is too long": """
@@ -1684,8 +1660,7 @@ Or back up as another role, set {user_location}""",
     r"certificate verify failed|root certificate file": """
 Name the file of the certificate authority {PGSSLROOTCERT}
 With system for that file it needs, beside it: SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt""",
-    r"does not match host name": """
-Use the host name that is in the certificate; set it {host_location}""",
+    r"does not match host name": "Use the one that is in the certificate; set it {host_location}",
     r"could not translate host name": """
 Check the host {host_location}
 See whether this machine knows it: {look_up} {host}""",
@@ -1727,8 +1702,7 @@ SELECT CASE WHEN NOT datallowconn THEN '(closed)'
 
 
 def look_up_database(config: DatabaseConfig) -> str:
-    """Why the configured database refuses us, by the catalog as seen from the database `postgres`:
-    the words of CONNECTION_REMEDIES, or nothing."""
+    """Why the database refuses us, by the catalog: in the words of CONNECTION_REMEDIES, or ""."""
     try:
         with Session(config, "postgres") as session:
             begin_read_only(session)
@@ -1741,9 +1715,9 @@ def look_up_database(config: DatabaseConfig) -> str:
 def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     """Why there is no connection. The cause is looked up in the catalog, where another database
     lets us in; the server's words are shown as they are, in whatever language."""
-    # Where there was no answer in time, there is no other database to ask either.
-    is_silent = isinstance(error, ConnectionLost)
-    cause = ("" if is_silent else look_up_database(config)) or error.text
+    cause = error.text
+    if not isinstance(error, ConnectionLost):  # or another database would not answer either
+        cause = look_up_database(config) or cause
     is_mac = sys.platform == "darwin"
     asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) ({config.environment.value}) {cause}"
     rows = ((re.search(key, asked), remedy) for key, remedy in CONNECTION_REMEDIES.items())
@@ -3909,7 +3883,7 @@ def run_verification(dump: Path, progress: Progress) -> None:
     progress.clear()
     if not examination.problem:
         write_result(["✓ Backup verification passed", "", *lines])
-        warn([examination.warnings])
+        warn([examination.found.warnings])
         return
     steps = ["Do not rely on this dump alone; restore it into an empty database and compare"]
     if examination.checksum.problem and not metadata.describes(dump):
