@@ -3,7 +3,7 @@
 
 A backup is a pair: DATABASE_ENVIRONMENT_TIMESTAMP.dump, written by pg_dump, and the
 .metadata.json beside it. It is published only when pg_restore has read the dump back to its
-last byte and found in it every row that the database held at that moment.
+last byte and found in it as many rows of every table as the database held at that moment.
 
 Settings come from the environment, .env.local and .env beside this script, strongest first:
 DEV_DB_NAME or DB_NAME names the database. .env.example has every variable.
@@ -90,6 +90,7 @@ TOOL_SECONDS = 30  # for a tool to report its version
 STOP_SECONDS = 1.0  # for a program to end on SIGTERM, before SIGKILL
 ORPHAN_SECONDS = 1  # for the server to notice that this process was killed, and to end its query
 TICK_SECONDS = 0.1  # between two checks during any wait
+STILL_SECONDS = 1.0  # for the dump and a count, before another session looks who is in the way
 REDRAW_SECONDS = 0.2  # between two states of the progress line
 
 # No wait of ours while we hold locks is longer: PostgreSQL's deadlock_timeout is 1 s by default.
@@ -200,6 +201,9 @@ class DumpFailed(Exception):
         self.status = status
         self.stderr_text = stderr_text
 
+
+# The errnos by which a machine, or a limit on this process, says that there is no room.
+NO_ROOM = {errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 
 # What follows the last ": " of a step is to be typed: shell commands, SQL (it ends in ";"), an
 # option (--…), or a setting. The remedies stand in the section of what fails: tools, connection
@@ -493,7 +497,7 @@ def verify_command(dump: str) -> str:
 def libpq_options(user: str | None = None) -> str:
     """The options by which PostgreSQL's programs reach the database that the PG* variables name."""
     host, port, name = (os.environ[f"PG{key}"] for key in ("HOST", "PORT", "DATABASE"))
-    user = user or os.environ.get("PGUSER") or current_user()
+    user = user or os.environ.get("PGUSER") or user_name()
     return shell_words("-h", host, "-p", port, "-U", user, "-d", name)
 
 
@@ -729,6 +733,10 @@ class OpenFile(NamedTuple):
         low = os.open(path, flags | os.O_CLOEXEC, 0o600)
         try:
             return cls(path, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10))
+        except OSError:
+            if flags & os.O_EXCL:  # it is ours
+                os.unlink(path)
+            raise
         finally:
             os.close(low)
 
@@ -923,6 +931,12 @@ def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
 
 def wrapper_failure(tool: Tool, problem: str, stderr_text: str) -> Failure:
     """A tool that does not reach our file, which it inherits as /dev/fd/N."""
+    if not os.path.exists("/dev/fd"):  # a chroot of a rescue system
+        return Failure(
+            ExitCode.TOOL,
+            f"{printable(tool.path)} {problem}: /dev/fd is missing\n{stderr_text}".rstrip(),
+            "Mount what it leads to: sudo mount -t proc proc /proc",
+        )
     return Failure(
         ExitCode.TOOL,
         f"{printable(tool.path)} {problem}: is it a wrapper that runs on another machine, in a "
@@ -943,7 +957,7 @@ def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
         detail = f"{name} not found on PATH ({printable(os.environ.get('PATH', ''))})"
         steps = tool_steps(name, major)
         if blocked := shutil.which(name, mode=os.F_OK):
-            detail = f"{printable(blocked)} is on PATH but may not be run by {current_user()}"
+            detail = f"{printable(blocked)} is on PATH but may not be run by {user_name()}"
             steps = [f"Make it executable: {shell_words('chmod', '+x', blocked)}"]
         raise Failure(ExitCode.TOOL, detail, *steps)
     problem = f"has not answered within {TOOL_SECONDS} seconds"
@@ -960,6 +974,8 @@ def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
                 shown = program.stderr_text or printable(answer.strip()) or "no output"
                 problem = f"does not answer with a version: {shown}"
     except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
         problem = f"cannot be run: {error.strerror}"
     raise Failure(
         ExitCode.TOOL,
@@ -1302,7 +1318,7 @@ def examine_dump(
     if checksum.problem:
         return Examination(checksum, structure)
     examination = Examination(checksum, structure, contents, hashing.wait(), found)
-    check_restore_fits(pg_restore, dump, expected, examination.problem)
+    check_restore_fits(pg_restore, expected, examination.problem)
     return examination
 
 
@@ -1315,6 +1331,8 @@ def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check
         try:
             digest = hashing.wait()
         except OSError as error:
+            if error.errno in NO_ROOM:
+                raise
             return invalid(f"{display_path(dump.path)} cannot be read: {error.strerror}")
         if not hashing.done_bytes == dump.size_bytes == size_bytes:
             difference = f"expected {size_bytes} bytes, read {hashing.done_bytes}, "
@@ -1334,7 +1352,7 @@ def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check
     return Check(f"✗ Mismatch ({difference})", problem)
 
 
-def check_restore_fits(pg_restore: Tool, dump: OpenFile, metadata: Metadata, problem: str) -> None:
+def check_restore_fits(pg_restore: Tool, metadata: Metadata, problem: str) -> None:
     """Raise Failure if pg_restore is too old, lacks the compression, or has no way to the file."""
     needed = least_major(metadata)
     if problem and pg_restore.major < needed:
@@ -1352,13 +1370,7 @@ def check_restore_fits(pg_restore: Tool, dump: OpenFile, metadata: Metadata, pro
             "For new backups another compression will do: BACKUP_COMPRESS=gzip:4",
         )
     if "could not open input file" in problem:
-        if os.path.exists(dump.argument):
-            raise wrapper_failure(pg_restore, "cannot open the dump", problem)
-        raise Failure(
-            ExitCode.TOOL,
-            f"{printable(pg_restore.path)} cannot open the dump: /dev/fd is missing\n{problem}",
-            "Mount what it leads to: sudo mount -t proc proc /proc",
-        )
+        raise wrapper_failure(pg_restore, "cannot open the dump", problem)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1724,7 +1736,7 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     match, remedy = next((match, remedy) for match, remedy in rows if match)
     found = next(filter(None, match.groups()), "")  # an option of libpq is set by PG… of its name
     option = f"PG{found.replace('_', '').upper()}"
-    user = config.user or current_user()
+    user = config.user or user_name()
     fields = (config.host, str(config.port), config.name, user)
     line = ":".join(re.sub(r"([:\\])", r"\\\1", field) for field in fields)
     hba = f"{sql_identifier(config.name)} {sql_identifier(user)}"
@@ -2269,6 +2281,7 @@ class Snapshot(NamedTuple):
     """An exported snapshot, for pg_dump to import, with every table locked."""
 
     id: str
+    pid: int  # of the session that has it
     tables: Sequence[Table]
     names: Names
     facts: Mapping[str, Any]  # what the metadata says of the database
@@ -2387,11 +2400,11 @@ def lock_and_export(session: Session, tables: list[Table]) -> Snapshot | None:
         names = ", ".join(f"ONLY {table.qualified_name}" for table in tables)
         session.query(f"LOCK TABLE {names} IN ACCESS SHARE MODE NOWAIT")
     session.query(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
-    ((identifier,),) = session.query("SELECT pg_export_snapshot()")
+    ((identifier, pid),) = session.query("SELECT pg_export_snapshot(), pg_backend_pid()")
     if list_tables(session) != tables:
         return None
     session.query("SELECT pg_relation_size(%s)", LARGE_OBJECTS)  # pg_dump will wait for it, too
-    snapshot = Snapshot(identifier, tables, read_names(session), describe_database(session))
+    snapshot = Snapshot(identifier, pid, tables, read_names(session), describe_database(session))
     session.query("SET LOCAL lock_timeout = 0")  # from here on Patience ends a wait
     return snapshot
 
@@ -2581,18 +2594,21 @@ def find_change(run: RunContext, snapshot: Snapshot) -> str:
     return describe_change(snapshot.names, read_names(run.session))
 
 
-# pg_dump's backend; whether it waits for a lock, on which relation, and whether anyone waits for it
-# or for us meanwhile. Within a transaction pg_stat_activity is frozen until pg_stat_clear_snapshot.
+# pg_dump's backend, and ours; whether one of the two waits for a lock, on which relation, and
+# whether anyone waits for them meanwhile. Within a transaction pg_stat_activity is frozen until
+# pg_stat_clear_snapshot. Without pg_dump's backend, `a` is null.
 ACTIVITY = """
 SELECT pg_stat_clear_snapshot();
 SELECT starts_with(a.query, 'COPY '),
        concat_ws(' ', a.query_start, a.state_change, p.bytes_processed),
-       (SELECT relation::bigint FROM pg_locks WHERE pid = a.pid AND NOT granted LIMIT 1),
-       EXISTS (SELECT FROM pg_locks WHERE pid = a.pid AND NOT granted)
+       (SELECT relation::bigint FROM pg_locks WHERE pid IN (a.pid, ours.pid) AND NOT granted
+         LIMIT 1),
+       EXISTS (SELECT FROM pg_locks WHERE pid IN (a.pid, ours.pid) AND NOT granted)
        AND EXISTS (SELECT FROM pg_locks w WHERE NOT w.granted
-                      AND pg_blocking_pids(w.pid) && ARRAY[a.pid, pg_backend_pid()])
-  FROM pg_stat_activity a LEFT JOIN pg_stat_progress_copy p ON p.pid = a.pid
- WHERE a.usename = session_user AND a.application_name = 'backup_db ' || %s
+                      AND pg_blocking_pids(w.pid) && ARRAY[a.pid, ours.pid])
+  FROM (SELECT %s) AS ours (pid) LEFT JOIN pg_stat_activity a
+    ON a.usename = session_user AND a.application_name = 'backup_db ' || %s
+  LEFT JOIN pg_stat_progress_copy p ON p.pid = a.pid
 """
 
 
@@ -2618,6 +2634,7 @@ class DumpWatch:
         self._has_grown = True  # the file, since the last check
         self._patience = Patience()
         self._blocker: Blocker | None = None
+        self._looked_at = time.monotonic()  # for what blocks pg_dump
         self.is_copying = False
         self.counter = RowCounter()
 
@@ -2633,7 +2650,7 @@ class DumpWatch:
             raise DumpFailed(status, self._pg_dump.stderr_text)
 
     def check_without_session(self) -> None:
-        """Check what can be seen while our session is busy. Raises DumpFailed, Failure."""
+        """Check what can be seen while our session is busy. Raises DumpFailed, LetGo, Failure."""
         self._check_status()
         patience, written = self._patience, self._run.partial.dump.size_bytes
         self.is_copying |= written > 0
@@ -2646,11 +2663,8 @@ class DumpWatch:
         self._written = written
         if patience.has_moved(written=written, rows=self.counter.rows):
             self._blocker = None
-        if patience.still_seconds > STALL_SECONDS and self._blocker is None:
-            # Our own session may be busy. If another is refused, the blocker stays without a name.
-            with contextlib.suppress(ServerError), Session(self._run.config) as beside:
-                begin_read_only(beside)
-                self._find_blocker(beside)
+        if min(patience.still_seconds, time.monotonic() - self._looked_at) > STILL_SECONDS:
+            self._look_beside()
         if self._blocker is not None:
             blocks = f"{self._blocker} blocks"
             patience.check(f"pg_dump waits for a lock: {blocks} it", self._blocker)
@@ -2662,25 +2676,35 @@ class DumpWatch:
 
     def check_with_session(self) -> None:
         """The same, and ask our session, now free, what pg_dump does and who blocks it, unless its
-        file grows. Raises LetGo as well."""
+        file grows."""
         check_signals()
         self.check_without_session()
-        if not self._has_grown and self._find_blocker(self._run.session):
-            raise LetGo(self._blocker)
+        if not self._has_grown:
+            self._find_blocker(self._run.session)
 
-    def _find_blocker(self, session: Session) -> bool:
-        """Look for what blocks pg_dump, and whether somebody waits for our locks meanwhile."""
-        self._blocker = None
-        rows = session.query(ACTIVITY, self._snapshot.id)
-        if not rows:  # it has not connected yet
-            return False
+    def _look_beside(self) -> None:
+        """Ask another session, while ours is busy: its count may wait, and others for us. If that
+        is refused, ours is all there is, and the blocker stays without a name."""
+        try:
+            with Session(self._run.config) as beside:
+                begin_read_only(beside)
+                self._find_blocker(beside)
+        except ServerError:
+            self._looked_at = float("inf")
+
+    def _find_blocker(self, session: Session) -> None:
+        """Look for what blocks pg_dump, or our count. Raises LetGo where somebody waits for our
+        locks meanwhile."""
+        self._blocker, self._looked_at = None, time.monotonic()
+        rows = session.query(ACTIVITY, self._snapshot.pid, self._snapshot.id)
         is_copying, activity, relation, others_wait = rows[0]
         self.is_copying |= bool(is_copying)
         if relation:
             self._blocker = find_blocker(session, [relation])
         else:
             self._patience.has_moved(activity=activity)
-        return bool(others_wait)
+        if others_wait:
+            raise LetGo(self._blocker)
 
 
 WROTE_NOTHING = "wrote nothing into the dump"
@@ -2813,7 +2837,7 @@ def errno_failure(
     steps = fill_steps(
         text,
         path=shell_words(str(existing)),
-        user=current_user(),
+        user=user_name(),
         access=access_step(path, existing, default_code),
         list=list_command(existing if os.path.isdir(existing) else existing.parent),
         verify=f"To check that backup: {verify_command(str(path))}" if is_dump else "",
@@ -2829,7 +2853,7 @@ def access_step(path: Path, existing: Path, default_code: ExitCode) -> str:
         status = os.stat(existing)
     except OSError:  # a link to where this user may not look
         return ""
-    user, place = shell_words(current_user()), shell_words(str(existing))
+    user, place = shell_words(user_name()), shell_words(str(existing))
     if status.st_uid == os.geteuid():
         return f"Give yourself access: chmod u+rwX {place}"
     if status.st_uid or default_code not in {ExitCode.CREATION, ExitCode.CONFIGURATION}:
@@ -2855,19 +2879,15 @@ def with_filename(path: Path) -> Iterator[None]:
         raise
 
 
-def user_name(number: int) -> str:
-    """The operating system's name for a user, or its number."""
+def user_name(number: int | None = None) -> str:
+    """The operating system's name for a user, by default that of this run; or its number."""
     import pwd
 
+    number = os.geteuid() if number is None else number
     try:
         return pwd.getpwuid(number).pw_name
     except KeyError:
         return str(number)
-
-
-def current_user() -> str:
-    """The name of the user of this run."""
-    return user_name(os.geteuid())
 
 
 def make_directory(directory: Path) -> None:
@@ -3355,10 +3375,11 @@ def create_backup(
             snapshot, counts, warning = dump_database(run)
             session.close()  # nothing more is asked of the server
             Background(partial.dump.sync).wait()
-            metadata = verify_new_dump(run, draft_metadata(run, snapshot, counts, series), started)
+            draft = draft_metadata(run, snapshot, counts, series)
+            metadata, hint = verify_new_dump(run, draft, started)
             complaints = publish(partial, metadata)
             made = read_backup(output_dir, partial.published_dump.name)
-            warnings = [warning, *complaints, *shrinkage_lines(metadata, recent)]
+            warnings = [warning, hint, *complaints, *shrinkage_lines(metadata, recent)]
             if not metadata.table_counts:
                 place = config.setting_locations["name"]
                 warnings.append(
@@ -3372,14 +3393,15 @@ def create_backup(
             announce([f"Removed:     {paths}"] if removed else [], warnings)
 
 
-def verify_new_dump(run: RunContext, draft: Metadata, started: float) -> Metadata:
-    """Read the new dump back; its metadata with the results. Raises Failure where it is not what
-    the database held."""
+def verify_new_dump(run: RunContext, draft: Metadata, started: float) -> tuple[Metadata, str]:
+    """Read the new dump back; its metadata with the results, and pg_restore's warnings. Raises
+    Failure where it is not what the database held."""
     pg_restore, partial = run.tools.pg_restore, run.partial
     examination = examine_dump(pg_restore, partial.dump, draft, run.progress, DUMP_SHARE)
     if examination.problem:
         raise unsound_dump_failure(partial, examination.problem)
-    return draft.verified(examination, pg_restore, time.monotonic() - started)
+    metadata = draft.verified(examination, pg_restore, time.monotonic() - started)
+    return metadata, examination.found.warnings
 
 
 def publish(partial: PartialBackup, metadata: Metadata) -> list[str]:
@@ -3819,7 +3841,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--verify",
         type=typed_path,
         metavar="FILE",
-        help="verify this .dump: its checksum, its structure and every row in it",
+        help="verify this .dump: its checksum, its structure, the number of rows of every table",
     )
     mode.add_argument("--list", action="store_true", help="list the backups, newest first")
     return parser
@@ -3932,12 +3954,14 @@ def as_failure(error: Failure | OSError | MemoryError, default_code: ExitCode) -
     """What may leave an operation, as the failure that it is."""
     if isinstance(error, Failure):
         return error
-    number = error.errno if isinstance(error, OSError) else errno.ENOMEM
-    if isinstance(error, OSError) and number not in (errno.ENOMEM, errno.EAGAIN):
-        return file_failure(error, default_code)
+    words = str(error) or "out of memory"
+    if isinstance(error, OSError):
+        if error.errno not in NO_ROOM:
+            return file_failure(error, default_code)
+        words = str(error.strerror)
     # A dump is not damaged because it could not be read.
     code = ExitCode.GENERAL if default_code == ExitCode.VERIFICATION else default_code
-    detail = f"this machine has no room for memory, a process or a thread: {error or 'memory'}"
+    detail = f"no room on this machine for memory, a process, a thread or an open file: {words}"
     return Failure(code, detail, "See what is left, and the limits here: free -m; ulimit -a")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import signal
 import socket
@@ -166,11 +167,12 @@ def is_in_handshake(listener: socket.socket) -> bool:
 
 
 class Proxy:
-    """What stands before a server: it passes everything on, until it falls silent."""
+    """What stands before a server: it passes everything on, until it falls silent. Of several
+    servers each is given a connection in turn."""
 
-    def __init__(self, listener: socket.socket, cluster: Cluster) -> None:
+    def __init__(self, listener: socket.socket, *clusters: Cluster) -> None:
         self._listener = listener
-        self._server = (cluster.host, cluster.port)
+        self._turns = itertools.cycle(clusters)
         self._is_silent = self._hides_ends = False
         self._clients: list[socket.socket] = []
         self._servers: list[socket.socket] = []
@@ -194,7 +196,8 @@ class Proxy:
         with contextlib.suppress(OSError):  # the listener was shut down
             while True:
                 client = self._listener.accept()[0]
-                server = socket.create_connection(self._server)
+                cluster = next(self._turns)
+                server = socket.create_connection((cluster.host, cluster.port))
                 self._clients.append(client)
                 self._servers.append(server)
                 self._start(self._pass_on, client, server)

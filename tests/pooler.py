@@ -43,9 +43,18 @@ class Peer:
 
 
 class Pooler:
-    """Takes connections on a listener, for a user and a database of the cluster; no password."""
+    """Takes connections on a listener, for a user and a database of the cluster; no password.
 
-    def __init__(self, listener: socket.socket, cluster: Cluster, database: str, mode: str) -> None:
+    Its clients are told `version` as the server's, where it is not empty."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        cluster: Cluster,
+        database: str,
+        mode: str,
+        version: str = "",
+    ) -> None:
         self._mode = mode
         self._listener = listener
         self._address = f"{cluster.directory}/.s.PGSQL.{cluster.port}"
@@ -55,6 +64,8 @@ class Pooler:
         self._ends: list[socket.socket] = []
         for _ in range(SESSIONS):
             self._free.put(self._new_session())
+        if version:
+            self._parameters[b"server_version"] = version.encode()
         self._start(self._accept)
 
     def __enter__(self) -> Pooler:

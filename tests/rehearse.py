@@ -377,8 +377,9 @@ def read_script(contents: Contents, environ: Mapping[str, str], *commands: Seque
         if problem or failed:
             words.seek(0)
             said = backup_db.printable_lines(words.read(65536).decode("utf-8", "backslashreplace"))
+            print(said, flush=True)
             found = "; ".join(filter(None, [said and cause(said.splitlines()), problem]))
-            raise RehearsalFailure(f"Not compared, pg_restore's script is not whole: {found}")
+            raise RehearsalFailure(f"what pg_restore writes is not whole: {found}")
 
 
 def shaping(metadata: Metadata) -> dict[str, str]:
@@ -462,10 +463,10 @@ def rehearse(dump: Path, metadata: Metadata, server: Server) -> str:
         show_status("Comparing")
         try:
             had, differences = compare_with_copy(cluster, server, metadata, dump, environ)
-        except (ClusterError, RehearsalFailure):
-            if not failure:
-                raise
-            raise RehearsalFailure(f"Not restored: {failure}. {WHAT_THEN}") from None
+        except (ClusterError, RehearsalFailure) as error:
+            words = cause(backup_db.printable_lines(str(error)).splitlines())
+            text = f"Not restored: {failure}. {WHAT_THEN}" if failure else f"Not compared: {words}"
+            raise RehearsalFailure(text) from None
         finally:
             show_status("")
         steps.done("compared")

@@ -15,7 +15,7 @@ Where to look for what:
     one moment, locks, waits  test_snapshot, test_names, test_waits
     nobody else's code runs   test_owners, test_planted
     what "verified" means     test_verification, test_contents, test_script_reader
-    files and disks           test_directory, test_disks, test_durability
+    files, disks, limits      test_directory, test_disks, test_durability, test_limits
     signals, every night      test_signals, test_nights, test_retention
     the day of the restore    test_runbook, test_recipes, test_rehearse
     README, sample database   test_readme, test_sample

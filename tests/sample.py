@@ -2,8 +2,9 @@
 """Show backup_db.py at work: python3 tests/sample.py
 
 Starts a PostgreSQL server of its own, loads the sample database of db/sample/ and types what a
-user would: back up, verify, list, restore. It works in a directory of its own, so that no settings
-or backups of yours are read or touched, and leaves nothing behind.
+user would: back up, verify, list, restore, and bring back one conversation that somebody deleted.
+It works in a directory of its own, so that no settings or backups of yours are read or touched, and
+leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import environment
 from cluster import Cluster, ClusterError, installation
 
 SERVER_VERSION = 17 if sys.platform == "linux" else 18
-DATABASE, RESTORED = "project_chat_dev", "project_chat_restored"
+DATABASE, RESTORED = "project_chat_dev", "restored"
 USER = "chat"
 # Any user of the machine could come with one that is known, and lay a trap for the superuser.
 PASSWORD = secrets.token_urlsafe(12)
@@ -35,6 +36,17 @@ ABOUT_DATABASES = re.compile(r"(DEV_)?DB_|PG|BACKUP_|ENV_MODE$")
 TABLES = """
 SELECT relname FROM pg_class
  WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace ORDER BY oid
+"""
+
+# Each table with what belongs to the conversation that is deleted, parents first.
+LOST = {
+    "conversations": "id = 42",
+    "messages": "conversation_id = 42",
+    "conversation_index": "conversation_id = 42",
+}
+COUNT = """
+SELECT title, count(*) AS messages FROM conversations AS c JOIN messages ON conversation_id = c.id
+ WHERE c.id = 42 GROUP BY title
 """
 
 
@@ -73,9 +85,13 @@ def load_rows(cluster: Cluster, database: str, user: str) -> None:
         cluster.psql(sql, database, user)
 
 
-def type_command(command: str, directory: Path, environ: Mapping[str, str]) -> None:
+def type_command(
+    command: str, directory: Path, environ: Mapping[str, str], functions: str = ""
+) -> None:
+    """With shell functions it is a shell that reads it; they are not shown."""
     print(f"$ {command}", flush=True)
-    with subprocess.Popen(shlex.split(command), cwd=directory, env=environ) as process:
+    words = ["sh", "-c", f"{functions}\n{command}"] if functions else shlex.split(command)
+    with subprocess.Popen(words, cwd=directory, env=environ) as process:
         try:
             status = process.wait()
         except BaseException:
@@ -101,6 +117,31 @@ def compare_row_counts(cluster: Cluster) -> None:
         raise SampleFailure(f"Restored with other row counts: {', '.join(differing)}.")
 
 
+def bring_back(cluster: Cluster, directory: Path, environ: Mapping[str, str]) -> None:
+    """The conversation, from the copy into the live database, as README.md has it."""
+    readme = (environment.PROJECT / "README.md").read_text(encoding="utf-8")
+    rows = re.search(r"^rows\(\) \{.*?^\}$", readme, re.MULTILINE | re.DOTALL)
+    if not rows:
+        raise SampleFailure("README.md has no function rows.")
+
+    def everything() -> list[str]:
+        return [cluster.psql(f"SELECT * FROM {t} WHERE {c}", DATABASE) for t, c in LOST.items()]
+
+    there = everything()
+    psql = f"psql --dbname={DATABASE}"
+    count = f"{psql} --command='{' '.join(COUNT.split())}'"
+    type_command(count, directory, environ)
+    type_command(f"{psql} --command='DELETE FROM conversations WHERE id = 42'", directory, environ)
+    type_command(count, directory, environ)
+    print("The function rows stands in README.md, Restore, 5.\n")
+    lost = " &&\n    ".join(f"rows {table} '{condition}'" for table, condition in LOST.items())
+    type_command(f"{{ {lost}; }} > rows.sql", directory, environ, rows[0])
+    type_command(f"{psql} --single-transaction --quiet --file=rows.sql", directory, environ)
+    type_command(count, directory, environ)
+    if everything() != there:
+        raise SampleFailure("The conversation came back with other values.")
+
+
 def show(cluster: Cluster) -> None:
     directory = cluster.directory / "project"
     directory.mkdir()
@@ -112,7 +153,7 @@ def show(cluster: Cluster) -> None:
     environ = {k: v for k, v in os.environ.items() if not ABOUT_DATABASES.match(k)}
     folders = (environment.PYTHON.parent, cluster.bin_dir, environ.get("PATH", os.defpath))
     environ["PATH"] = os.pathsep.join(map(str, folders))
-    environ["TMPDIR"] = str(directory)
+    environ |= {"TMPDIR": str(directory), "PSQLRC": os.devnull}
 
     type_command("cat .env.local", directory, environ)
     type_command("python3 backup_db.py", directory, environ)
@@ -127,9 +168,11 @@ def show(cluster: Cluster) -> None:
     print("$ export", *(f"{name}={value}" for name, value in libpq.items()))
     environ |= libpq
     type_command(f"createdb --template=template0 {RESTORED}", directory, environ)
-    restore = f"pg_restore --dbname={RESTORED} --jobs=4 --exit-on-error {dump}"
+    restore = f"pg_restore --dbname={RESTORED} --exit-on-error {dump}"
     type_command(restore, directory, environ)
     compare_row_counts(cluster)
+    print("\nSomebody deletes a conversation in the live database. It is in the copy:\n")
+    bring_back(cluster, directory, environ)
 
 
 def main() -> int:
@@ -142,7 +185,7 @@ def main() -> int:
         with Cluster(installation(SERVER_VERSION)) as cluster:
             show(cluster)
         print(
-            "\nThe server and its files are gone again. For your own database, copy .env.example to"
+            "The server and its files are gone again. For your own database, copy .env.example to"
         )
         print(
             ".env.local and fill it in; then run python3 backup_db.py. README.md says how to go on."

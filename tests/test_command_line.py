@@ -443,7 +443,8 @@ def footer_of(project: Project) -> list[str]:
 
 
 def test_list_tells_the_series_apart(make_project: MakeProject) -> None:
-    """By environment, database and server; what does not know its server stands apart."""
+    """By environment, database and server, with its version: of two, one is often the upgraded
+    one. What does not know its server stands apart."""
     project = make_project()
     for days, environment, name, server in [
         (1, "prod", "shop", "222"),

@@ -185,6 +185,22 @@ def test_directory_that_cannot_be_synced(error: str, standing: Project) -> None:
         assert result.stderr == ""
 
 
+@pytest.mark.parametrize("error", ["EIO", "EINVAL"])
+def test_nothing_is_retired_behind_a_name_that_may_not_be_on_the_disk(
+    error: str, standing: Project
+) -> None:
+    """The power may fail now, and the new backup be gone. The next night retires for both."""
+    before = published(standing.backups)
+    keep = {"BACKUP_KEEP": "1"}
+    prefix = injecting("fsync", f"error={error}", "-P", str(standing.backups))
+    result = standing.run(prefix=prefix, env=keep).succeeded()
+    left = published(standing.backups).items()
+    assert ("Removed:" in result.stdout) == (error != "EIO"), result
+    assert (left > before.items()) == (error == "EIO"), result
+    standing.run(env=keep).succeeded()
+    assert len(standing.dumps()) == 1
+
+
 @pytest.mark.parametrize(
     ("call", "kind", "named"),
     [

@@ -156,4 +156,6 @@ def test_script_copied_into_a_project(existing: Project) -> None:
     merged = (existing.directory / "requirements.txt").read_text().splitlines()
     assert merged[0] == "psycopg2-binary"
     assert merged[1:] == (PROJECT / "requirements.txt").read_text().splitlines()
-    assert (existing.directory / ".gitignore").read_text() == "*.log\n/db/backups/\n"
+    assert (existing.directory / ".gitignore").read_text() == (
+        "*.log\n/db/backups/\n/.venv/\n.env.local\n"
+    )

@@ -75,6 +75,7 @@ CREATE TYPE kinds.state AS ENUM ('new', 'it''s "done"');
 CREATE DOMAIN kinds.score AS numeric CHECK (VALUE >= 0);
 ALTER TABLE conversations ADD gone int, ADD state kinds.state DEFAULT 'new', ADD score kinds.score,
     ADD length int GENERATED ALWAYS AS (length(title)) STORED, ADD "Da""y" date,
+    ADD pause interval DEFAULT '-1 day -02:03',
     ADD latest bigint REFERENCES messages DEFERRABLE INITIALLY DEFERRED;
 ALTER TABLE conversations DROP gone;
 UPDATE conversations SET "Da""y" = '2024-03-04', score = id / 7.0, state = 'it''s "done"',
@@ -127,7 +128,7 @@ OF_THE_DATABASE = r"""
 ALTER DATABASE project_chat OWNER TO chat;
 ALTER DATABASE project_chat SET search_path = public, shop;
 ALTER DATABASE project_chat SET datestyle = 'SQL, DMY';
-ALTER DATABASE project_chat SET intervalstyle = sql_standard;
+ALTER DATABASE project_chat SET intervalstyle = postgres_verbose;
 ALTER DATABASE project_chat SET extra_float_digits = 0;
 ALTER DATABASE project_chat SET array_nulls = off;
 ALTER DATABASE project_chat SET statement_timeout = '20s';
@@ -152,8 +153,6 @@ def load(database: Database) -> None:
     available = server.psql("SELECT name FROM pg_available_extensions").splitlines()
     for extension in sorted({*EXTENSIONS, *BARE_EXTENSIONS} & set(available)):
         database.psql(f"CREATE EXTENSION {extension}; {EXTENSIONS.get(extension, '')}")
-    if "vector" in available:
-        database.psql("ALTER TABLE messages ADD meaning vector(2) DEFAULT '[1,2]'")
     database.psql(OF_THE_DATABASE)
 
 
@@ -395,8 +394,8 @@ def replace_rows(table: str, place: Place) -> str:
 
 
 def find_orphans(place: Place) -> list[str]:
-    bare = "psql --no-psqlrc --tuples-only --no-align --set=ON_ERROR_STOP=1"
-    done = place.type(f"{bare} --dbname=project_chat <<'END'\n{ORPHANS}END").succeeded()
+    psql = f"{inline('psql --no-align')} --set=ON_ERROR_STOP=1"
+    done = place.type(f"{psql} <<'END'\n{ORPHANS}END").succeeded()
     return sorted(done.stdout.splitlines())
 
 
@@ -450,10 +449,21 @@ DELETE FROM messages WHERE conversation_id = 42; DELETE FROM conversations WHERE
 @pytest.mark.parametrize("user", ["postgres", USER])
 def test_one_conversation(user: str, place: Place, live: Database) -> None:
     copy = place.make("restored")
-    copy.psql("ALTER DATABASE restored SET datestyle = 'SQL, MDY'")
     copy.psql("UPDATE conversations SET started_by = 'old' WHERE id = 1")
-    live.psql(f"{LOSE_ONE} ALTER TABLE messages ENABLE ALWAYS TRIGGER audit")
-    before = [*place.original, "ALTER TABLE public.messages ENABLE ALWAYS TRIGGER audit;"]
+    place.server.psql(
+        "ALTER DATABASE restored SET datestyle = 'SQL, MDY';"
+        "ALTER DATABASE restored SET intervalstyle = sql_standard;"
+        "ALTER DATABASE restored SET statement_timeout = '1ms'"
+    )
+    live.psql(
+        f"{LOSE_ONE} ALTER TABLE messages ENABLE ALWAYS TRIGGER audit;"
+        "ALTER DATABASE project_chat SET default_transaction_read_only = on"
+    )
+    before = [
+        *place.original,
+        "ALTER TABLE public.messages ENABLE ALWAYS TRIGGER audit;",
+        "ALTER DATABASE  SET default_transaction_read_only TO 'on';",
+    ]
     # Of the first, which is there as it is, nothing is overwritten.
     text = SOME_ROWS.replace("'id = 42'", "'id IN (1, 42)'") + BRING_ROWS
     for inserted in (["1", "22"], ["0", "0"]):
@@ -468,7 +478,7 @@ def test_one_conversation_where_something_breaks(user: str, place: Place, live: 
     live.psql(LOSE_ONE)
     before = whole(live)
     assert place.type(SOME_ROWS + BRING_ROWS, user=user).returncode != 0  # there is no copy
-    place.make("restored")
+    copy = place.make("restored")
     for right, wrong in (
         ("conversation_id = 42", "1 / (id - 1500) < 2"),  # breaks in the midst of the rows
         ("conversation_id = 42", "id = 42 AND"),
@@ -476,6 +486,10 @@ def test_one_conversation_where_something_breaks(user: str, place: Place, live: 
         ("rows conversations", "rows conversation"),
     ):
         assert place.type(SOME_ROWS.replace(right, wrong) + BRING_ROWS, user=user).returncode != 0
+        assert_equal(live, before)
+    if user == USER:  # who would see fewer rows
+        copy.psql("ALTER TABLE messages ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+        assert "row-level security" in place.type(SOME_ROWS + BRING_ROWS, user=user).stderr
         assert_equal(live, before)
 
 
@@ -486,13 +500,17 @@ def test_one_conversation_where_something_breaks(user: str, place: Place, live: 
         ("shop.events_1a", "DELETE FROM"),
         ("typed", "DELETE FROM"),
         ("egg", "DELETE FROM"),
+        ("pairs or embeddings", "TRUNCATE"),  # with an extension's type: what the build has
         ("taxi", "TRUNCATE"),
         ('"Sales & ""more"""."COPY x (y) FROM stdin;"', "TRUNCATE"),
     ],
 )
 def test_rows_of_any_table(table: str, lose: str, place: Place, live: Database) -> None:
     """With keys in a circle, too: what README.md has put into the second block."""
-    place.make("restored")
+    copy = place.make("restored")
+    if " or " in table:
+        either = table.replace(" or ", "|")
+        table = copy.psql(f"SELECT tablename FROM pg_tables WHERE tablename ~ '^({either})$'")
     live.psql(f"SET session_replication_role = replica; {lose} {table}")
     make = SOME_ROWS.replace("rows conversations 'id = 42' &&", "")
     make = make.replace("rows messages 'conversation_id = 42'", f"rows '{table}' true")
@@ -522,8 +540,10 @@ def manager(place: Place) -> Iterator[str]:
 
 def assert_only_refused(copy: Database, place: Place, owner: str) -> None:
     """All rows are there, and all else but what is refused."""
-    expected = [line for line in place.original if ALLOWED.match(line)]
-    assert [line for line in whole(copy) if ALLOWED.match(line)] == expected
+    expected = {line for line in place.original if ALLOWED.match(line)}
+    missing = expected - set(whole(copy))
+    # Of pgvector, which takes a superuser in the builds that have it.
+    assert [line for line in missing if not re.search(r"\bembeddings", line)] == []
     owners = "SELECT DISTINCT tableowner FROM pg_tables WHERE tablename IN ('messages', 'events')"
     assert copy.psql(owners) == owner
 
@@ -649,9 +669,18 @@ def test_damaged_dump(place: Place) -> None:
     assert "COPY public.conversations " in (place.project.backups / "salvaged.sql").read_text()
 
 
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.splitlines()]
+
+
 def test_no_block_has_jobs_without_sections() -> None:
     """A row trigger of a partitioned table waits for its parent only, not for the partitions."""
-    blocks = re.findall(r"^```\w+\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if "--jobs" in line]
+    lines = [line for line in LINES if "--jobs" in line]
     assert lines
     assert all("--section=" in line for line in lines)
+
+
+def test_every_block_can_be_pasted_at_a_prompt() -> None:
+    """There a `!` recalls a command, and zsh knows no comments."""
+    assert LINES
+    assert [line for line in LINES if re.search(r"!|(^|\s)#", line)] == []

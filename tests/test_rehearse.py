@@ -375,6 +375,19 @@ def test_large_object_with_another_content(
     assert_not_equal(result, "large objects (other values)")
 
 
+def test_copy_that_cannot_be_read(
+    database: Database, make_project: MakeProject, place: Path
+) -> None:
+    database.psql("CREATE TABLE t (i int); INSERT INTO t VALUES (1)")
+    remove = "EXECUTE format('COPY (SELECT) TO PROGRAM %L', 'cat >/dev/null; rm -f ' || {file})"
+    called(database, remove.format(file="pg_relation_filepath('public.t')"))
+    result = rehearse(make_project(database).back_up(), place)
+    assert result.returncode == 1
+    assert last_line(result).startswith("✗ Not compared: "), result
+    assert 'Dumping the contents of table "t" failed' in last_line(result), result
+    assert "pg_dump: detail: " in result.stdout, result
+
+
 def test_earlier_backup(place: Path) -> None:
     result = rehearse(EARLIER / "mixed_15_dev_2026-11-25T11-28-52Z.dump", place).succeeded()
     assert result.stdout.splitlines()[-1].startswith("✓ Restored, the rows counted, not compared")

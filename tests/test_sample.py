@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -82,6 +83,14 @@ def test_sample_holds_together(sample_database: Database) -> None:
     ]
     with pytest.raises(ClusterError, match="violates foreign key constraint"):
         sample_database.psql("UPDATE messages SET conversation_id = 151 WHERE id = 1")
+
+
+def test_sample_is_shown_to_its_end() -> None:
+    """README.md's first command: a conversation is there, is gone, and is there again."""
+    done = subprocess.run([sys.executable, TESTS / "sample.py"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = re.findall(r"^ +title .*\n-.*\n(.*)\n", done.stdout, re.MULTILINE)
+    assert shown == [" Data retention · open questions |       22", "(0 rows)", shown[0]]
 
 
 # -- servers --------------------------------------------------------------------------------------

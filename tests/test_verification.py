@@ -446,6 +446,7 @@ LYING_DUMPS = {
     "forgets the rows of a table": '"$real" "$@" --exclude-table-data=messages',
     "forgets a table": '"$real" "$@" --exclude-table=empty',
     "forgets the large objects": '"$real" "$@" --no-large-objects',
+    "writes statements": '"$real" "$@" --inserts',
     "dumps another moment": """
         psql --quiet --command='INSERT INTO messages VALUES (0)'
         for argument; do

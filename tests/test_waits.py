@@ -151,6 +151,72 @@ def test_locked_large_objects_are_waited_for(waits: Database, make_project: Make
     assert_restores(project.dumps()[0], waits)
 
 
+# -- others, who wait for us meanwhile ------------------------------------------------------------
+
+# None of it is committed, and the table is free of it. pg_dump waits before its first byte, in
+# mid-file, behind its last table; our count waits too, or is through.
+IN_THE_WAY = {
+    "before the first byte": ("REFRESH MATERIALIZED VIEW statistics", "wide"),
+    "in mid-file, with our count": ("REINDEX TABLE wide", "messages"),
+    "at the end": ("LOCK TABLE pg_largeobject", "messages"),
+}
+BEGUN = 'echo begun >>"$HOME/begun"'
+
+
+@pytest.mark.parametrize("phase", IN_THE_WAY)
+def test_migration_behind_a_backup_that_waits_is_let_through(
+    phase: str, waits: Database, make_project: MakeProject
+) -> None:
+    """What pg_dump waits for may last; who wants a table of ours waits no longer than a moment."""
+    project = make_project(waits)
+    fake_call(project, *DUMP, f"{BEGUN}; {HOLD}")
+    run = project.start()
+    wait_until(lambda: paused(project) or run.poll() is not None)
+    in_the_way, table = IN_THE_WAY[phase]
+    with transaction(waits, in_the_way):
+        let_go(project)
+        wait_until(lambda: sessions_on(waits, PG_DUMP_WAITS))
+        waits.psql(f"SET lock_timeout = '3s'; BEGIN; LOCK TABLE {table}; COMMIT")
+    finish(run).succeeded()
+    assert_restores(project.dumps()[0], waits)
+    assert (project.directory / "home" / "begun").read_text() == "begun\nbegun\n"
+
+
+def test_backup_that_nobody_waits_for_waits_in_peace(
+    waits: Database, make_project: MakeProject
+) -> None:
+    """A view that is refreshed all the time is met by every pg_dump: to begin again each time would
+    never end."""
+    project = make_project(waits)
+    fake_call(project, *DUMP, f'{BEGUN}; exec "$real" "$@"')
+    refresh = "BEGIN; REFRESH MATERIALIZED VIEW statistics; SELECT pg_sleep(0.5); COMMIT"
+    with repeating(waits, refresh):
+        refreshes = "query LIKE '%REFRESH%' AND state = 'active' AND wait_event = 'PgSleep'"
+        asked = f"SELECT pid FROM pg_stat_activity WHERE {refreshes} AND pid <> pg_backend_pid()"
+        wait_until(lambda: waits.psql(asked))
+        run = project.start()
+        wait_until(lambda: sessions_on(waits, PG_DUMP_WAITS) or run.poll() is not None)
+        finish(run).succeeded()
+    assert (project.directory / "home" / "begun").read_text() == "begun\n"
+
+
+def test_administrator_who_cancels_our_lock_makes_us_begin_again(
+    waits: Database, make_project: MakeProject
+) -> None:
+    """While locks are held, a wait for the large objects' table is the only one that is long enough
+    to be met."""
+    project = make_project(waits, constants={"LOCK_TIMEOUT_MS": 60_000})
+    with transaction(waits, "LOCK TABLE pg_largeobject"):
+        run = project.start()
+        wait_until(lambda: sessions_on(waits, WE_WAIT))
+        pid = backend_of(waits, OURS)
+        assert waits.psql(f"SELECT pg_cancel_backend({pid})") == "t"
+        is_logged = "canceling statement due to user request"
+        wait_until(lambda: is_logged in waits.cluster.log.read_text(errors="replace"))
+    finish(run).succeeded()
+    assert_restores(project.dumps()[0], waits)
+
+
 # -- tables that are taken all the time -----------------------------------------------------------
 
 

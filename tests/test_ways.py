@@ -239,24 +239,29 @@ def test_signal_ends_a_count_on_a_silent_server(
 
 # -- rows that come faster than they are counted --------------------------------------------------
 
-# 20 MB on the way, more than all buffers take, in a hundredth of that on disk.
+# 60 MB on the way, more than all buffers take, in a hundredth of that on disk.
 WIDE_TABLE = """
 CREATE TABLE wide (content text);
-INSERT INTO wide SELECT repeat('x', 1000000) FROM generate_series(1, 20);
+INSERT INTO wide SELECT repeat('x', 1000000) FROM generate_series(1, 60);
 """
 
-# It takes its time with whatever it receives; pg_dump does not (-b). -D: the script, not strace, is
-# the child that a test sends its signals to.
-SLOW_READER = (
-    *("-D", "-f", "-b", "execve", "-qq", "-o", "/dev/null", "-e", "trace=recvfrom"),
-    *("-e", "inject=recvfrom:delay_exit=10000"),
-)
+# Microseconds for each piece that comes: the larger the pieces are, the more it takes for a count
+# to last some seconds.
+PIECE_MICROSECONDS = {"TCP": 50_000, "Unix socket": 10_000, "TLS": 10_000}
+
+
+def slow_reader(way: str) -> tuple[str, ...]:
+    """It takes its time with whatever it receives; pg_dump does not (-b). -D: the script, not
+    strace, is the child that a test sends its signals to."""
+    calls = ("-D", "-f", "-b", "execve", "-qq", "-o", "/dev/null", "-e", "trace=recvfrom")
+    late = f"inject=recvfrom:delay_exit={PIECE_MICROSECONDS[way]}"
+    return (program("strace", "strace"), *calls, "-e", late)
 
 
 WAITS_FOR_US = f"{IN_COUNT} AND wait_event = 'ClientWrite'"
 
 
-@pytest.mark.parametrize("way", ["TCP", "Unix socket", "TLS"])
+@pytest.mark.parametrize("way", PIECE_MICROSECONDS)
 def test_signal_leaves_no_backend_that_waits_for_us(
     way: str, cluster: Cluster, tls_cluster: Cluster, make_project: MakeProject
 ) -> None:
@@ -266,15 +271,12 @@ def test_signal_leaves_no_backend_that_waits_for_us(
     settings = {"PGSSLMODE": "require" if way == "TLS" else "disable"}
     if way == "Unix socket":
         settings["DEV_DB_HOST"] = str(where.directory)
-    slowly = (program("strace", "strace"), *SLOW_READER)
     with new_database(where) as database:
         database.psql(WIDE_TABLE)
         project = make_project(settings={**database.settings(), **settings})
         for number in STOPPING:
-            process = project.start(prefix=slowly)
-            wait_until(
-                lambda: sessions_on(database, f"{IN_COUNT} AND wait_event = 'ClientWrite'"), 10
-            )
+            process = project.start(prefix=slow_reader(way))
+            wait_until(lambda: sessions_on(database, WAITS_FOR_US))
             process.send_signal(number)
             result = finish(process, GONE_SECONDS)
             assert result.returncode == -number, result
