@@ -149,8 +149,7 @@ class Failure(Exception):
     """An expected failure: what a user, a server or a disk can cause.
 
     `detail` says what happened, in the words of the tool that met it; `steps` what to do next;
-    `report`, above both, what was found before. Any other exception that leaves an operation, but
-    OSError, is a bug.
+    `report`, above both, what was found before. Any other exception but OSError is a bug.
     """
 
     def __init__(
@@ -173,11 +172,7 @@ class ServerError(Exception):
 
 
 class ConnectionLost(ServerError):
-    """The connection has ended: only `Session.close` and `Session.connect` are left."""
-
-
-class NoAnswer(ConnectionLost):
-    """There was no answer in time. There is no point in asking the same server anything else."""
+    """The connection has ended, or no answer came in time; only `close` and `connect` are left."""
 
 
 class ArchiveError(Exception):
@@ -350,7 +345,6 @@ class Patience:
 
 
 def pause(progress: Progress, waits_for: str, seconds: float = LOCK_RETRY_SECONDS) -> None:
-    """Wait for a moment before the next attempt."""
     sleeping = Background(lambda: time.sleep(seconds))
     sleeping.wait(lambda: progress.show(f"Waiting: {waits_for}"))
 
@@ -427,12 +421,10 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """A tool's words, printable, line by line."""
     return "\n".join(map(printable, text.strip().replace("\t", "    ").splitlines()))
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 row`, `2 rows`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
@@ -499,33 +491,26 @@ def list_command(directory: Path) -> str:
 
 
 def verify_command(dump: str) -> str:
-    """The command that verifies a backup."""
     return shell_words("python3", "backup_db.py", "--verify", dump)
 
 
 def libpq_options(user: str | None = None) -> str:
-    """The options by which PostgreSQL's programs reach the configured database, from this process's
-    libpq settings (see load_configuration)."""
+    """The options by which PostgreSQL's programs reach the database that the PG* variables name."""
     host, port, name = (os.environ[f"PG{key}"] for key in ("HOST", "PORT", "DATABASE"))
     user = user or os.environ.get("PGUSER") or user_name()
     return shell_words("-h", host, "-p", port, "-U", user, "-d", name)
 
 
-def sql_identifier(name: str) -> str:
+def sql_identifier(name: str, mark: str = '"') -> str:
     """A name quoted for SQL; unprintable characters, such as a newline, are in SQL's escapes."""
-    return sql_quoted(name, '"')
+    quoted = mark + name.replace(mark, mark * 2) + mark
+    if quoted.isprintable():
+        return quoted
+    return "U&" + re.sub(r"[^ -~]|\\", lambda match: f"\\+{ord(match[0]):06X}", quoted)
 
 
 def sql_literal(text: str) -> str:
-    """A text quoted for SQL in the same way."""
-    return sql_quoted(text, "'")
-
-
-def sql_quoted(text: str, mark: str) -> str:
-    quoted = mark + text.replace(mark, mark * 2) + mark
-    if quoted.isprintable():
-        return quoted
-    return "U&" + re.sub(r"[^ -~]|\\", lambda found: f"\\+{ord(found.group()):06X}", quoted)
+    return sql_identifier(text, mark="'")
 
 
 DUMP_SUFFIX = ".dump"
@@ -556,12 +541,11 @@ def file_prefix(database: str, environment: str) -> str:
 
 
 def iso_timestamp(moment: datetime) -> str:
-    """The moment as the metadata and the reports have it."""
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def parse_iso_timestamp(text: str) -> datetime:
-    """The inverse of iso_timestamp, for more than it writes. Raises ValueError."""
+    """The inverse, for more than iso_timestamp writes. Raises ValueError."""
     return datetime.fromisoformat(text.replace("Z", "+00:00"))
 
 
@@ -584,10 +568,7 @@ class NewerMetadata(MetadataError):
 
 def is_utc_time(value: object) -> bool:
     try:
-        return (
-            re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", str(value), re.ASCII) is not None
-            and parse_iso_timestamp(str(value)) is not None
-        )
+        return iso_timestamp(parse_iso_timestamp(str(value))) == value
     except ValueError:  # a 30th of February
         return False
 
@@ -610,8 +591,7 @@ def test_for(annotation: Any) -> Callable[[Any], object]:
 
 
 class Series(NamedTuple):
-    """What backups must have in common to be compared, counted and removed: two servers may share a
-    directory."""
+    """What backups have in common that are compared and removed: servers may share a directory."""
 
     database: str  # as the server has it, which cuts longer names
     environment: str
@@ -624,8 +604,8 @@ class Series(NamedTuple):
 
 
 def read_metadata_values(path: str) -> dict[str, Any]:
-    """The values of a metadata file, by key. The required ones are checked, the optional ones not.
-    Raises MetadataError, naming the key; OSError."""
+    """The values, of which the required ones are checked. Raises MetadataError, with the key;
+    OSError."""
     status = os.stat(path)  # first: to open a pipe of that name would hang
     if not stat.S_ISREG(status.st_mode) or status.st_size > METADATA_MAX_BYTES:
         raise MetadataError("it is no metadata file")
@@ -711,7 +691,7 @@ class Metadata(NamedTuple):
 
     def verified(self, examination: Examination, pg_restore: Tool, seconds: float) -> Metadata:
         """A copy, with the results of the examination of a sound dump."""
-        assert examination.found is not None
+
         return self._replace(
             checksum_sha256=examination.digest,
             duration_seconds=round(seconds, 3),
@@ -741,7 +721,7 @@ class OpenFile(NamedTuple):
     """A file held open: it stays the same file, whatever becomes of its name.
 
     A program gets it as /dev/fd/N, which is seekable (tested on Linux with 15 to 18; on macOS it
-    shares our offset). N is high, so that the program has no other use for it.
+    shares our offset). N is 10 or more: a shell script in between has a use for lower ones.
     """
 
     path: Path
@@ -752,11 +732,7 @@ class OpenFile(NamedTuple):
         """Open the file; a new one is readable only by its owner. Raises OSError."""
         low = os.open(path, flags | os.O_CLOEXEC, 0o600)
         try:
-            try:
-                high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100)
-            except OSError:  # ulimit -n allows no number that high
-                high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10)
-            return cls(path, high)
+            return cls(path, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10))
         except OSError:
             if flags & os.O_EXCL:  # it is ours
                 os.unlink(path)
@@ -835,8 +811,7 @@ class Program(contextlib.AbstractContextManager["Program"]):
             self.process.stdout.close()
 
     def wait(self, seconds: float) -> int | None:
-        """The exit status, negative for a signal; None where `seconds` went by first. Raises
-        Interrupted."""
+        """The exit status, negative for a signal; None if `seconds` go by. Raises Interrupted."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None and time.monotonic() < deadline:
             check_signals()
@@ -860,8 +835,6 @@ class Program(contextlib.AbstractContextManager["Program"]):
 
 
 class Tool(NamedTuple):
-    """A PostgreSQL program that was found, and asked for its version."""
-
     path: str
     version: str
     major: int
@@ -894,9 +867,9 @@ TOOL_FOLDERS = (
 )
 
 
-def path_hint(name: str, major: int = 0) -> list[str]:
-    """The steps by which cron, or a shell, finds the newest tool in the usual folders; none where
-    there is none, or where it is too old."""
+def tool_steps(name: str, major: int = 0) -> list[str]:
+    """The steps to a tool of that version or newer: how cron, or a shell, finds the newest one in
+    the usual folders, or what to install."""
     import glob
     import shutil
 
@@ -905,16 +878,16 @@ def path_hint(name: str, major: int = 0) -> list[str]:
         if shutil.which(name, path=folder) not in {None, shutil.which(name)}:
             with contextlib.suppress(Failure):  # it does not run
                 tools.append(find_tool(name, folder))
-    found = max(tools, key=lambda tool: tool.major, default=None)
-    if found is None or found.major < major:
-        return []
-    newest = os.path.dirname(found.path)
+    newest = max(tools, key=lambda tool: tool.major, default=None)
+    if newest is None or newest.major < major:
+        return [install_step(major)]
+    folder = os.path.dirname(newest.path)
     # This python3, a virtual environment's, stays the first, unless such a tool is beside it.
     python = os.path.dirname(sys.executable)
-    own = [newest, python] if os.path.exists(os.path.join(python, name)) else [python, newest]
+    own = [folder, python] if os.path.exists(os.path.join(python, name)) else [python, folder]
     path = ":".join(dict.fromkeys([*own, "/usr/local/bin", "/usr/bin", "/bin"]))
     return [
-        f"It is in {newest}. For cron, put this line above yours in the crontab: PATH={path}",
+        f"It is in {folder}. For cron, put this line above yours in the crontab: PATH={path}",
         f'In a shell: export PATH={shell_words(":".join(own))}:"$PATH"',
     ]
 
@@ -935,7 +908,7 @@ INSTALL = {
 ARCHIVE_MAJORS = {"12": 15, "13": 17, "22.04": 14, "24.04": 16}
 
 
-def install_hint(major: int = 0) -> str:
+def install_step(major: int) -> str:
     """What to install, by this system's own package manager; 0 for any version."""
     import platform
     import shutil
@@ -952,10 +925,8 @@ def install_hint(major: int = 0) -> str:
 
 
 def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
-    """A tool that is too old, with a newer one where this machine has it."""
     detail = f"{printable(tool.path)} is version {tool.version}, {because}"
-    steps = [*path_hint(os.path.basename(tool.path), major), install_hint(major)]
-    return Failure(ExitCode.TOOL, detail, *steps)
+    return Failure(ExitCode.TOOL, detail, *tool_steps(os.path.basename(tool.path), major))
 
 
 def wrapper_failure(tool: Tool, problem: str, stderr_text: str) -> Failure:
@@ -971,24 +942,23 @@ def wrapper_failure(tool: Tool, problem: str, stderr_text: str) -> Failure:
         f"{printable(tool.path)} {problem}: is it a wrapper that runs on another machine, in a "
         f"container or by sudo?\n{stderr_text}".rstrip(),
         f"See what it is: file -L {shell_words(tool.path)}",
-        *(path_hint(os.path.basename(tool.path), tool.major) or [install_hint(tool.major)]),
+        *tool_steps(os.path.basename(tool.path), tool.major),
         "Or put the folder of PostgreSQL's own tools first on PATH",
     )
 
 
 def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
-    """The program called `name`, in the folder or on PATH, asked for its version. Raises Failure
-    with the PATH line that would find it; `major` is the version that is needed, if known."""
+    """The program called `name`, in the folder or on PATH, asked for its version. Raises Failure;
+    `major` is the version that is needed, if known."""
     import shutil
 
     path = shutil.which(name, path=folder) or shutil.which(name)
     if path is None:
         detail = f"{name} not found on PATH ({printable(os.environ.get('PATH', ''))})"
-        steps = path_hint(name, major) or [install_hint(major)]
+        steps = tool_steps(name, major)
         if blocked := shutil.which(name, mode=os.F_OK):
             detail = f"{printable(blocked)} is on PATH but may not be run by {user_name()}"
-            executable = f"Make it executable: {shell_words('chmod', '+x', blocked)}"
-            steps = [*path_hint(name, major), executable]
+            steps = [f"Make it executable: {shell_words('chmod', '+x', blocked)}"]
         raise Failure(ExitCode.TOOL, detail, *steps)
     problem = f"has not answered within {TOOL_SECONDS} seconds"
     try:
@@ -1001,8 +971,8 @@ def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
                 # "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
                 if version := re.search(r"\) ((\d+)[.\w]*)", answer):
                     return Tool(path, version[1], int(version[2]))
-                words = program.stderr_text or printable(answer.strip()) or "no output"
-                problem = f"does not answer with a version: {words}"
+                shown = program.stderr_text or printable(answer.strip()) or "no output"
+                problem = f"does not answer with a version: {shown}"
     except OSError as error:
         if error.errno in NO_ROOM:
             raise
@@ -1060,8 +1030,7 @@ def compression_refusal(tools: Tools) -> str:
     # Version 14 takes any text, and writes uncompressed.
     if tools.pg_dump.major < 16 and not re.fullmatch(r"none|gzip:\d", tools.compression):
         return "before version 16 it has none but gzip, with a level from 1 to 9"
-    # pg_dump checks the value before it connects (tested on 15 to 18). The address leads nowhere:
-    # no server is asked, and no file is made.
+    # pg_dump checks the value before it tries to connect, in vain (tested on 15 to 18).
     options = ("--format=custom", f"--compress={tools.compress_value}", f"--file={os.devnull}")
     nowhere = {"PGHOST": "/nowhere", "PGDATABASE": "probe"}
     with Program([tools.pg_dump.path, *options], tool_environment() | nowhere) as program:
@@ -1141,8 +1110,12 @@ class ScriptReader:
             elif statement := self.STATEMENT.match(script, position):
                 position = statement.end()
                 if statement["copy"]:
+                    if len(self.blocks) == self._most_blocks:
+                        listed = f"lists the data of {plural(self._most_blocks, 'table')}"
+                        raise ArchiveError(f"its table of contents {listed}, it holds more")
+                    self.blocks.append(0)
+                    self._is_in_data = True
                     position -= 1  # the newline before the first row ends the statement, too
-                    self._begin_data()
                 elif statement["large_object"]:
                     self.large_objects += 1
             else:
@@ -1150,13 +1123,6 @@ class ScriptReader:
         self._unread = script[position:]
         if len(self._unread) > self.LONGEST_STATEMENT_BYTES:
             raise ArchiveError("a line that is no data and does not end")
-
-    def _begin_data(self) -> None:
-        if len(self.blocks) == self._most_blocks:
-            listed = plural(self._most_blocks, "table")
-            raise ArchiveError(f"its table of contents lists the data of {listed}, it holds more")
-        self._is_in_data = True
-        self.blocks.append(0)
 
     def finish(self) -> None:
         """Raises ArchiveError where the script breaks off."""
@@ -1208,37 +1174,32 @@ def run_pg_restore(
         return program.stderr_text
 
 
-# Dump id; oid of the catalog, oid of the object, kind. For a table's data the object is the table;
-# the data of large objects belongs to no object.
-TOC_DATA_ENTRY = re.compile(rb"^(\d+); \d+ (\d+) (?:TABLE DATA|BLOBS) ", re.MULTILINE)
-
-
 def list_data_entries(pg_restore: Tool, dump: OpenFile) -> dict[bytes, int]:
-    """The archive's data entries, in its order: the table's oid by dump id, 0 for large objects.
-    Raises ArchiveError."""
+    """The table's oid by dump id, in the archive's order; 0 for large objects, whose data belongs
+    to no object. Raises ArchiveError."""
     listing: list[bytes] = []
     run_pg_restore(pg_restore, dump, "--list", on_block=listing.append)
-    return {dump_id: int(oid) for dump_id, oid in TOC_DATA_ENTRY.findall(b"".join(listing))}
+    # Dump id; oid of the catalog, oid of the object, kind.
+    data_entry = re.compile(rb"^(\d+); \d+ (\d+) (?:TABLE DATA|BLOBS) ", re.MULTILINE)
+    return {dump_id: int(oid) for dump_id, oid in data_entry.findall(b"".join(listing))}
 
 
 class Contents(NamedTuple):
     """What pg_restore has decoded of a dump, and its warnings."""
 
-    rows: Mapping[int, int]  # by the table's oid
-    large_objects: int
-    warnings: str
+    rows: Mapping[int, int] = {}  # by the table's oid
+    large_objects: int = 0
+    warnings: str = ""
 
 
 def read_contents(
     pg_restore: Tool, dump: OpenFile, entries: Mapping[bytes, int], on_tick: Callable[[int], None]
 ) -> Contents:
-    """Let pg_restore decode every data entry. It writes them in the order of `entries`: the k-th
-    COPY is the k-th table's. The memory this takes does not grow with the archive. Raises
-    ArchiveError."""
+    """Let pg_restore decode every data entry, in the order of `entries`: the k-th COPY is the k-th
+    table's. The memory this takes does not grow with the archive. Raises ArchiveError."""
     oids = [oid for oid in entries.values() if oid]
     reader = ScriptReader(len(oids))
-    # --use-list leaves out all but the data: a large object's comment may hold any line, that of a
-    # COPY too.
+    # --use-list leaves comments out: a large object's may hold any line, that of a COPY too.
     warnings = run_pg_restore(
         pg_restore,
         dump,
@@ -1297,26 +1258,20 @@ NO_ARCHIVE = "is no custom-format archive of pg_dump"
 
 
 def is_no_archive(file: Path) -> bool:
-    """Whether it does not begin like one; the toc.dat of the directory and tar formats differs in
-    the last of these bytes."""
+    """Whether it begins otherwise; another format's toc.dat differs in the last of these bytes."""
     with contextlib.suppress(OSError), file.open("rb") as opened:
         return not re.match(rb"PGDMP.{5}\x01", opened.read(11), re.DOTALL)
     return False
 
 
 class Examination(NamedTuple):
-    """What the three checks of a dump found; None for one that was not made."""
+    """What the three checks of a dump found, and its contents, if they were read."""
 
-    digest: str  # SHA-256; empty where the checksum does not match
     checksum: Check
     structure: Check
-    contents: Check | None
-    found: Contents | None
-
-    @property
-    def warnings(self) -> str:
-        """What pg_restore said of a dump that it could read."""
-        return self.found.warnings if self.found else ""
+    contents: Check | None = None  # not made
+    digest: str = ""  # SHA-256, where the checksum matches
+    found: Contents = Contents()
 
     @property
     def problem(self) -> str:
@@ -1335,7 +1290,7 @@ def examine_dump(
     more is read, and the contents are discarded. `begin` is the fraction of the whole run that came
     before. Raises Failure where pg_restore is not up to this archive, Interrupted.
     """
-    contents, found = None, None
+    contents, found = None, Contents()
     try:
         entries = list_data_entries(pg_restore, dump)
         structure = Check("✓ Valid (pg_restore --list succeeded)")
@@ -1361,8 +1316,8 @@ def examine_dump(
             pass
     checksum = compare_hash(dump, hashing, expected)
     if checksum.problem:
-        return Examination("", checksum, structure, None, None)
-    examination = Examination(hashing.wait(), checksum, structure, contents, found)
+        return Examination(checksum, structure)
+    examination = Examination(checksum, structure, contents, hashing.wait(), found)
     check_restore_fits(pg_restore, expected, examination.problem)
     return examination
 
@@ -1370,9 +1325,9 @@ def examine_dump(
 def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check:
     """Whether every byte was hashed, and the hash is the one that the metadata has, if any."""
     size_bytes, checksum = expected.backup_size_bytes, expected.checksum_sha256
-    found = dump.size_bytes
-    difference = f"expected {size_bytes} bytes, found {found}"
-    if found == size_bytes:
+    actual_bytes = dump.size_bytes
+    difference = f"expected {size_bytes} bytes, found {actual_bytes}"
+    if actual_bytes == size_bytes:
         try:
             digest = hashing.wait()
         except OSError as error:
@@ -1391,26 +1346,27 @@ def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check
         metadata_file = display_path(metadata_path(dump.path))
         problem = f"{metadata_file} describes another backup: {printable(expected.backup_file)}"
     elif checksum:
-        left = f"{found} of {size_bytes} bytes are left" if found < size_bytes else difference
-        problem = f"This file has changed since its backup: {left}"
+        is_cut = actual_bytes < size_bytes
+        change = f"{actual_bytes} of {size_bytes} bytes are left" if is_cut else difference
+        problem = f"This file has changed since its backup: {change}"
     return Check(f"✗ Mismatch ({difference})", problem)
 
 
 def check_restore_fits(pg_restore: Tool, metadata: Metadata, problem: str) -> None:
-    """Raise Failure where the problem is pg_restore's and not the archive's: it is too old, lacks
-    the compression, or has no way to the file."""
-    if problem and pg_restore.major < least_major(metadata):
+    """Raise Failure if pg_restore is too old, lacks the compression, or has no way to the file."""
+    needed = least_major(metadata)
+    if problem and pg_restore.major < needed:
         pg_dump = f"pg_dump {printable(metadata.pg_dump_version)}"
-        because = f"too old for this backup, which {pg_dump} made"
-        raise older_tool_failure(pg_restore, least_major(metadata), because)
+        raise older_tool_failure(
+            pg_restore, needed, f"too old for this backup, which {pg_dump} made"
+        )
     if "does not support compression" in problem:
         compression = printable((metadata.compression or "the method").partition(":")[0])
         raise Failure(
             ExitCode.TOOL,
             f"{printable(pg_restore.path)} ({pg_restore.version}) is built without "
             f"{compression}, by which the backup is compressed\n{problem}",
-            *path_hint("pg_restore", least_major(metadata)),
-            install_hint(least_major(metadata)),
+            *tool_steps("pg_restore", needed),
             "For new backups another compression will do: BACKUP_COMPRESS=gzip:4",
         )
     if "could not open input file" in problem:
@@ -1471,7 +1427,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
             self._connection = self._call(self._open, limit)
         except ServerError as error:
             if time.monotonic() - started >= config.connect_seconds:
-                raise NoAnswer(error.text) from None
+                raise ConnectionLost(error.text) from None
             raise
         self.server_version = int(self._connection.server_version)  # 170010 for 17.10
         # As libpq knows it; a pooler hands out a number of its own.
@@ -1504,9 +1460,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         except TimeoutError:
             address = f'"{self._config.host}", port {self._config.port}'
             answer = f"no answer from {address} within {format_age(seconds)}"
-            raise NoAnswer(answer) from None
-        except UnicodeDecodeError as error:
-            raise ServerError(decode_server_text(error.object)) from None
+            raise ConnectionLost(answer) from None
         except (psycopg2.Error, ValueError) as error:
             raise self._translate(error) from None
         finally:
@@ -1516,6 +1470,13 @@ class Session(contextlib.AbstractContextManager["Session"]):
 
     def _translate(self, error: Exception) -> ServerError:
         """The server's or libpq's words for what psycopg2 raised."""
+        if isinstance(error, UnicodeDecodeError):
+            # Before the login the server's own words are in an encoding that it does not name, what
+            # it repeats of ours is UTF-8. A byte that is not UTF-8 is taken as Latin-1.
+            decoded = error.object.decode("utf-8", "surrogateescape")
+            return ServerError(
+                re.sub("[\udc80-\udcff]", lambda match: chr(ord(match[0]) - 0xDC00), decoded)
+            )
         sqlstate, text = getattr(error, "pgcode", None), getattr(error, "pgerror", None)
         # What is not UTF-8 before a login some Pythons lose (seen on 3.11.2, not on 3.11.7).
         unread = "the server's words are not UTF-8, and lost on this Python; psql shows them"
@@ -1596,13 +1557,6 @@ def import_psycopg2() -> Any:
     except ImportError as error:
         raise missing_package_failure(error) from None
     return psycopg2
-
-
-def decode_server_text(raw: bytes) -> str:
-    """A message from before the login: the server's own words are in an encoding that it does not
-    name, what it repeats of ours is UTF-8. A byte that is not UTF-8 is taken as Latin-1."""
-    text = raw.decode("utf-8", "surrogateescape")
-    return re.sub("[\udc80-\udcff]", lambda found: chr(ord(found[0]) - 0xDC00), text)
 
 
 # For each major version the first minor release that can refuse a view or foreign table in a
@@ -1687,19 +1641,15 @@ Try it by hand: psql {options} -d {database}""",
     r"[Pp]eer authentication failed|local user with ID": """
 Name the role (on this socket it has the name of the system's user); set the user {user_location}
 Or connect by TCP with a password: set the host to 127.0.0.1 {host_location}""",
-    r"server does not support SSL": """
-The server has no TLS; set to prefer {PGSSLMODE}""",
+    r"server does not support SSL": "The server has no TLS; set to prefer {PGSSLMODE}",
     r"\(PGSSLMODE=disable\)[\s\S]*(?:no encryption|SSL off)": """
 The server demands TLS; set to require {PGSSLMODE}""",
     r"valid client certificate|[Cc]ertificate authentication failed": """
 The server asks for this user's certificate; name its file {PGSSLCERT}
 And that of its key, which only you may read, {PGSSLKEY}""",
-    r"private key file (\".*\") has group or world access": """
-Keep it from others: chmod 600 {found}""",
-    r"channel binding": """
-The server offers none on this way; set to prefer {PGCHANNELBINDING}""",
-    r"invalid \"?(\w+)\"? value|for connection option \"(\w+)\"": """
-Correct it {found}""",
+    r"private key file (\".*\") has group or world access": "Keep it private: chmod 600 {found}",
+    r"channel binding": "The server offers none on this way; set to prefer {PGCHANNELBINDING}",
+    r"invalid \"?(\w+)\"? value|for connection option \"(\w+)\"": "Correct it {found}",
     r"(?:unrecognized|unsupported) .*parameter|command-line arg|invalid value for parameter": """
 Correct it {PGOPTIONS}""",
     r"[Ss]ocket path .* is too long": """
@@ -1722,8 +1672,7 @@ Or back up as another role, set {user_location}""",
     r"certificate verify failed|root certificate file": """
 Name the file of the certificate authority {PGSSLROOTCERT}
 With system for that file it needs, beside it: SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt""",
-    r"does not match host name": """
-Use the host name that is in the certificate; set it {host_location}""",
+    r"does not match host name": "Use the one that is in the certificate; set it {host_location}",
     r"could not translate host name": """
 Check the host {host_location}
 See whether this machine knows it: {look_up} {host}""",
@@ -1765,8 +1714,7 @@ SELECT CASE WHEN NOT datallowconn THEN '(closed)'
 
 
 def look_up_database(config: DatabaseConfig) -> str:
-    """Why the configured database refuses us, by the catalog as seen from the database `postgres`:
-    the words of CONNECTION_REMEDIES, or nothing."""
+    """Why the database refuses us, by the catalog: in the words of CONNECTION_REMEDIES, or ""."""
     try:
         with Session(config, "postgres") as session:
             begin_read_only(session)
@@ -1779,11 +1727,12 @@ def look_up_database(config: DatabaseConfig) -> str:
 def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     """Why there is no connection. The cause is looked up in the catalog, where another database
     lets us in; the server's words are shown as they are, in whatever language."""
-    # Where there was no answer in time, there is no other database to ask either.
-    text = ("" if isinstance(error, NoAnswer) else look_up_database(config)) or error.text
+    cause = error.text
+    if not isinstance(error, ConnectionLost):  # or another database would not answer either
+        cause = look_up_database(config) or cause
     is_mac = sys.platform == "darwin"
-    asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) ({config.environment.value}) {text}"
-    rows = ((re.search(cause, asked), remedy) for cause, remedy in CONNECTION_REMEDIES.items())
+    asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) ({config.environment.value}) {cause}"
+    rows = ((re.search(key, asked), remedy) for key, remedy in CONNECTION_REMEDIES.items())
     match, remedy = next((match, remedy) for match, remedy in rows if match)
     found = next(filter(None, match.groups()), "")  # an option of libpq is set by PG… of its name
     option = f"PG{found.replace('_', '').upper()}"
@@ -3456,7 +3405,7 @@ def verify_new_dump(run: RunContext, draft: Metadata, started: float) -> tuple[M
     if examination.problem:
         raise unsound_dump_failure(partial, examination.problem)
     metadata = draft.verified(examination, pg_restore, time.monotonic() - started)
-    return metadata, examination.warnings
+    return metadata, examination.found.warnings
 
 
 def publish(partial: PartialBackup, metadata: Metadata) -> list[str]:
@@ -3960,7 +3909,7 @@ def run_verification(dump: Path, progress: Progress) -> None:
     progress.clear()
     if not examination.problem:
         write_result(["✓ Backup verification passed", "", *lines])
-        warn([examination.warnings])
+        warn([examination.found.warnings])
         return
     steps = ["Do not rely on this dump alone; restore it into an empty database and compare"]
     if examination.checksum.problem and not metadata.describes(dump):
