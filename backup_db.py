@@ -2537,7 +2537,7 @@ UNION ALL
 SELECT 'function', p.oid, 0, pronamespace, proname
   FROM pg_proc p JOIN lasting ON lasting.oid = pronamespace WHERE p.oid >= 16384
 UNION ALL
-SELECT CASE relkind WHEN 'c' THEN 'type' WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view'
+SELECT CASE relkind WHEN 'c' THEN 'composite type' WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view'
        WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' ELSE 'index' END,
        c.oid, 0, relnamespace, relname
   FROM pg_class c JOIN lasting ON lasting.oid = relnamespace WHERE relkind NOT IN ('r', 'p', 't')
@@ -2567,7 +2567,7 @@ def describe_change(then: Names, now: Names) -> str:
                 return f"{what} was {f'renamed to {sql_identifier(name)}' if name else 'dropped'}"
             if before[0] != schema:
                 return f"{what} was moved to another schema"
-        elif kind == "attribute" and ("type", oid, 0) in then:
+        elif kind == "attribute" and ("composite type", oid, 0) in then:
             return f"attribute {sql_identifier(name)} was added to a type"
     return ""
 
