@@ -235,7 +235,7 @@ NAMES = {
     "dot": (".hidden", "."),
     "dots": ("..", ".."),
     "assignment": ("dbname=postgres", "k=v"),
-    "addresses": ("postgres:x@h/d", "postgres://u:p@h/d"),
+    "addresses": ("x@h", "postgres://u:p@h/d"),
     "percent": ("100%41 %s", "%2F%"),
     "expansions": ("$HOME $PATH `id` \\", "${HOME}\\n$x"),
     "comment": ("# a #b", "pass #word"),
