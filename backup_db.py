@@ -280,11 +280,9 @@ T = TypeVar("T")
 
 
 class Background(threading.Thread, Generic[T]):
-    """A call that may take long, in a daemon thread. The main thread waits for it: only the main
-    thread receives signals, and meanwhile it shows progress and checks deadlines.
-
-    (concurrent.futures joins its threads at exit, even one that is stuck in libpq.)
-    """
+    """A call that may take long, in a daemon thread. The main thread waits for it: only it receives
+    signals, and it shows progress and checks deadlines meanwhile. (concurrent.futures joins its
+    threads at exit, even one that is stuck in libpq.)"""
 
     def __init__(self, call: Callable[[], T]) -> None:
         super().__init__(daemon=True)
@@ -328,11 +326,11 @@ class Patience:
 
     def has_moved(self, **seen: object) -> bool:
         """Record the values; return True if any changed."""
-        has_changed = not seen.items() <= self._seen.items()
-        if has_changed:
-            self._seen |= seen
-            self._moved_at = time.monotonic()
-        return has_changed
+        if seen.items() <= self._seen.items():
+            return False
+        self._seen |= seen
+        self._moved_at = time.monotonic()
+        return True
 
     @property
     def still_seconds(self) -> float:
@@ -345,8 +343,7 @@ class Patience:
 
 
 def pause(progress: Progress, waits_for: str, seconds: float = LOCK_RETRY_SECONDS) -> None:
-    sleeping = Background(lambda: time.sleep(seconds))
-    sleeping.wait(lambda: progress.show(f"Waiting: {waits_for}"))
+    Background(lambda: time.sleep(seconds)).wait(lambda: progress.show(f"Waiting: {waits_for}"))
 
 
 class Progress:
@@ -366,8 +363,7 @@ class Progress:
     def finish(self) -> None:
         """At the end of a run that had such a line, say how long it took."""
         if self._drawn_at:
-            took = f"Took {round(time.monotonic() - self._started)} s."
-            write_lines(self._terminal, [took])
+            write_lines(self._terminal, [f"Took {round(time.monotonic() - self._started)} s."])
 
     def show(self, phase: str, fraction: float | None = None, *details: str) -> None:
         """Draw the line, a few times a second at most. `fraction` is that of the whole run; the
@@ -691,7 +687,6 @@ class Metadata(NamedTuple):
 
     def verified(self, examination: Examination, pg_restore: Tool, seconds: float) -> Metadata:
         """A copy, with the results of the examination of a sound dump."""
-
         return self._replace(
             checksum_sha256=examination.digest,
             duration_seconds=round(seconds, 3),
@@ -829,8 +824,8 @@ class Program(contextlib.AbstractContextManager["Program"]):
             text = text.replace(file.argument, display_path(file.path))
         status = self.process.returncode or 0
         if status < 0:
-            cause = signal.strsignal(-status)
-            return f"{text}\n{self.name} was ended by signal {-status}: {cause}".lstrip()
+            cause = f"signal {-status}: {signal.strsignal(-status)}"
+            return f"{text}\n{self.name} was ended by {cause}".lstrip()
         return text or (f"{self.name} ended with exit status {status}" if status else "")
 
 
@@ -1165,8 +1160,7 @@ def run_pg_restore(
         def tick() -> None:
             on_tick()
             if time.monotonic() - heard_at > STALL_SECONDS:
-                silence = format_age(STALL_SECONDS)
-                raise ArchiveError(f"{program.name} is stuck: silent for {silence}")
+                raise ArchiveError(f"pg_restore is stuck: silent for {format_age(STALL_SECONDS)}")
 
         Background(read).wait(tick)
         if program.process.returncode:
@@ -1239,8 +1233,8 @@ def compare_contents(found: Contents, expected: Metadata) -> Check:
         uncounted = rows.keys() - expected.table_oids.values()
         problems += [f"table with the oid {oid}: in the dump, but not counted" for oid in uncounted]
     if found.large_objects != objects:
-        in_dump = plural(found.large_objects, "large object")
-        problems.append(f"{in_dump} in the dump, {objects} expected")
+        large_objects = plural(found.large_objects, "large object")
+        problems.append(f"{large_objects} in the dump, {objects} expected")
     summary = row_summary(sum(rows.values()), len(rows), found.large_objects)
     if not problems:
         return Check(f"✓ Match ({summary})")
@@ -1295,8 +1289,8 @@ def examine_dump(
         entries = list_data_entries(pg_restore, dump)
         structure = Check("✓ Valid (pg_restore --list succeeded)")
     except ArchiveError as error:
-        is_other = is_no_archive(dump.path)
-        structure = invalid(f"it {NO_ARCHIVE}\n{error}" if is_other else str(error))
+        reason = f"it {NO_ARCHIVE}\n" if is_no_archive(dump.path) else ""
+        structure = invalid(f"{reason}{error}")
     hashing = FileHash(dump)
 
     def on_tick(rows: int) -> None:
@@ -1356,10 +1350,9 @@ def check_restore_fits(pg_restore: Tool, metadata: Metadata, problem: str) -> No
     """Raise Failure if pg_restore is too old, lacks the compression, or has no way to the file."""
     needed = least_major(metadata)
     if problem and pg_restore.major < needed:
-        pg_dump = f"pg_dump {printable(metadata.pg_dump_version)}"
-        raise older_tool_failure(
-            pg_restore, needed, f"too old for this backup, which {pg_dump} made"
-        )
+        maker = f"pg_dump {printable(metadata.pg_dump_version)}"
+        because = f"too old for this backup, which {maker} made"
+        raise older_tool_failure(pg_restore, needed, because)
     if "does not support compression" in problem:
         compression = printable((metadata.compression or "the method").partition(":")[0])
         raise Failure(
@@ -1478,7 +1471,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
                 re.sub("[\udc80-\udcff]", lambda match: chr(ord(match[0]) - 0xDC00), decoded)
             )
         sqlstate, text = getattr(error, "pgcode", None), getattr(error, "pgerror", None)
-        # What is not UTF-8 before a login some Pythons lose (seen on 3.11.2, not on 3.11.7).
+        # Some Pythons lose what is not UTF-8 before a login (seen on 3.11.2, not on 3.11.7).
         unread = "the server's words are not UTF-8, and lost on this Python; psql shows them"
         text = (text or str(error)).strip() or unread
         if sqlstate is None and self._connection is not None and self._connection.closed:
@@ -1705,23 +1698,20 @@ Check libpq's own settings {libpq_location}""",
 }
 
 
-LOOK_UP_DATABASE = """
-SELECT CASE WHEN NOT datallowconn THEN '(closed)'
-            WHEN NOT has_database_privilege(oid, 'CONNECT')
-            THEN 'User does not have CONNECT privilege.' ELSE '' END
-  FROM pg_catalog.pg_database WHERE datname = %s
-"""
-
-
 def look_up_database(config: DatabaseConfig) -> str:
     """Why the database refuses us, by the catalog: in the words of CONNECTION_REMEDIES, or ""."""
+    ask = """
+        SELECT CASE WHEN NOT datallowconn THEN '(closed)'
+                    WHEN NOT has_database_privilege(oid, 'CONNECT')
+                    THEN 'User does not have CONNECT privilege.' ELSE '' END
+          FROM pg_database WHERE datname = %s"""
     try:
         with Session(config, "postgres") as session:
             begin_read_only(session)
-            found = session.query(LOOK_UP_DATABASE, config.name)
+            refusals = session.query(ask, config.name)
     except ServerError:
         return ""
-    return str(found[0][0]) if found else "(missing)"
+    return str(refusals[0][0]) if refusals else "(missing)"
 
 
 def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
