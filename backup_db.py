@@ -1609,9 +1609,9 @@ Verify database exists: psql -l {options}
 Check database name {name_location}
 Create database if needed: createdb {database} {options}""",
     r"\(closed\)|is not currently accepting connections": """
-The database does not allow connections; check its name {name_location}
-Or allow them, as its owner in another database: ALTER DATABASE {sql_database} \
-ALLOW_CONNECTIONS true;""",
+Allow connections to it, as its owner in another database: ALTER DATABASE {sql_database} \
+ALLOW_CONNECTIONS true;
+Or name the right one {name_location}""",
     r"User does not have CONNECT privilege\.": """
 Grant it, as its owner in any database: GRANT CONNECT ON DATABASE {sql_database} TO {sql_user};
 Or back up as another role, set {user_location}""",
@@ -1632,7 +1632,7 @@ And of a password that has expired; lift that, as a superuser in any database: \
 ALTER ROLE {sql_user} VALID UNTIL 'infinity';
 Try it by hand: psql {options} -d {database}""",
     r"[Pp]eer authentication failed|local user with ID": """
-The role must be named, on a socket with the name of this user; set the user {user_location}
+Name the role (on this socket it has the name of the system's user); set the user {user_location}
 Or connect by TCP with a password: set the host to 127.0.0.1 {host_location}""",
     r"server does not support SSL": "The server has no TLS; set to prefer {PGSSLMODE}",
     r"\(PGSSLMODE=disable\)[\s\S]*(?:no encryption|SSL off)": """
@@ -1680,11 +1680,11 @@ Or correct the address: the host {host_location}, and the port {port_location}""
     r"the database system is": """
 Run the backup again when the server accepts connections: pg_isready {options}""",
     r"too many connections for role": """
-A backup needs two connections at once, and the role has a limit; -1 is none
-Raise it, as a superuser in any database: ALTER ROLE {sql_user} CONNECTION LIMIT -1;""",
+A backup needs two connections at once; lift the role's limit, as a superuser in any database: \
+ALTER ROLE {sql_user} CONNECTION LIMIT -1;""",
     r"too many connections for database": """
-A backup needs two connections at once, and the database has a limit; -1 is none
-Raise it, as its owner in any database: ALTER DATABASE {sql_database} CONNECTION LIMIT -1;""",
+A backup needs two connections at once; lift the database's limit, as its owner in any database: \
+ALTER DATABASE {sql_database} CONNECTION LIMIT -1;""",
     r"too many clients already|remaining connection slots|query_wait_timeout": """
 A backup needs two connections at once; run it when there is room, or raise max_connections
 See who is connected, as a superuser: SELECT datname, usename, count(*) FROM pg_stat_activity \
@@ -2527,7 +2527,7 @@ UNION ALL
 SELECT 'function', p.oid, 0, pronamespace, proname
   FROM pg_proc p JOIN lasting ON lasting.oid = pronamespace WHERE p.oid >= 16384
 UNION ALL
-SELECT CASE relkind WHEN 'c' THEN 'type' WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view'
+SELECT CASE relkind WHEN 'c' THEN 'composite type' WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view'
        WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' ELSE 'index' END,
        c.oid, 0, relnamespace, relname
   FROM pg_class c JOIN lasting ON lasting.oid = relnamespace WHERE relkind NOT IN ('r', 'p', 't')
@@ -2557,7 +2557,7 @@ def describe_change(then: Names, now: Names) -> str:
                 return f"{what} was {f'renamed to {sql_identifier(name)}' if name else 'dropped'}"
             if before[0] != schema:
                 return f"{what} was moved to another schema"
-        elif kind == "attribute" and ("type", oid, 0) in then:
+        elif kind == "attribute" and ("composite type", oid, 0) in then:
             return f"attribute {sql_identifier(name)} was added to a type"
     return ""
 
@@ -2800,9 +2800,13 @@ See what it is: ls -ld {path}
 {access}
 See who may use it (this run is as user {user}): ls -ld {path}
 {elsewhere}""",
+    (None, (errno.EFBIG,)): """
+See the limit on a file's size of this session (FAT32 has one, too: 4 GB): ulimit -f
+{elsewhere}""",
+    (None, (errno.ENAMETOOLONG,)): """
+Name a shorter path: --output-dir DIR""",
     (None, ()): """
-Check the file system: df -h {path}; sudo dmesg | tail
-Check the limit on a file's size, of FAT32 (4 GB) or of this session: ulimit -f""",
+Check the file system: df -h {path}; sudo dmesg | tail""",
 }
 
 

@@ -340,6 +340,10 @@ def _find_mistake(
 
 def _holds_address(variable: str, value: str) -> bool:
     """Whether it is a URL or a connection string, or a piece of one, where one name belongs."""
+    if "%" in value:
+        from urllib.parse import unquote
+
+        value = unquote(value)
     if re.search(r"://|^//|pass\w*\s*=|pwd\s*=", value, re.IGNORECASE):
         return True
     if variable.endswith("HOST"):  # or a list of hosts; sockets are paths, or begin with an @

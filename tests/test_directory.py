@@ -238,7 +238,7 @@ def test_list_and_verify_name_bad_metadata(standing: Project, damaged: Path) -> 
     for name, (damage, words) in BAD_METADATA.items():
         damage(metadata)
         listed = standing.run("--list").succeeded()
-        (line,) = (line for line in listed.stdout.splitlines() if line.endswith("Bad metadata"))
+        (line,) = (line for line in listed.stdout.splitlines() if "✗ Bad metadata (" in line)
         assert line.startswith("20"), (name, line)  # the file name tells the rest
         result = standing.run("--verify", damaged)
         assert result.returncode in (4, 8), f"{name}: {result}"
@@ -279,7 +279,7 @@ def test_metadata_of_a_newer_release_is_not_guessed_at(standing: Project) -> Non
     assert "Bring the metadata file back" not in result.stderr, result
     standing.run(env={"BACKUP_KEEP": "1"}).succeeded()
     listed = standing.run("--list").succeeded().stdout
-    assert "  ✗ Bad metadata\n" in listed
+    assert f"  ✗ Bad metadata ({dump.name})\n" in listed
     assert dump.exists()
 
 

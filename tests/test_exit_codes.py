@@ -300,19 +300,19 @@ def server_has_no_tls(stage: Stage) -> Result:
     return stage.project(settings={"PGSSLMODE": "require"}).run()
 
 
-@situation(ExitCode.CONNECTION, "is not currently accepting connections", "ALLOW_CONNECTIONS true")
+@situation(ExitCode.CONNECTION, "is not currently accepting", "", "ALLOW_CONNECTIONS true")
 def database_is_closed(stage: Stage) -> Result:
     database = stage.database()
     stage.cluster.psql(f"ALTER DATABASE {database.name} ALLOW_CONNECTIONS false")
     return stage.make_project(database).run()
 
 
-@situation(ExitCode.CONNECTION, 'too many connections for role "role_', "CONNECTION LIMIT -1;")
+@situation(ExitCode.CONNECTION, 'too many connections for role "role_', "", "CONNECTION LIMIT -1;")
 def role_may_connect_once(stage: Stage) -> Result:
     return stage.run_as(stage.database(), stage.role("CONNECTION LIMIT 1"))
 
 
-@situation(ExitCode.CONNECTION, "too many connections for database", "CONNECTION LIMIT -1;")
+@situation(ExitCode.CONNECTION, "too many connections for database", "", "CONNECTION LIMIT -1;")
 def database_is_full(stage: Stage) -> Result:
     role, database = stage.role(), stage.database()
     stage.cluster.psql(f"ALTER DATABASE {database.name} CONNECTION LIMIT 1")
@@ -654,12 +654,12 @@ def session_is_terminated(stage: Stage) -> Result:
     return project.run()
 
 
-@situation(ExitCode.CREATION, "the limit on file sizes was reached", "ulimit -f")
+@situation(ExitCode.CREATION, "the limit on file sizes was reached", "", "ulimit -f")
 def file_size_is_limited(stage: Stage) -> Result:
     return stage.project().run(prefix=("prlimit", "--fsize=100000"))
 
 
-@situation(ExitCode.CREATION, ": File name too long", "df -h ")
+@situation(ExitCode.CREATION, ": File name too long", "", "--output-dir DIR")
 def directory_name_is_too_long(stage: Stage) -> Result:
     return stage.project().run("--output-dir", "x" * 300)
 

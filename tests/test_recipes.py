@@ -326,8 +326,8 @@ def test_swap_and_the_way_back(place: Place, live: Database) -> None:
 
     application = connect(live)
     assert 'database "restored" does not exist' in place.type(SWAP).stderr
-    application.cursor().execute("SELECT 'of_the_copy'::regclass")  # it was left alone
     place.server.create_database("restored")
+    application.cursor().execute("SELECT 'of_the_copy'::regclass")  # it was left alone
     assert 'database "project_chat_old" already exists' in place.type(SWAP).stderr
     assert_equal(live, as_copied)
     place.server.drop_database("restored")
@@ -377,13 +377,14 @@ def test_what_was_dropped_and_a_dump_that_breaks(place: Place, live: Database) -
         assert_equal(live, damaged)
 
 
-# What was done to rows, without a word to other tables.
+# What was done to rows, without a word to other tables. No number is given twice afterwards.
 SPOIL = """
 SET session_replication_role = replica;
 UPDATE conversations SET started_by = 'wrong', title = 'wrong' || id;
 DELETE FROM conversations WHERE id IN (7, 8);
 UPDATE events SET created_at = now() WHERE id > 10;
 DELETE FROM events WHERE kind = 'b';
+SELECT setval('conversations_id_seq', 1000);
 """
 
 
@@ -405,9 +406,12 @@ def test_wrong_rows(place: Place, live: Database) -> None:
     partitions = ("events_1b", "shop.events_1a", "events_2")
     for table in ("conversations", *(("events",) if place.version > 15 else partitions)):
         place.type(replace_rows(table, place)).succeeded()
-    assert_equal(live, place.original)
+    number = "SELECT pg_catalog.setval('public.conversations_id_seq', "
+    expected = [line for line in place.original if not line.startswith(number)]
+    expected = sorted([*expected, f"{number}1000, true);"])
+    assert_equal(live, expected)
     place.type(replace_rows("conversations", place)).succeeded()
-    assert_equal(live, place.original)
+    assert_equal(live, expected)
     assert find_orphans(place) == []
 
 
@@ -644,7 +648,9 @@ def test_other_versions(source: int, target: int, tmp_path: Path) -> None:
         project = with_tools(project_maker(tmp_path, old)(database), tools)
         place = replace(back_up(database, project, reader), server=server)
         server.psql(f"CREATE ROLE {USER}; CREATE ROLE reader")
-        place.type(DEFINE_COPY + BY_SCRIPT)
+        done = place.type(DEFINE_COPY + BY_SCRIPT)
+        # Of columns with a newline in their names, or their tables', it is refused and shown.
+        assert done.stderr.count("ERROR: ") == (3 if source == 15 else 0), done
         differing = set(place.original) ^ set(whole(place.copy, reader))
         assert {line for line in differing if ALLOWED.match(line)} == set()
 

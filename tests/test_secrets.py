@@ -121,6 +121,8 @@ PASTED = (
     "PASSWD=s3cret",
     "pwd=s3cret",
     "//keeper:s3cret@localhost/chat",
+    "postgres%3A%2F%2Fkeeper%3As3cret%40localhost%2Fchat",
+    "keeper:s3cret\n@localhost/chat",
 )
 # Pieces of these, by the end of the variable's name.
 PIECES = {

@@ -88,7 +88,7 @@ def mixed_databases(clusters: Callable[[int], Cluster]) -> Iterator[Callable[[in
         yield mixed_database_of
 
 
-# README.md's way into a server that is older than pg_restore.
+# Into a server that is older than pg_restore: a part of README.md's way, which test_recipes types.
 RESTORE_INTO_OLDER = """
 pg_restore --file=- "$0" | sed '/^SET transaction_timeout = 0;$/d' |
     psql --quiet --set=ON_ERROR_STOP=1 --dbname="$1"
