@@ -913,9 +913,9 @@ def install_step(major: int) -> str:
     release = ""
     with contextlib.suppress(OSError):  # macOS has none
         release = platform.freedesktop_os_release().get("VERSION_ID", "")
-    is_newer = major > ARCHIVE_MAJORS.get(release, 0)
+    own, newer = INSTALL[manager]
+    command = (newer if major > ARCHIVE_MAJORS.get(release, 0) else own).format(major=major)
     version = f"version {major} or newer" if major else "of the server's version or newer"
-    command = INSTALL[manager][is_newer].format(major=major)
     return f"Install PostgreSQL's client tools, {version}: {command}"
 
 
@@ -1005,7 +1005,8 @@ def find_tools(config: DatabaseConfig) -> Tools:
         because = f"too old for the archives of pg_dump {pg_dump.version}"
         raise older_tool_failure(pg_restore, pg_dump.major, because)
     wanted = config.compress or ("zstd:3" if pg_dump.major >= 16 else "gzip:4")
-    wanted = {"0": "none"}.get(wanted, f"gzip:{wanted}" if wanted.isdigit() else wanted)
+    if wanted.isdigit():
+        wanted = "none" if wanted == "0" else f"gzip:{wanted}"
     tools = Tools(pg_dump, pg_restore, wanted)
     if not (refusal := compression_refusal(tools)):
         return tools
@@ -1228,8 +1229,8 @@ def compare_contents(found: Contents, expected: Metadata) -> Check:
     else:
         for key, oid in expected.table_oids.items():
             if rows.get(oid) != counts[key]:
-                found_rows = f"{plural(rows[oid], 'row')} in" if oid in rows else "not in"
-                problems.append(f"table {key}: {found_rows} the dump, {counts[key]} expected")
+                presence = f"{plural(rows[oid], 'row')} in" if oid in rows else "not in"
+                problems.append(f"table {key}: {presence} the dump, {counts[key]} expected")
         uncounted = rows.keys() - expected.table_oids.values()
         problems += [f"table with the oid {oid}: in the dump, but not counted" for oid in uncounted]
     if found.large_objects != objects:
@@ -1598,7 +1599,7 @@ def begin_read_only(session: Session, isolation: str = "READ COMMITTED") -> None
 
 # The first row whose pattern is in the error: libpq's own words, which are never translated, and
 # the server's in the C locale. In parentheses is what its catalog tells, the environment, or what
-# PGSSLMODE is. A place in capitals is a variable of libpq; {found} is what the pattern captures.
+# PGSSLMODE is. A place in capitals is a variable of libpq; {captured} is what the pattern captures.
 CONNECTION_REMEDIES = {
     r"\(prod\)[\s\S]*(?:\(missing\)|database \".*\" does not exist)": """
 Verify database exists: psql -l {options}
@@ -1640,9 +1641,9 @@ The server demands TLS; set to require {PGSSLMODE}""",
     r"valid client certificate|[Cc]ertificate authentication failed": """
 The server asks for this user's certificate; name its file {PGSSLCERT}
 And that of its key, which only you may read, {PGSSLKEY}""",
-    r"private key file (\".*\") has group or world access": "Keep it private: chmod 600 {found}",
+    r"private key file (\".*\") has group or world access": "Keep it private: chmod 600 {captured}",
     r"channel binding": "The server offers none on this way; set to prefer {PGCHANNELBINDING}",
-    r"invalid \"?(\w+)\"? value|for connection option \"(\w+)\"": "Correct it {found}",
+    r"invalid \"?(\w+)\"? value|for connection option \"(\w+)\"": "Correct it {captured}",
     r"(?:unrecognized|unsupported) .*parameter|command-line arg|invalid value for parameter": """
 Correct it {PGOPTIONS}""",
     r"[Ss]ocket path .* is too long": """
@@ -1724,8 +1725,8 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) ({config.environment.value}) {cause}"
     rows = ((re.search(key, asked), remedy) for key, remedy in CONNECTION_REMEDIES.items())
     match, remedy = next((match, remedy) for match, remedy in rows if match)
-    found = next(filter(None, match.groups()), "")  # an option of libpq is set by PG… of its name
-    option = f"PG{found.replace('_', '').upper()}"
+    captured = next(filter(None, match.groups()), "")
+    option = f"PG{captured.replace('_', '').upper()}"  # the variable that sets libpq's option
     user = config.user or user_name()
     fields = (config.host, str(config.port), config.name, user)
     line = ":".join(re.sub(r"([:\\])", r"\\\1", field) for field in fields)
@@ -1736,7 +1737,7 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
         remedy,
         **{f"{name}_location": place for name, place in config.setting_locations.items()},
         **{variable: config.location(variable) for variable in re.findall(r"{(PG\w+)}", remedy)},
-        found=config.location(option) if found.isidentifier() else found,
+        captured=config.location(option) if captured.isidentifier() else captured,
         list=shell_words("python3", *sys.argv, "--list"),
         host=shell_words(config.host),
         database=shell_words(config.name),
