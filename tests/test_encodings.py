@@ -23,7 +23,6 @@ from support import (
     new_database,
     program,
     read_metadata,
-    wait_until,
 )
 
 # -- databases that are not UTF-8 -----------------------------------------------------------------
