@@ -175,6 +175,10 @@ class ConnectionLost(ServerError):
     """The connection has ended, or no answer came in time; only `close` and `connect` are left."""
 
 
+class NoAnswer(ConnectionLost):
+    """There was no answer in time: there is no point in asking the same server anything else."""
+
+
 class ArchiveError(Exception):
     """A dump that pg_restore cannot read, or that does not read as pg_dump writes it."""
 
@@ -1421,7 +1425,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
             self._connection = self._call(self._open, limit)
         except ServerError as error:
             if time.monotonic() - started >= config.connect_seconds:
-                raise ConnectionLost(error.text) from None
+                raise NoAnswer(error.text) from None
             raise
         self.server_version = int(self._connection.server_version)  # 170010 for 17.10
         # As libpq knows it; a pooler hands out a number of its own.
@@ -1454,7 +1458,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         except TimeoutError:
             address = f'"{self._config.host}", port {self._config.port}'
             answer = f"no answer from {address} within {format_age(seconds)}"
-            raise ConnectionLost(answer) from None
+            raise NoAnswer(answer) from None
         except (psycopg2.Error, ValueError) as error:
             raise self._translate(error) from None
         finally:
@@ -1719,7 +1723,7 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     """Why there is no connection. The cause is looked up in the catalog, where another database
     lets us in; the server's words are shown as they are, in whatever language."""
     cause = error.text
-    if not isinstance(error, ConnectionLost):  # or another database would not answer either
+    if not isinstance(error, NoAnswer):  # or another database would not answer either
         cause = look_up_database(config) or cause
     is_mac = sys.platform == "darwin"
     asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) ({config.environment.value}) {cause}"
