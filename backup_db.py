@@ -2437,18 +2437,12 @@ def dump_database(run: RunContext) -> tuple[Snapshot, list[int], str]:
         except DumpFailed as failed:
             attempts += 1
             reason = diagnose_dump(run, snapshot, failed, is_last=attempts == DUMP_ATTEMPTS)
-        begin_again(run, reason)
-
-
-def begin_again(run: RunContext, why: str) -> None:
-    """Reconnect after a pause without locks: the server frees a connection a moment late. Raises
-    Failure: whatever is in the way now, the connection is lost."""
-    run.session.close()
-    pause(run.progress, why)
-    try:
-        run.session.connect()
-    except ServerError as error:
-        raise server_failure(ConnectionLost(error.text), "beginning again") from None
+        run.session.close()  # every lock goes
+        pause(run.progress, reason)  # the server frees a connection a moment late
+        try:
+            run.session.connect()
+        except ServerError as error:  # whatever is in the way now, the connection is lost
+            raise server_failure(ConnectionLost(error.text), "beginning again") from None
 
 
 def dump_snapshot(run: RunContext, snapshot: Snapshot) -> tuple[list[int], str]:
@@ -2899,11 +2893,10 @@ def make_directory(directory: Path) -> None:
     made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except PermissionError as error:  # of the topmost that is missing
-        raise type(error)(error.errno, error.strerror, str(directory)) from None
-    except FileExistsError:  # "File exists" would not tell that it is no directory
-        number = errno.ENOTDIR
-        raise NotADirectoryError(number, os.strerror(number), str(directory)) from None
+    except (PermissionError, FileExistsError) as error:
+        # The first may name a parent; the second would not tell that it is no directory.
+        number = error.errno if isinstance(error, PermissionError) else errno.ENOTDIR
+        raise OSError(number, os.strerror(number or 0), str(directory)) from None
     for path in made:  # its name, too, has to survive a power cut
         sync_directory(path.parent)
 
@@ -2993,7 +2986,8 @@ class PartialBackup:
 
     def publish(self, metadata: Metadata) -> list[str]:
         """Write the metadata and rename both files. Returns what was not synced. Raises OSError;
-        Failure where somebody replaced a partial file."""
+        Failure where somebody replaced a partial file; Interrupted, which tells whether it came
+        too late."""
         with with_filename(self._metadata.path):
             with open(self._metadata.descriptor, "w", encoding="utf-8", closefd=False) as file:
                 file.write(metadata.to_json())
@@ -3015,7 +3009,12 @@ class PartialBackup:
         except BaseException:
             self._published_metadata.unlink(missing_ok=True)
             raise
-        complaints.append(sync_directory(self.directory))
+        try:
+            complaints.append(sync_directory(self.directory))
+            check_signals()
+        except Interrupted as interrupted:
+            interrupted.outcome = "The new backup is whole and published."
+            raise
         return list(dict.fromkeys(filter(None, complaints)))
 
 
@@ -3334,20 +3333,6 @@ def retire_backups(
 # ---------------------------------------------------------------------------------------------
 
 
-def unsound_dump_failure(partial: PartialBackup, problem: str) -> Failure:
-    """The failure for a new dump that is not what the database held."""
-    detail = f"the new dump does not hold what the database held\n{problem}"
-    if DiskRoom.of(partial.directory).is_full:
-        return errno_failure(errno.ENOSPC, partial.directory, f"the disk is full: {detail}")
-    return Failure(
-        ExitCode.VERIFICATION,
-        detail,
-        "Run the backup again",
-        "If it fails again, check the disk and the memory of this machine: sudo dmesg | tail -50",
-        f"The failed dump was deleted. Earlier backups: {list_command(partial.directory)}",
-    )
-
-
 def create_backup(
     config: DatabaseConfig,
     output_dir: Path,
@@ -3363,8 +3348,9 @@ def create_backup(
     started = time.monotonic()
     tools = find_tools(config)
     with open_session(config) as session:  # first: a wrong password leaves no directory
-        check_server(session, config, tools.pg_dump)
-        series = identify_series(session, config)
+        with on_server("reading the catalog"):
+            check_server(session, config, tools.pg_dump)
+            series = identify_series(session, config)
         make_directory(output_dir)
         prefix = file_prefix(config.name, config.environment.value)
         partial = PartialBackup(output_dir, prefix)
@@ -3381,7 +3367,7 @@ def create_backup(
             Background(partial.dump.sync).wait()
             draft = draft_metadata(run, snapshot, counts, series)
             metadata, hint = verify_new_dump(run, draft, started)
-            complaints = publish(partial, metadata)
+            complaints = partial.publish(metadata)
             made = read_backup(output_dir, partial.published_dump.name)
             warnings = [warning, hint, *complaints, *shrinkage_lines(metadata, recent)]
             if not metadata.table_counts:
@@ -3400,25 +3386,22 @@ def create_backup(
 def verify_new_dump(run: RunContext, draft: Metadata, started: float) -> tuple[Metadata, str]:
     """Read the new dump back; its metadata with the results, and pg_restore's warnings. Raises
     Failure where it is not what the database held."""
-    pg_restore, partial = run.tools.pg_restore, run.partial
-    examination = examine_dump(pg_restore, partial.dump, draft, run.progress, DUMP_SHARE)
+    pg_restore, directory = run.tools.pg_restore, run.partial.directory
+    examination = examine_dump(pg_restore, run.partial.dump, draft, run.progress, DUMP_SHARE)
     if examination.problem:
-        raise unsound_dump_failure(partial, examination.problem)
+        detail = f"the new dump does not hold what the database held\n{examination.problem}"
+        if DiskRoom.of(directory).is_full:
+            raise errno_failure(errno.ENOSPC, directory, f"the disk is full: {detail}")
+        raise Failure(
+            ExitCode.VERIFICATION,
+            detail,
+            "Run the backup again",
+            "If it fails again, check the disk and the memory of this machine: "
+            "sudo dmesg | tail -50",
+            f"The failed dump was deleted. Earlier backups: {list_command(directory)}",
+        )
     metadata = draft.verified(examination, pg_restore, time.monotonic() - started)
     return metadata, examination.found.warnings
-
-
-def publish(partial: PartialBackup, metadata: Metadata) -> list[str]:
-    """Give both files their names. Returns what was not synced. An Interrupted tells whether it
-    came too late."""
-    try:
-        complaints = partial.publish(metadata)
-        check_signals()
-    except Interrupted as interrupted:
-        if os.path.lexists(partial.published_dump):
-            interrupted.outcome = "The new backup is whole and published."
-        raise
-    return complaints
 
 
 def missing_package_failure(error: ImportError) -> Failure:
@@ -3498,40 +3481,37 @@ def become_libpq_environment(config: DatabaseConfig) -> None:
 
 def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> None:
     """Raise Failure for whatever makes a backup impossible; nothing is written yet."""
-    with on_server("reading the catalog"):
-        check_no_pooler(session, config)
-        major = session.server_version // 10000
-        if major < OLDEST_MAJOR:
-            by_hand = f"pg_dump {libpq_options()} --format=custom --file=by_hand.dump"
-            raise Failure(
-                ExitCode.TOOL,
-                f"the server is version {major}, and {OLDEST_MAJOR} is the oldest that this works "
-                "with: before it a long dump cannot be watched",
-                f"Back it up by hand, which is not verified: {by_hand}",
-                "Then upgrade the server: PostgreSQL's project mends that version no more",
-            )
-        if pg_dump.major < major:
-            because = f"too old for the server, which is version {major}"
-            raise older_tool_failure(pg_dump, major, because)
-        begin_read_only(session)
-        check_privileges(session)
-        session.query("COMMIT")
+    check_no_pooler(session, config)
+    major = session.server_version // 10000
+    if major < OLDEST_MAJOR:
+        by_hand = f"pg_dump {libpq_options()} --format=custom --file=by_hand.dump"
+        raise Failure(
+            ExitCode.TOOL,
+            f"the server is version {major}, and {OLDEST_MAJOR} is the oldest that this works "
+            "with: before it a long dump cannot be watched",
+            f"Back it up by hand, which is not verified: {by_hand}",
+            "Then upgrade the server: PostgreSQL's project mends that version no more",
+        )
+    if pg_dump.major < major:
+        because = f"too old for the server, which is version {major}"
+        raise older_tool_failure(pg_dump, major, because)
+    begin_read_only(session)
+    check_privileges(session)
+    session.query("COMMIT")
 
 
 def identify_series(session: Session, config: DatabaseConfig) -> Series:
     """Which backups are of the same database: see Series."""
-    server = None
-    with on_server("reading the catalog"):
-        begin_read_only(session)
-        ((database,),) = session.query("SELECT current_database()")
-        try:
-            control = "SELECT system_identifier::text FROM pg_catalog.pg_control_system()"
-            ((server,),) = session.query(control)
-        except ConnectionLost:
-            raise
-        except ServerError:  # some services hide it
-            pass
-        session.query("ROLLBACK")
+    begin_read_only(session)
+    ((database,),) = session.query("SELECT current_database()")
+    try:
+        control = "SELECT system_identifier::text FROM pg_catalog.pg_control_system()"
+        ((server,),) = session.query(control)
+    except ConnectionLost:
+        raise
+    except ServerError:  # some services hide it
+        server = None
+    session.query("ROLLBACK")
     return Series(database, config.environment.value, server)
 
 
@@ -3557,18 +3537,6 @@ def draft_metadata(
         **snapshot.facts,
     )
     return draft._replace(restore=restore_commands(draft))
-
-
-def verify_backup(dump: Path, progress: Progress) -> tuple[Metadata, Examination]:
-    """Check a backup's checksum, structure and contents, with nothing but its two files.
-
-    Raises Failure for what keeps the checks from being made (files, tools), OSError.
-    """
-    metadata = load_metadata(dump)
-    pg_restore = find_tool("pg_restore", major=least_major(metadata))
-    with contextlib.closing(OpenFile.open(dump, os.O_RDONLY)) as file:
-        examination = examine_dump(pg_restore, file, metadata, progress)
-    return metadata, examination
 
 
 def load_metadata(dump: Path) -> Metadata:
@@ -3673,15 +3641,33 @@ def verification_lines(dump: Path, metadata: Metadata, found: Examination) -> li
 
 
 def list_lines(
-    backups: Sequence[Backup], orphans: Sequence[Path], output_dir: Path, now: datetime
-) -> list[str]:
-    """The contract's table, and a footer."""
-    folder = display_path(output_dir).rstrip("/") + "/"
-    if not backups:
-        usual = f"The usual directory: {list_command(DEFAULT_OUTPUT_DIR)}"
-        is_usual = os.path.abspath(output_dir) == str(DEFAULT_OUTPUT_DIR)
-        lines = [f"No backups yet in {folder}", *([] if is_usual else [usual])]
-        return [*lines, *footer_lines([], orphans, now)]
+    backups: Sequence[Backup], orphans: Sequence[Path], directory: Path, now: datetime
+) -> Iterator[str]:
+    """The contract's table, its totals, each series, what needs a person's eye, and what the
+    status means."""
+    folder = display_path(directory).rstrip("/") + "/"
+    if backups:
+        yield from table_lines(backups, folder)
+    else:
+        yield f"No backups yet in {folder}"
+        if os.path.abspath(directory) != str(DEFAULT_OUTPUT_DIR):
+            yield f"The usual directory: {list_command(DEFAULT_OUTPUT_DIR)}"
+    latest = latest_credible(now)
+    present = [backup for backup in backups if backup.timestamp <= latest]
+    yield from series_lines(present, now)
+    if future := [backup.dump.name for backup in backups if backup.timestamp > latest]:
+        count = len(future)
+        yield f"{count} dated in the future, left alone by BACKUP_KEEP: {list_names(future)}"
+    if orphans:
+        command = shell_words("rm", "--", *map(display_path, orphans[:MOST_NAMES]))
+        yield f"{len(orphans)} metadata without a dump; remove what is not coming back: {command}"
+    if newest := newest_verified(present):
+        command = verify_command(display_path(newest.dump))
+        yield f"Verified means verified when it was made. To check a file now: {command}"
+
+
+def table_lines(backups: Sequence[Backup], folder: str) -> Iterator[str]:
+    """The contract's table, and the totals."""
     rows = [("Timestamp", "Environment", "Database", "Size", "Status")]
     for backup in backups:
         database, environment = map(printable, backup.series[:2])
@@ -3693,17 +3679,15 @@ def list_lines(
         max(least, *(len(cell) + 2 for cell in column))
         for least, column in zip((25, 13, 20, 10, 0), zip(*rows, strict=True), strict=True)
     ]
-    total = sum(backup.size_bytes or 0 for backup in backups)
+    yield from (f"Backup Files ({folder}):", "")
+    for row in rows:
+        yield "".join(map(str.ljust, row, widths)).rstrip()
+    total = format_size(sum(backup.size_bytes or 0 for backup in backups))
     unusable = sum(backup.status is not Status.VERIFIED for backup in backups)
-    return [
-        f"Backup Files ({folder}):",
-        "",
-        *("".join(map(str.ljust, row, widths)).rstrip() for row in rows),
-        "",
-        f"{plural(len(backups), 'backup')}, {format_size(total)} in all"
-        + (f", {unusable} not usable" if unusable else ""),
-        *footer_lines(backups, orphans, now),
-    ]
+    yield ""
+    yield f"{plural(len(backups), 'backup')}, {total} in all" + (
+        f", {unusable} not usable" if unusable else ""
+    )
 
 
 def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
@@ -3726,27 +3710,6 @@ def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
             yield text + f"newest verified {age} old: {printable(newest.dump.name)}"
         else:
             yield text + "none verified"
-
-
-def footer_lines(
-    backups: Sequence[Backup], orphans: Sequence[Path], now: datetime
-) -> Iterator[str]:
-    """Below the totals: each series, what needs a person's eye, and what the status means."""
-    latest = latest_credible(now)
-    present = [backup for backup in backups if backup.timestamp <= latest]
-    future = [backup.dump.name for backup in backups if backup.timestamp > latest]
-    yield from series_lines(present, now)
-    if future:
-        yield (
-            f"{len(future)} dated in the future, left alone by BACKUP_KEEP: {list_names(future)}"
-        )
-    if orphans:
-        command = shell_words("rm", "--", *map(display_path, orphans[:MOST_NAMES]))
-        yield f"{len(orphans)} metadata without a dump; remove what is not coming back: {command}"
-    newest = newest_verified(present)
-    if newest is not None:
-        command = verify_command(display_path(newest.dump))
-        yield f"Verified means verified when it was made. To check a file now: {command}"
 
 
 def shrinkage_lines(made: Metadata, recent: Sequence[Metadata]) -> list[str]:
@@ -3854,16 +3817,14 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str] | None) -> Mode:
     """What the command line asks for; argparse reports an error itself, and exits."""
     options = build_parser().parse_args(argv)
-    environment: str = options.env
-    directory: Path = options.output_dir
-    dump: Path | None = options.verify
     if options.list:
-        return Mode("Listing failed", ExitCode.GENERAL, lambda _: run_listing(directory))
-    if dump is not None:
-        run = functools.partial(run_verification, dump)
+        run = functools.partial(run_listing, options.output_dir)
+        return Mode("Listing failed", ExitCode.GENERAL, run)
+    if options.verify:
+        run = functools.partial(run_verification, options.verify)
         return Mode("Backup verification failed", ExitCode.VERIFICATION, run)
-    run = functools.partial(run_creation, environment, directory)
-    return Mode("Backup failed", ExitCode.CREATION, run, f"--env {environment}")
+    run = functools.partial(run_creation, options.env, options.output_dir)
+    return Mode("Backup failed", ExitCode.CREATION, run, f"--env {options.env}")
 
 
 def run_creation(environment: str, output_dir: Path, progress: Progress) -> None:
@@ -3902,9 +3863,13 @@ def write_result(lines: Iterable[str]) -> None:
 
 
 def run_verification(dump: Path, progress: Progress) -> None:
-    """`--verify`: check a backup and report it. Raises Failure where it is not sound."""
+    """`--verify`: check a backup with nothing but its two files, and report it. Raises Failure
+    where it is not sound, or where the checks cannot be made; OSError."""
     with with_filename(dump):
-        metadata, examination = verify_backup(dump, progress)
+        metadata = load_metadata(dump)
+        pg_restore = find_tool("pg_restore", major=least_major(metadata))
+        with contextlib.closing(OpenFile.open(dump, os.O_RDONLY)) as file:
+            examination = examine_dump(pg_restore, file, metadata, progress)
         lines = verification_lines(dump, metadata, examination)
     progress.clear()
     if not examination.problem:
@@ -3925,7 +3890,7 @@ def run_verification(dump: Path, progress: Progress) -> None:
     raise Failure(ExitCode.VERIFICATION, examination.problem, *steps, report=lines)
 
 
-def run_listing(directory: Path) -> None:
+def run_listing(directory: Path, _progress: Progress) -> None:
     """`--list`: show the backups."""
     try:
         backups, orphans = find_backups(directory), find_orphans(directory)
