@@ -1857,8 +1857,7 @@ GRANTS = {
 
 
 def check_privileges(session: Session) -> None:
-    """Raise Failure with what pg_dump could not read as this role: ten of each kind, and how many
-    there are."""
+    """Raise Failure with what pg_dump could not read as this role."""
     unreadable = session.query(UNREADABLE)
     if not unreadable:
         return
@@ -1874,12 +1873,12 @@ def check_privileges(session: Session) -> None:
     if len(names.get("large object", [])) > MOST_NAMES:
         names["large objects"] = names.pop("large object")
     for kind, grant in GRANTS.items():
-        if found := names.get(kind):
-            listed = ", ".join(map(printable, found[:MOST_NAMES]))
-            more = ", and so on" if len(found) > MOST_NAMES else ""
+        if of_kind := names.get(kind):
+            listed = ", ".join(map(printable, of_kind[:MOST_NAMES]))
+            more = ", and so on" if len(of_kind) > MOST_NAMES else ""
             steps.append(grant.format(names=listed, more=more, role=role, who=who))
     detail = f"role {role} cannot read all of the database; a backup would be incomplete"
-    lines = [f"{kind}: {list_names(found)}" for kind, found in names.items()]
+    lines = [f"{kind}: {list_names(of_kind)}" for kind, of_kind in names.items()]
     raise Failure(ExitCode.PERMISSION, "\n".join([detail, *lines]), *steps)
 
 
@@ -2022,11 +2021,7 @@ def least_major(metadata: Metadata) -> int:
 def restore_commands(metadata: Metadata) -> list[str]:
     """The shell commands, one a line, that restore this backup on a fresh server. They are made of
     the metadata's other facts alone, and drop nothing."""
-    return [
-        *comment_lines(metadata),
-        *role_commands(metadata.roles or [], metadata.role_attributes or {}),
-        *database_commands(metadata),
-    ]
+    return [*comment_lines(metadata), *role_commands(metadata), *database_commands(metadata)]
 
 
 def comment_lines(metadata: Metadata) -> Iterator[str]:
@@ -2047,9 +2042,9 @@ def comment_lines(metadata: Metadata) -> Iterator[str]:
     ]
     if extensions:
         yield f"# The server needs the packages of these extensions: {', '.join(extensions)}"
-    of_system = {(metadata.locale or {}).get(key) for key in ("collate", "ctype")}
-    of_system |= {(metadata.settings or {}).get("lc_monetary")}
-    if locales := sorted(name for name in of_system if name not in (None, "C", "POSIX")):
+    facts = {**(metadata.locale or {}), **(metadata.settings or {})}
+    of_system = {facts.get(key) for key in ("collate", "ctype", "lc_monetary")}
+    if locales := sorted(filter(None, of_system - {"C", "POSIX"})):
         yield f"# The server needs these locales, see locale -a: {shell_words(*locales)}"
     if metadata.tablespaces:
         names = shell_words(*metadata.tablespaces)
@@ -2057,10 +2052,9 @@ def comment_lines(metadata: Metadata) -> Iterator[str]:
         yield f"# First make its tablespaces by CREATE TABLESPACE: {names}{without}"
 
 
-def role_commands(
-    roles: Sequence[str], attributes: Mapping[str, Mapping[str, Any]]
-) -> Iterator[str]:
+def role_commands(metadata: Metadata) -> Iterator[str]:
     """The lines of `restore_commands` that make the roles, then their memberships."""
+    roles, attributes = metadata.roles or [], metadata.role_attributes or {}
     yield "# A role that is there already says so and stays as it is, the others get no password"
     for role in roles:
         yield psql_command(*role_statements(role, attributes.get(role, {}))) + " || true"
@@ -2069,12 +2063,12 @@ def role_commands(
             if group not in roles and not group.startswith("pg_"):  # PostgreSQL's own are there
                 yield f"# Left out is the membership of {shell_words(role)} in {shell_words(group)}"
                 continue
-            words = ["ADMIN OPTION"] if options.get("admin") else []
+            how = " WITH ADMIN OPTION" if options.get("admin") else ""
             if "set" in options:  # from 16 on
                 kinds = ("admin", "inherit", "set")
-                words = [f"{kind} {bool(options.get(kind))}".upper() for kind in kinds]
-            grant = f"GRANT {sql_identifier(group)} TO {sql_identifier(role)}"
-            yield psql_command(grant + (f" WITH {', '.join(words)}" if words else ""))
+                flags = [f"{kind} {bool(options.get(kind))}".upper() for kind in kinds]
+                how = f" WITH {', '.join(flags)}"
+            yield psql_command(f"GRANT {sql_identifier(group)} TO {sql_identifier(role)}{how}")
 
 
 def psql_command(*statements: str) -> str:
@@ -2087,38 +2081,25 @@ def psql_command(*statements: str) -> str:
 def role_statements(role: str, facts: Mapping[str, Any]) -> Iterator[str]:
     """What makes a role, and gives it its settings; one that the server refuses is left out."""
     flags = ["superuser", "createrole", "createdb", "login", "replication", "bypassrls"]
-    words = [flag.upper() for flag in flags if facts.get(flag)]
-    words += [] if facts.get("inherit", True) else ["NOINHERIT"]
+    options = [flag.upper() for flag in flags if facts.get(flag)]
+    options += [] if facts.get("inherit", True) else ["NOINHERIT"]
     if (limit := facts.get("connection_limit", -1)) != -1:
-        words.append(f"CONNECTION LIMIT {limit:d}")
+        options.append(f"CONNECTION LIMIT {limit:d}")
     if "valid_until" in facts:
-        words.append(f"VALID UNTIL {sql_literal(facts['valid_until'])}")
-    yield " ".join(["CREATE ROLE", sql_identifier(role), *words])
+        options.append(f"VALID UNTIL {sql_literal(facts['valid_until'])}")
+    yield " ".join(["CREATE ROLE", sql_identifier(role), *options])
     if settings := facts.get("settings", []):
         yield r"\unset ON_ERROR_STOP"
     for setting in settings:
         name, _, value = setting.partition("=")
-        values = split_list(value) if name in LIST_SETTINGS else [value]
+        values = [value]
+        # These are lists of names, some of them quoted (pg_dump's variable_is_guc_list_quote; the
+        # others there no role can have). An empty list is one empty name.
+        if re.fullmatch("(local|session)_preload_libraries|search_path|temp_tablespaces", name):
+            names = re.findall(r'"((?:[^"]|"")*)"|([^",\s]+)', value)
+            values = [quoted.replace('""', '"') or bare for quoted, bare in names] or [""]
         literals = ", ".join(map(sql_literal, values))
         yield f"ALTER ROLE {sql_identifier(role)} SET {sql_identifier(name)} TO {literals}"
-
-
-# Settings whose value is a list of names, as pg_dump knows them (variable_is_guc_list_quote).
-LIST_SETTINGS = {
-    "local_preload_libraries",
-    "search_path",
-    "session_preload_libraries",
-    "shared_preload_libraries",
-    "temp_tablespaces",
-    "unix_socket_directories",
-}
-
-
-def split_list(value: str) -> list[str]:
-    """The names in such a setting's value, in which some are quoted; an empty list is one empty
-    name."""
-    found = re.findall(r'"((?:[^"]|"")*)"|([^",\s]+)', value)
-    return [quoted.replace('""', '"') or bare for quoted, bare in found] or [""]
 
 
 def database_commands(metadata: Metadata) -> Iterator[str]:
@@ -2211,7 +2192,6 @@ def on_server(doing: str) -> Iterator[None]:
 
 
 def stalled_failure(what: str, blocker: Blocker | None) -> Failure:
-    """Nothing has moved for STALL_SECONDS."""
     detail = f"gave up after {format_age(STALL_SECONDS)}: {what}"
     activity = "SELECT pid, state, wait_event, query FROM pg_stat_activity;"
     look = f"See what waits: psql {libpq_options()} -c {shell_words(activity)}"
@@ -2268,7 +2248,6 @@ class Blocker(NamedTuple):
 
     @property
     def remedy(self) -> str:
-        """How to end it."""
         if self.pid is None:
             gid = printable("'" + (self.gid or "").replace("'", "''") + "'")
             whose = "as its owner or a superuser in this database"
@@ -2344,8 +2323,8 @@ SELECT l.relation::bigint, l.pid, a.usename, a.application_name,
 
 def find_blocker(session: Session, relations: Iterable[int]) -> Blocker | None:
     """Who keeps these relations, by their oids, from being read."""
-    found = session.query(BLOCKER, list(relations))
-    return Blocker(*found[0]) if found else None
+    rows = session.query(BLOCKER, list(relations))
+    return Blocker(*rows[0]) if rows else None
 
 
 def take_snapshot(run: RunContext) -> Snapshot:
@@ -2610,11 +2589,11 @@ class DumpWatch:
     """pg_dump while it works: its end, its file, the room on the disk, who blocks it.
 
     --lock-wait-timeout does not cover every lock: pg_dump waits for ever behind an uncommitted
-    REFRESH MATERIALIZED VIEW (tested on 15 to 18). Views, materialized views and sequences cannot
-    be locked beforehand: a migration that has replaced a view, and then alters the table below it
-    while pg_dump waits for that view, would be the victim of the deadlock. The server detects one
-    after deadlock_timeout, 1 s by default; we look more often, and release our locks. Where nobody
-    waits for us, a wait of pg_dump harms nobody.
+    REFRESH MATERIALIZED VIEW (tested on 15 to 18). And views, materialized views and sequences
+    cannot be locked beforehand: a migration that has replaced a view, and alters its table while
+    pg_dump waits for that view, would be the victim of a deadlock. The server detects that after
+    1 s by default; we look more often, and release our locks. Where nobody waits for us, a wait of
+    pg_dump harms nobody.
     """
 
     def __init__(
@@ -3043,7 +3022,6 @@ class DiskRoom(NamedTuple):
 
     @classmethod
     def of(cls, directory: Path) -> DiskRoom:
-        """The room for what is written to the directory."""
         with contextlib.suppress(OSError):
             disk = os.statvfs(directory)
             if disk.f_blocks:
@@ -3111,7 +3089,6 @@ class Backup(NamedTuple):
 
     @property
     def moment(self) -> datetime:
-        """The time of the snapshot."""
         return parse_iso_timestamp(self.timestamp)
 
 
@@ -3131,8 +3108,8 @@ def read_backup(directory: Path, name: str) -> Backup:
     dump, path = directory / name, f"{directory}/{name}"
     size_bytes: int | None = None
     with contextlib.suppress(OSError):  # unreadable, or a link to nowhere
-        found = os.stat(path)
-        size_bytes = found.st_size if stat.S_ISREG(found.st_mode) else None
+        file = os.stat(path)
+        size_bytes = file.st_size if stat.S_ISREG(file.st_mode) else None
     try:
         values = read_metadata_values(path.removesuffix(DUMP_SUFFIX) + METADATA_SUFFIX)
     except FileNotFoundError:
@@ -3142,20 +3119,15 @@ def read_backup(directory: Path, name: str) -> Backup:
     except (OSError, MetadataError):
         status = Status.BAD_METADATA
     else:
-        return describe_backup(dump, name, size_bytes, values)
-    match = FILE_NAME.fullmatch(name)
-    if match is None:
-        return Backup(dump, size_bytes, status, "-", Series("-", "-"))
-    timestamp = "{date}T{hour}:{minute}:{second}Z".format_map(match.groupdict())
-    return Backup(
-        dump, size_bytes, status, timestamp, Series(match["prefix"], match["environment"] or "-")
-    )
+        return describe_backup(dump, size_bytes, values)
+    timestamp, series = "-", Series("-", "-")
+    if match := FILE_NAME.fullmatch(name):
+        timestamp = "{date}T{hour}:{minute}:{second}Z".format_map(match.groupdict())
+        series = Series(match["prefix"], match["environment"] or "-")
+    return Backup(dump, size_bytes, status, timestamp, series)
 
 
-def describe_backup(
-    dump: Path, name: str, size_bytes: int | None, values: Mapping[str, Any]
-) -> Backup:
-    """A backup, by the values of its metadata."""
+def describe_backup(dump: Path, size_bytes: int | None, values: Mapping[str, Any]) -> Backup:
     optional = {
         key: value
         for key in ("verification", "system_identifier", "database_size_bytes")
@@ -3171,7 +3143,7 @@ def describe_backup(
         values["backup_timestamp"],
         Series(values["database_name"], values["environment"], optional.get("system_identifier")),
         is_described=True,
-        is_renamed=values["backup_file"] != name,
+        is_renamed=values["backup_file"] != dump.name,
         total_rows=sum(values["table_counts"].values()),
         database_size_bytes=optional.get("database_size_bytes"),
         postgresql_version=values["postgresql_version"],
@@ -3290,7 +3262,7 @@ def shrunk_tables(made: Metadata, recent: Sequence[Metadata]) -> list[tuple[str,
 
 
 def retire_backups(
-    made: Backup, earlier: Sequence[Backup], retention: Retention | None
+    made: Backup, earlier: Sequence[Backup], retention: Retention
 ) -> tuple[list[Path], list[str]]:
     """Remove the earlier backups that BACKUP_KEEP does not keep. Returns the removed dumps, and
     warnings.
@@ -3302,8 +3274,6 @@ def retire_backups(
     warnings: list[str] = []
     latest = latest_credible(datetime.now(timezone.utc))
     others = [backup for backup in earlier if backup.timestamp <= latest]
-    if retention is None or not others:
-        return removed, warnings
     backups = [made, *others]
     kept = backups_to_keep(backups, retention)
     if full := last_full_backup(backups, kept):
@@ -3377,10 +3347,10 @@ def create_backup(
                 )
             announce(creation_lines(made.dump, metadata), warnings)
             # A name that may not be on the disk replaces no older backup.
-            retention = None if complaints else config.retention
-            removed, warnings = retire_backups(made, earlier, retention)
-            paths = list_names(map(display_path, removed))
-            announce([f"Removed:     {paths}"] if removed else [], warnings)
+            if config.retention and not complaints:
+                removed, warnings = retire_backups(made, earlier, config.retention)
+                paths = list_names(map(display_path, removed))
+                announce([f"Removed:     {paths}"] if removed else [], warnings)
 
 
 def verify_new_dump(run: RunContext, draft: Metadata, started: float) -> tuple[Metadata, str]:
@@ -3405,7 +3375,6 @@ def verify_new_dump(run: RunContext, draft: Metadata, started: float) -> tuple[M
 
 
 def missing_package_failure(error: ImportError) -> Failure:
-    """A run-time package is not installed, or does not load."""
     from importlib.util import find_spec
 
     script, requirements, venv = (
@@ -3451,7 +3420,6 @@ def foreign_config_failure(error: BaseException) -> Failure:
 
 
 def load_configuration(environment_option: str) -> DatabaseConfig:
-    """The settings for `--env`. Raises Failure."""
     if str(SCRIPT_DIR) not in sys.path:  # python3 -I, -P, PYTHONSAFEPATH
         sys.path.append(str(SCRIPT_DIR))
     try:
@@ -3555,22 +3523,23 @@ def load_metadata(dump: Path) -> Metadata:
             steps.insert(0, f"Name the dump: {verify_command(found)}")
         raise Failure(ExitCode.VERIFICATION, detail, *steps)
     path = metadata_path(dump)
-    back = "Bring the metadata file back from the place that this backup was copied to or from"
-    tell = "What the dump alone can tell: pg_restore --file=/dev/null " + shell_words(str(dump))
+    steps = ["Bring the metadata file back from the place that this backup was copied to or from"]
     try:
         return Metadata.read(path)
     except NewerMetadata as error:
-        step = "Verify it with that release of backup_db.py, or a newer one"
+        steps = ["Verify it with that release of backup_db.py, or a newer one"]
         detail = f"{display_path(path)}: {printable(str(error))}; this is {BACKUP_DB_VERSION}"
-        raise Failure(ExitCode.VERIFICATION, detail, step, tell) from None
     except MetadataError as error:
         detail = f"{display_path(path)} cannot be used: {printable(str(error))}"
     except FileNotFoundError:
         detail = f"there is no metadata file {display_path(path)}"
         if is_no_archive(dump):
+            steps = []
             detail += f", and {display_path(dump)} {NO_ARCHIVE}"
-            raise Failure(ExitCode.VERIFICATION, detail, tell) from None
-    raise Failure(ExitCode.VERIFICATION, detail, back, tell)
+    steps.append(
+        f"What the dump alone can tell: pg_restore --file=/dev/null {shell_words(str(dump))}"
+    )
+    raise Failure(ExitCode.VERIFICATION, detail, *steps)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3606,8 +3575,8 @@ def describe_tables(table_counts: Mapping[str, int]) -> str:
 
 
 def creation_lines(dump: Path, made: Metadata) -> list[str]:
-    """The contract's success output, then what was found in the dump and what is not in it."""
-    found = row_summary(made.total_rows, len(made.table_counts), made.large_object_count or 0)
+    """The contract's success output, then what is in the dump and what is not."""
+    contents = row_summary(made.total_rows, len(made.table_counts), made.large_object_count or 0)
     lines = [
         "✓ Backup created successfully",
         "",
@@ -3619,7 +3588,7 @@ def creation_lines(dump: Path, made: Metadata) -> list[str]:
         f"Tables:      {describe_tables(made.table_counts)}",
         f"Checksum:    {made.checksum_sha256[:12]}...",
         "Verified:    ✓ Integrity check passed",
-        f"Contents:    ✓ Match ({found})",
+        f"Contents:    ✓ Match ({contents})",
     ]
     # A restore brings these back, and each night they would hide what it does not.
     left_out = [phrase for phrase in made.not_included if not phrase.startswith(COMPUTED_ANEW)]
@@ -3628,15 +3597,15 @@ def creation_lines(dump: Path, made: Metadata) -> list[str]:
     return lines
 
 
-def verification_lines(dump: Path, metadata: Metadata, found: Examination) -> list[str]:
+def verification_lines(dump: Path, metadata: Metadata, examination: Examination) -> list[str]:
     """The contract's verification output, below its first line; no line for a check not made."""
     return [
         f"File:        {display_path(dump)}",
-        f"Checksum:    {found.checksum.verdict}",
-        f"Structure:   {found.structure.verdict}",
+        f"Checksum:    {examination.checksum.verdict}",
+        f"Structure:   {examination.structure.verdict}",
         f"Size:        {format_size(dump.stat().st_size)}",
         f"Timestamp:   {metadata.backup_timestamp}",
-        *([f"Contents:    {found.contents.verdict}"] if found.contents else []),
+        *([f"Contents:    {examination.contents.verdict}"] if examination.contents else []),
     ]
 
 
@@ -3752,7 +3721,6 @@ class Parser(argparse.ArgumentParser):
     """argparse, whose errors repeat what was typed (a shell's `*` types names of files)."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit 2."""
         message = printable(message)
         if message.startswith("unrecognized") and sys.argv[-1].endswith(DUMP_SUFFIX):
             folder = shell_words(os.path.dirname(sys.argv[-1]) or ".")
@@ -3779,7 +3747,6 @@ exit codes:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The contract's options, and nothing else."""
     parser = Parser(
         prog="backup_db.py",
         usage="%(prog)s [--env ENV] [--output-dir DIR] [--verify FILE] [--list] [--help]",
@@ -3828,8 +3795,6 @@ def parse_arguments(argv: Sequence[str] | None) -> Mode:
 
 
 def run_creation(environment: str, output_dir: Path, progress: Progress) -> None:
-    """Default mode: make a backup and report it."""
-
     def announce(lines: Sequence[str], warnings: Sequence[str]) -> None:
         progress.clear()
         write_lines(sys.stdout, lines)
@@ -3849,7 +3814,6 @@ def run_creation(environment: str, output_dir: Path, progress: Progress) -> None
 
 
 def warn(sentences: Iterable[str]) -> None:
-    """What a person should know of a run that succeeded."""
     lines = "\n".join(sentences).splitlines()
     messages = [re.sub(r"(?i)^(pg_dump: )?(warning: *)?", "", line) for line in lines if line]
     write_lines(sys.stderr, [f"Warning: {line}" for line in messages])
@@ -3891,7 +3855,6 @@ def run_verification(dump: Path, progress: Progress) -> None:
 
 
 def run_listing(directory: Path, _progress: Progress) -> None:
-    """`--list`: show the backups."""
     try:
         backups, orphans = find_backups(directory), find_orphans(directory)
     except FileNotFoundError:
