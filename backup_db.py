@@ -1852,8 +1852,7 @@ GRANTS = {
 
 
 def check_privileges(session: Session) -> None:
-    """Raise Failure with what pg_dump could not read as this role: ten of each kind, and how many
-    there are."""
+    """Raise Failure with what pg_dump could not read as this role."""
     unreadable = session.query(UNREADABLE)
     if not unreadable:
         return
@@ -1869,12 +1868,12 @@ def check_privileges(session: Session) -> None:
     if len(names.get("large object", [])) > MOST_NAMES:
         names["large objects"] = names.pop("large object")
     for kind, grant in GRANTS.items():
-        if found := names.get(kind):
-            listed = ", ".join(map(printable, found[:MOST_NAMES]))
-            more = ", and so on" if len(found) > MOST_NAMES else ""
+        if of_kind := names.get(kind):
+            listed = ", ".join(map(printable, of_kind[:MOST_NAMES]))
+            more = ", and so on" if len(of_kind) > MOST_NAMES else ""
             steps.append(grant.format(names=listed, more=more, role=role, who=who))
     detail = f"role {role} cannot read all of the database; a backup would be incomplete"
-    lines = [f"{kind}: {list_names(found)}" for kind, found in names.items()]
+    lines = [f"{kind}: {list_names(of_kind)}" for kind, of_kind in names.items()]
     raise Failure(ExitCode.PERMISSION, "\n".join([detail, *lines]), *steps)
 
 
@@ -2017,11 +2016,7 @@ def least_major(metadata: Metadata) -> int:
 def restore_commands(metadata: Metadata) -> list[str]:
     """The shell commands, one a line, that restore this backup on a fresh server. They are made of
     the metadata's other facts alone, and drop nothing."""
-    return [
-        *comment_lines(metadata),
-        *role_commands(metadata.roles or [], metadata.role_attributes or {}),
-        *database_commands(metadata),
-    ]
+    return [*comment_lines(metadata), *role_commands(metadata), *database_commands(metadata)]
 
 
 def comment_lines(metadata: Metadata) -> Iterator[str]:
@@ -2042,9 +2037,9 @@ def comment_lines(metadata: Metadata) -> Iterator[str]:
     ]
     if extensions:
         yield f"# The server needs the packages of these extensions: {', '.join(extensions)}"
-    of_system = {(metadata.locale or {}).get(key) for key in ("collate", "ctype")}
-    of_system |= {(metadata.settings or {}).get("lc_monetary")}
-    if locales := sorted(name for name in of_system if name not in (None, "C", "POSIX")):
+    facts = {**(metadata.locale or {}), **(metadata.settings or {})}
+    of_system = {facts.get(key) for key in ("collate", "ctype", "lc_monetary")}
+    if locales := sorted(filter(None, of_system - {"C", "POSIX"})):
         yield f"# The server needs these locales, see locale -a: {shell_words(*locales)}"
     if metadata.tablespaces:
         names = shell_words(*metadata.tablespaces)
@@ -2052,10 +2047,9 @@ def comment_lines(metadata: Metadata) -> Iterator[str]:
         yield f"# First make its tablespaces by CREATE TABLESPACE: {names}{without}"
 
 
-def role_commands(
-    roles: Sequence[str], attributes: Mapping[str, Mapping[str, Any]]
-) -> Iterator[str]:
+def role_commands(metadata: Metadata) -> Iterator[str]:
     """The lines of `restore_commands` that make the roles, then their memberships."""
+    roles, attributes = metadata.roles or [], metadata.role_attributes or {}
     yield "# A role that is there already says so and stays as it is, the others get no password"
     for role in roles:
         yield psql_command(*role_statements(role, attributes.get(role, {}))) + " || true"
@@ -2064,12 +2058,12 @@ def role_commands(
             if group not in roles and not group.startswith("pg_"):  # PostgreSQL's own are there
                 yield f"# Left out is the membership of {shell_words(role)} in {shell_words(group)}"
                 continue
-            words = ["ADMIN OPTION"] if options.get("admin") else []
+            how = " WITH ADMIN OPTION" if options.get("admin") else ""
             if "set" in options:  # from 16 on
                 kinds = ("admin", "inherit", "set")
-                words = [f"{kind} {bool(options.get(kind))}".upper() for kind in kinds]
-            grant = f"GRANT {sql_identifier(group)} TO {sql_identifier(role)}"
-            yield psql_command(grant + (f" WITH {', '.join(words)}" if words else ""))
+                flags = [f"{kind} {bool(options.get(kind))}".upper() for kind in kinds]
+                how = f" WITH {', '.join(flags)}"
+            yield psql_command(f"GRANT {sql_identifier(group)} TO {sql_identifier(role)}{how}")
 
 
 def psql_command(*statements: str) -> str:
@@ -2082,38 +2076,25 @@ def psql_command(*statements: str) -> str:
 def role_statements(role: str, facts: Mapping[str, Any]) -> Iterator[str]:
     """What makes a role, and gives it its settings; one that the server refuses is left out."""
     flags = ["superuser", "createrole", "createdb", "login", "replication", "bypassrls"]
-    words = [flag.upper() for flag in flags if facts.get(flag)]
-    words += [] if facts.get("inherit", True) else ["NOINHERIT"]
+    options = [flag.upper() for flag in flags if facts.get(flag)]
+    options += [] if facts.get("inherit", True) else ["NOINHERIT"]
     if (limit := facts.get("connection_limit", -1)) != -1:
-        words.append(f"CONNECTION LIMIT {limit:d}")
+        options.append(f"CONNECTION LIMIT {limit:d}")
     if "valid_until" in facts:
-        words.append(f"VALID UNTIL {sql_literal(facts['valid_until'])}")
-    yield " ".join(["CREATE ROLE", sql_identifier(role), *words])
+        options.append(f"VALID UNTIL {sql_literal(facts['valid_until'])}")
+    yield " ".join(["CREATE ROLE", sql_identifier(role), *options])
     if settings := facts.get("settings", []):
         yield r"\unset ON_ERROR_STOP"
     for setting in settings:
         name, _, value = setting.partition("=")
-        values = split_list(value) if name in LIST_SETTINGS else [value]
+        values = [value]
+        # These are lists of names, some of them quoted (pg_dump's variable_is_guc_list_quote; the
+        # others there no role can have). An empty list is one empty name.
+        if re.fullmatch("(local|session)_preload_libraries|search_path|temp_tablespaces", name):
+            names = re.findall(r'"((?:[^"]|"")*)"|([^",\s]+)', value)
+            values = [quoted.replace('""', '"') or bare for quoted, bare in names] or [""]
         literals = ", ".join(map(sql_literal, values))
         yield f"ALTER ROLE {sql_identifier(role)} SET {sql_identifier(name)} TO {literals}"
-
-
-# Settings whose value is a list of names, as pg_dump knows them (variable_is_guc_list_quote).
-LIST_SETTINGS = {
-    "local_preload_libraries",
-    "search_path",
-    "session_preload_libraries",
-    "shared_preload_libraries",
-    "temp_tablespaces",
-    "unix_socket_directories",
-}
-
-
-def split_list(value: str) -> list[str]:
-    """The names in such a setting's value, in which some are quoted; an empty list is one empty
-    name."""
-    found = re.findall(r'"((?:[^"]|"")*)"|([^",\s]+)', value)
-    return [quoted.replace('""', '"') or bare for quoted, bare in found] or [""]
 
 
 def database_commands(metadata: Metadata) -> Iterator[str]:
@@ -2206,7 +2187,6 @@ def on_server(doing: str) -> Iterator[None]:
 
 
 def stalled_failure(what: str, blocker: Blocker | None) -> Failure:
-    """Nothing has moved for STALL_SECONDS."""
     detail = f"gave up after {format_age(STALL_SECONDS)}: {what}"
     activity = "SELECT pid, state, wait_event, query FROM pg_stat_activity;"
     look = f"See what waits: psql {libpq_options()} -c {shell_words(activity)}"
@@ -2263,7 +2243,6 @@ class Blocker(NamedTuple):
 
     @property
     def remedy(self) -> str:
-        """How to end it."""
         if self.pid is None:
             gid = printable("'" + (self.gid or "").replace("'", "''") + "'")
             whose = "as its owner or a superuser in this database"
@@ -2339,8 +2318,8 @@ SELECT l.relation::bigint, l.pid, a.usename, a.application_name,
 
 def find_blocker(session: Session, relations: Iterable[int]) -> Blocker | None:
     """Who keeps these relations, by their oids, from being read."""
-    found = session.query(BLOCKER, list(relations))
-    return Blocker(*found[0]) if found else None
+    rows = session.query(BLOCKER, list(relations))
+    return Blocker(*rows[0]) if rows else None
 
 
 def take_snapshot(run: RunContext) -> Snapshot:
@@ -2432,18 +2411,12 @@ def dump_database(run: RunContext) -> tuple[Snapshot, list[int], str]:
         except DumpFailed as failed:
             attempts += 1
             reason = diagnose_dump(run, snapshot, failed, is_last=attempts == DUMP_ATTEMPTS)
-        begin_again(run, reason)
-
-
-def begin_again(run: RunContext, why: str) -> None:
-    """Reconnect after a pause without locks: the server frees a connection a moment late. Raises
-    Failure: whatever is in the way now, the connection is lost."""
-    run.session.close()
-    pause(run.progress, why)
-    try:
-        run.session.connect()
-    except ServerError as error:
-        raise server_failure(ConnectionLost(error.text), "beginning again") from None
+        run.session.close()  # every lock goes
+        pause(run.progress, reason)  # the server frees a connection a moment late
+        try:
+            run.session.connect()
+        except ServerError as error:  # whatever is in the way now, the connection is lost
+            raise server_failure(ConnectionLost(error.text), "beginning again") from None
 
 
 def dump_snapshot(run: RunContext, snapshot: Snapshot) -> tuple[list[int], str]:
@@ -2611,11 +2584,11 @@ class DumpWatch:
     """pg_dump while it works: its end, its file, the room on the disk, who blocks it.
 
     --lock-wait-timeout does not cover every lock: pg_dump waits for ever behind an uncommitted
-    REFRESH MATERIALIZED VIEW (tested on 15 to 18). Views, materialized views and sequences cannot
-    be locked beforehand: a migration that has replaced a view, and then alters the table below it
-    while pg_dump waits for that view, would be the victim of the deadlock. The server detects one
-    after deadlock_timeout, 1 s by default; we look more often, and release our locks. Where nobody
-    waits for us, a wait of pg_dump harms nobody.
+    REFRESH MATERIALIZED VIEW (tested on 15 to 18). And views, materialized views and sequences
+    cannot be locked beforehand: a migration that has replaced a view, and alters its table while
+    pg_dump waits for that view, would be the victim of a deadlock. The server detects that after
+    1 s by default; we look more often, and release our locks. Where nobody waits for us, a wait of
+    pg_dump harms nobody.
     """
 
     def __init__(
@@ -2894,11 +2867,10 @@ def make_directory(directory: Path) -> None:
     made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except PermissionError as error:  # of the topmost that is missing
-        raise type(error)(error.errno, error.strerror, str(directory)) from None
-    except FileExistsError:  # "File exists" would not tell that it is no directory
-        number = errno.ENOTDIR
-        raise NotADirectoryError(number, os.strerror(number), str(directory)) from None
+    except (PermissionError, FileExistsError) as error:
+        # The first may name a parent; the second would not tell that it is no directory.
+        number = error.errno if isinstance(error, PermissionError) else errno.ENOTDIR
+        raise OSError(number, os.strerror(number or 0), str(directory)) from None
     for path in made:  # its name, too, has to survive a power cut
         sync_directory(path.parent)
 
@@ -2988,7 +2960,8 @@ class PartialBackup:
 
     def publish(self, metadata: Metadata) -> list[str]:
         """Write the metadata and rename both files. Returns what was not synced. Raises OSError;
-        Failure where somebody replaced a partial file."""
+        Failure where somebody replaced a partial file; Interrupted, which tells whether it came
+        too late."""
         with with_filename(self._metadata.path):
             with open(self._metadata.descriptor, "w", encoding="utf-8", closefd=False) as file:
                 file.write(metadata.to_json())
@@ -3010,7 +2983,12 @@ class PartialBackup:
         except BaseException:
             self._published_metadata.unlink(missing_ok=True)
             raise
-        complaints.append(sync_directory(self.directory))
+        try:
+            complaints.append(sync_directory(self.directory))
+            check_signals()
+        except Interrupted as interrupted:
+            interrupted.outcome = "The new backup is whole and published."
+            raise
         return list(dict.fromkeys(filter(None, complaints)))
 
 
@@ -3039,7 +3017,6 @@ class DiskRoom(NamedTuple):
 
     @classmethod
     def of(cls, directory: Path) -> DiskRoom:
-        """The room for what is written to the directory."""
         with contextlib.suppress(OSError):
             disk = os.statvfs(directory)
             if disk.f_blocks:
@@ -3107,7 +3084,6 @@ class Backup(NamedTuple):
 
     @property
     def moment(self) -> datetime:
-        """The time of the snapshot."""
         return parse_iso_timestamp(self.timestamp)
 
 
@@ -3127,8 +3103,8 @@ def read_backup(directory: Path, name: str) -> Backup:
     dump, path = directory / name, f"{directory}/{name}"
     size_bytes: int | None = None
     with contextlib.suppress(OSError):  # unreadable, or a link to nowhere
-        found = os.stat(path)
-        size_bytes = found.st_size if stat.S_ISREG(found.st_mode) else None
+        file = os.stat(path)
+        size_bytes = file.st_size if stat.S_ISREG(file.st_mode) else None
     try:
         values = read_metadata_values(path.removesuffix(DUMP_SUFFIX) + METADATA_SUFFIX)
     except FileNotFoundError:
@@ -3138,20 +3114,15 @@ def read_backup(directory: Path, name: str) -> Backup:
     except (OSError, MetadataError):
         status = Status.BAD_METADATA
     else:
-        return describe_backup(dump, name, size_bytes, values)
-    match = FILE_NAME.fullmatch(name)
-    if match is None:
-        return Backup(dump, size_bytes, status, "-", Series("-", "-"))
-    timestamp = "{date}T{hour}:{minute}:{second}Z".format_map(match.groupdict())
-    return Backup(
-        dump, size_bytes, status, timestamp, Series(match["prefix"], match["environment"] or "-")
-    )
+        return describe_backup(dump, size_bytes, values)
+    timestamp, series = "-", Series("-", "-")
+    if match := FILE_NAME.fullmatch(name):
+        timestamp = "{date}T{hour}:{minute}:{second}Z".format_map(match.groupdict())
+        series = Series(match["prefix"], match["environment"] or "-")
+    return Backup(dump, size_bytes, status, timestamp, series)
 
 
-def describe_backup(
-    dump: Path, name: str, size_bytes: int | None, values: Mapping[str, Any]
-) -> Backup:
-    """A backup, by the values of its metadata."""
+def describe_backup(dump: Path, size_bytes: int | None, values: Mapping[str, Any]) -> Backup:
     optional = {
         key: value
         for key in ("verification", "system_identifier", "database_size_bytes")
@@ -3167,7 +3138,7 @@ def describe_backup(
         values["backup_timestamp"],
         Series(values["database_name"], values["environment"], optional.get("system_identifier")),
         is_described=True,
-        is_renamed=values["backup_file"] != name,
+        is_renamed=values["backup_file"] != dump.name,
         total_rows=sum(values["table_counts"].values()),
         database_size_bytes=optional.get("database_size_bytes"),
         postgresql_version=values["postgresql_version"],
@@ -3286,7 +3257,7 @@ def shrunk_tables(made: Metadata, recent: Sequence[Metadata]) -> list[tuple[str,
 
 
 def retire_backups(
-    made: Backup, earlier: Sequence[Backup], retention: Retention | None
+    made: Backup, earlier: Sequence[Backup], retention: Retention
 ) -> tuple[list[Path], list[str]]:
     """Remove the earlier backups that BACKUP_KEEP does not keep. Returns the removed dumps, and
     warnings.
@@ -3298,8 +3269,6 @@ def retire_backups(
     warnings: list[str] = []
     latest = latest_credible(datetime.now(timezone.utc))
     others = [backup for backup in earlier if backup.timestamp <= latest]
-    if retention is None or not others:
-        return removed, warnings
     backups = [made, *others]
     kept = backups_to_keep(backups, retention)
     if full := last_full_backup(backups, kept):
@@ -3329,20 +3298,6 @@ def retire_backups(
 # ---------------------------------------------------------------------------------------------
 
 
-def unsound_dump_failure(partial: PartialBackup, problem: str) -> Failure:
-    """The failure for a new dump that is not what the database held."""
-    detail = f"the new dump does not hold what the database held\n{problem}"
-    if DiskRoom.of(partial.directory).is_full:
-        return errno_failure(errno.ENOSPC, partial.directory, f"the disk is full: {detail}")
-    return Failure(
-        ExitCode.VERIFICATION,
-        detail,
-        "Run the backup again",
-        "If it fails again, check the disk and the memory of this machine: sudo dmesg | tail -50",
-        f"The failed dump was deleted. Earlier backups: {list_command(partial.directory)}",
-    )
-
-
 def create_backup(
     config: DatabaseConfig,
     output_dir: Path,
@@ -3358,8 +3313,9 @@ def create_backup(
     started = time.monotonic()
     tools = find_tools(config)
     with open_session(config) as session:  # first: a wrong password leaves no directory
-        check_server(session, config, tools.pg_dump)
-        series = identify_series(session, config)
+        with on_server("reading the catalog"):
+            check_server(session, config, tools.pg_dump)
+            series = identify_series(session, config)
         make_directory(output_dir)
         prefix = file_prefix(config.name, config.environment.value)
         partial = PartialBackup(output_dir, prefix)
@@ -3376,7 +3332,7 @@ def create_backup(
             Background(partial.dump.sync).wait()
             draft = draft_metadata(run, snapshot, counts, series)
             metadata, hint = verify_new_dump(run, draft, started)
-            complaints = publish(partial, metadata)
+            complaints = partial.publish(metadata)
             made = read_backup(output_dir, partial.published_dump.name)
             warnings = [warning, hint, *complaints, *shrinkage_lines(metadata, recent)]
             if not metadata.table_counts:
@@ -3386,38 +3342,34 @@ def create_backup(
                 )
             announce(creation_lines(made.dump, metadata), warnings)
             # A name that may not be on the disk replaces no older backup.
-            retention = None if complaints else config.retention
-            removed, warnings = retire_backups(made, earlier, retention)
-            paths = list_names(map(display_path, removed))
-            announce([f"Removed:     {paths}"] if removed else [], warnings)
+            if config.retention and not complaints:
+                removed, warnings = retire_backups(made, earlier, config.retention)
+                paths = list_names(map(display_path, removed))
+                announce([f"Removed:     {paths}"] if removed else [], warnings)
 
 
 def verify_new_dump(run: RunContext, draft: Metadata, started: float) -> tuple[Metadata, str]:
     """Read the new dump back; its metadata with the results, and pg_restore's warnings. Raises
     Failure where it is not what the database held."""
-    pg_restore, partial = run.tools.pg_restore, run.partial
-    examination = examine_dump(pg_restore, partial.dump, draft, run.progress, DUMP_SHARE)
+    pg_restore, directory = run.tools.pg_restore, run.partial.directory
+    examination = examine_dump(pg_restore, run.partial.dump, draft, run.progress, DUMP_SHARE)
     if examination.problem:
-        raise unsound_dump_failure(partial, examination.problem)
+        detail = f"the new dump does not hold what the database held\n{examination.problem}"
+        if DiskRoom.of(directory).is_full:
+            raise errno_failure(errno.ENOSPC, directory, f"the disk is full: {detail}")
+        raise Failure(
+            ExitCode.VERIFICATION,
+            detail,
+            "Run the backup again",
+            "If it fails again, check the disk and the memory of this machine: "
+            "sudo dmesg | tail -50",
+            f"The failed dump was deleted. Earlier backups: {list_command(directory)}",
+        )
     metadata = draft.verified(examination, pg_restore, time.monotonic() - started)
     return metadata, examination.found.warnings
 
 
-def publish(partial: PartialBackup, metadata: Metadata) -> list[str]:
-    """Give both files their names. Returns what was not synced. An Interrupted tells whether it
-    came too late."""
-    try:
-        complaints = partial.publish(metadata)
-        check_signals()
-    except Interrupted as interrupted:
-        if os.path.lexists(partial.published_dump):
-            interrupted.outcome = "The new backup is whole and published."
-        raise
-    return complaints
-
-
 def missing_package_failure(error: ImportError) -> Failure:
-    """A run-time package is not installed, or does not load."""
     from importlib.util import find_spec
 
     script, requirements, venv = (
@@ -3463,7 +3415,6 @@ def foreign_config_failure(error: BaseException) -> Failure:
 
 
 def load_configuration(environment_option: str) -> DatabaseConfig:
-    """The settings for `--env`. Raises Failure."""
     if str(SCRIPT_DIR) not in sys.path:  # python3 -I, -P, PYTHONSAFEPATH
         sys.path.append(str(SCRIPT_DIR))
     try:
@@ -3493,40 +3444,37 @@ def become_libpq_environment(config: DatabaseConfig) -> None:
 
 def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> None:
     """Raise Failure for whatever makes a backup impossible; nothing is written yet."""
-    with on_server("reading the catalog"):
-        check_no_pooler(session, config)
-        major = session.server_version // 10000
-        if major < OLDEST_MAJOR:
-            by_hand = f"pg_dump {libpq_options()} --format=custom --file=by_hand.dump"
-            raise Failure(
-                ExitCode.TOOL,
-                f"the server is version {major}, and {OLDEST_MAJOR} is the oldest that this works "
-                "with: before it a long dump cannot be watched",
-                f"Back it up by hand, which is not verified: {by_hand}",
-                "Then upgrade the server: PostgreSQL's project mends that version no more",
-            )
-        if pg_dump.major < major:
-            because = f"too old for the server, which is version {major}"
-            raise older_tool_failure(pg_dump, major, because)
-        begin_read_only(session)
-        check_privileges(session)
-        session.query("COMMIT")
+    check_no_pooler(session, config)
+    major = session.server_version // 10000
+    if major < OLDEST_MAJOR:
+        by_hand = f"pg_dump {libpq_options()} --format=custom --file=by_hand.dump"
+        raise Failure(
+            ExitCode.TOOL,
+            f"the server is version {major}, and {OLDEST_MAJOR} is the oldest that this works "
+            "with: before it a long dump cannot be watched",
+            f"Back it up by hand, which is not verified: {by_hand}",
+            "Then upgrade the server: PostgreSQL's project mends that version no more",
+        )
+    if pg_dump.major < major:
+        because = f"too old for the server, which is version {major}"
+        raise older_tool_failure(pg_dump, major, because)
+    begin_read_only(session)
+    check_privileges(session)
+    session.query("COMMIT")
 
 
 def identify_series(session: Session, config: DatabaseConfig) -> Series:
     """Which backups are of the same database: see Series."""
-    server = None
-    with on_server("reading the catalog"):
-        begin_read_only(session)
-        ((database,),) = session.query("SELECT current_database()")
-        try:
-            control = "SELECT system_identifier::text FROM pg_catalog.pg_control_system()"
-            ((server,),) = session.query(control)
-        except ConnectionLost:
-            raise
-        except ServerError:  # some services hide it
-            pass
-        session.query("ROLLBACK")
+    begin_read_only(session)
+    ((database,),) = session.query("SELECT current_database()")
+    try:
+        control = "SELECT system_identifier::text FROM pg_catalog.pg_control_system()"
+        ((server,),) = session.query(control)
+    except ConnectionLost:
+        raise
+    except ServerError:  # some services hide it
+        server = None
+    session.query("ROLLBACK")
     return Series(database, config.environment.value, server)
 
 
@@ -3554,18 +3502,6 @@ def draft_metadata(
     return draft._replace(restore=restore_commands(draft))
 
 
-def verify_backup(dump: Path, progress: Progress) -> tuple[Metadata, Examination]:
-    """Check a backup's checksum, structure and contents, with nothing but its two files.
-
-    Raises Failure for what keeps the checks from being made (files, tools), OSError.
-    """
-    metadata = load_metadata(dump)
-    pg_restore = find_tool("pg_restore", major=least_major(metadata))
-    with contextlib.closing(OpenFile.open(dump, os.O_RDONLY)) as file:
-        examination = examine_dump(pg_restore, file, metadata, progress)
-    return metadata, examination
-
-
 def load_metadata(dump: Path) -> Metadata:
     """The metadata of the dump to verify. Raises Failure where one of the two is missing."""
     try:
@@ -3582,22 +3518,23 @@ def load_metadata(dump: Path) -> Metadata:
             steps.insert(0, f"Name the dump: {verify_command(found)}")
         raise Failure(ExitCode.VERIFICATION, detail, *steps)
     path = metadata_path(dump)
-    back = "Bring the metadata file back from the place that this backup was copied to or from"
-    tell = "What the dump alone can tell: pg_restore --file=/dev/null " + shell_words(str(dump))
+    steps = ["Bring the metadata file back from the place that this backup was copied to or from"]
     try:
         return Metadata.read(path)
     except NewerMetadata as error:
-        step = "Verify it with that release of backup_db.py, or a newer one"
+        steps = ["Verify it with that release of backup_db.py, or a newer one"]
         detail = f"{display_path(path)}: {printable(str(error))}; this is {BACKUP_DB_VERSION}"
-        raise Failure(ExitCode.VERIFICATION, detail, step, tell) from None
     except MetadataError as error:
         detail = f"{display_path(path)} cannot be used: {printable(str(error))}"
     except FileNotFoundError:
         detail = f"there is no metadata file {display_path(path)}"
         if is_no_archive(dump):
+            steps = []
             detail += f", and {display_path(dump)} {NO_ARCHIVE}"
-            raise Failure(ExitCode.VERIFICATION, detail, tell) from None
-    raise Failure(ExitCode.VERIFICATION, detail, back, tell)
+    steps.append(
+        f"What the dump alone can tell: pg_restore --file=/dev/null {shell_words(str(dump))}"
+    )
+    raise Failure(ExitCode.VERIFICATION, detail, *steps)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3633,8 +3570,8 @@ def describe_tables(table_counts: Mapping[str, int]) -> str:
 
 
 def creation_lines(dump: Path, made: Metadata) -> list[str]:
-    """The contract's success output, then what was found in the dump and what is not in it."""
-    found = row_summary(made.total_rows, len(made.table_counts), made.large_object_count or 0)
+    """The contract's success output, then what is in the dump and what is not."""
+    contents = row_summary(made.total_rows, len(made.table_counts), made.large_object_count or 0)
     lines = [
         "✓ Backup created successfully",
         "",
@@ -3646,7 +3583,7 @@ def creation_lines(dump: Path, made: Metadata) -> list[str]:
         f"Tables:      {describe_tables(made.table_counts)}",
         f"Checksum:    {made.checksum_sha256[:12]}...",
         "Verified:    ✓ Integrity check passed",
-        f"Contents:    ✓ Match ({found})",
+        f"Contents:    ✓ Match ({contents})",
     ]
     # A restore brings these back, and each night they would hide what it does not.
     left_out = [phrase for phrase in made.not_included if not phrase.startswith(COMPUTED_ANEW)]
@@ -3655,28 +3592,46 @@ def creation_lines(dump: Path, made: Metadata) -> list[str]:
     return lines
 
 
-def verification_lines(dump: Path, metadata: Metadata, found: Examination) -> list[str]:
+def verification_lines(dump: Path, metadata: Metadata, examination: Examination) -> list[str]:
     """The contract's verification output, below its first line; no line for a check not made."""
     return [
         f"File:        {display_path(dump)}",
-        f"Checksum:    {found.checksum.verdict}",
-        f"Structure:   {found.structure.verdict}",
+        f"Checksum:    {examination.checksum.verdict}",
+        f"Structure:   {examination.structure.verdict}",
         f"Size:        {format_size(dump.stat().st_size)}",
         f"Timestamp:   {metadata.backup_timestamp}",
-        *([f"Contents:    {found.contents.verdict}"] if found.contents else []),
+        *([f"Contents:    {examination.contents.verdict}"] if examination.contents else []),
     ]
 
 
 def list_lines(
-    backups: Sequence[Backup], orphans: Sequence[Path], output_dir: Path, now: datetime
-) -> list[str]:
-    """The contract's table, and a footer."""
-    folder = display_path(output_dir).rstrip("/") + "/"
-    if not backups:
-        usual = f"The usual directory: {list_command(DEFAULT_OUTPUT_DIR)}"
-        is_usual = os.path.abspath(output_dir) == str(DEFAULT_OUTPUT_DIR)
-        lines = [f"No backups yet in {folder}", *([] if is_usual else [usual])]
-        return [*lines, *footer_lines([], orphans, now)]
+    backups: Sequence[Backup], orphans: Sequence[Path], directory: Path, now: datetime
+) -> Iterator[str]:
+    """The contract's table, its totals, each series, what needs a person's eye, and what the
+    status means."""
+    folder = display_path(directory).rstrip("/") + "/"
+    if backups:
+        yield from table_lines(backups, folder)
+    else:
+        yield f"No backups yet in {folder}"
+        if os.path.abspath(directory) != str(DEFAULT_OUTPUT_DIR):
+            yield f"The usual directory: {list_command(DEFAULT_OUTPUT_DIR)}"
+    latest = latest_credible(now)
+    present = [backup for backup in backups if backup.timestamp <= latest]
+    yield from series_lines(present, now)
+    if future := [backup.dump.name for backup in backups if backup.timestamp > latest]:
+        count = len(future)
+        yield f"{count} dated in the future, left alone by BACKUP_KEEP: {list_names(future)}"
+    if orphans:
+        command = shell_words("rm", "--", *map(display_path, orphans[:MOST_NAMES]))
+        yield f"{len(orphans)} metadata without a dump; remove what is not coming back: {command}"
+    if newest := newest_verified(present):
+        command = verify_command(display_path(newest.dump))
+        yield f"Verified means verified when it was made. To check a file now: {command}"
+
+
+def table_lines(backups: Sequence[Backup], folder: str) -> Iterator[str]:
+    """The contract's table, and the totals."""
     rows = [("Timestamp", "Environment", "Database", "Size", "Status")]
     for backup in backups:
         database, environment = map(printable, backup.series[:2])
@@ -3688,17 +3643,15 @@ def list_lines(
         max(least, *(len(cell) + 2 for cell in column))
         for least, column in zip((25, 13, 20, 10, 0), zip(*rows, strict=True), strict=True)
     ]
-    total = sum(backup.size_bytes or 0 for backup in backups)
+    yield from (f"Backup Files ({folder}):", "")
+    for row in rows:
+        yield "".join(map(str.ljust, row, widths)).rstrip()
+    total = format_size(sum(backup.size_bytes or 0 for backup in backups))
     unusable = sum(backup.status is not Status.VERIFIED for backup in backups)
-    return [
-        f"Backup Files ({folder}):",
-        "",
-        *("".join(map(str.ljust, row, widths)).rstrip() for row in rows),
-        "",
-        f"{plural(len(backups), 'backup')}, {format_size(total)} in all"
-        + (f", {unusable} not usable" if unusable else ""),
-        *footer_lines(backups, orphans, now),
-    ]
+    yield ""
+    yield f"{plural(len(backups), 'backup')}, {total} in all" + (
+        f", {unusable} not usable" if unusable else ""
+    )
 
 
 def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
@@ -3721,27 +3674,6 @@ def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
             yield text + f"newest verified {age} old: {printable(newest.dump.name)}"
         else:
             yield text + "none verified"
-
-
-def footer_lines(
-    backups: Sequence[Backup], orphans: Sequence[Path], now: datetime
-) -> Iterator[str]:
-    """Below the totals: each series, what needs a person's eye, and what the status means."""
-    latest = latest_credible(now)
-    present = [backup for backup in backups if backup.timestamp <= latest]
-    future = [backup.dump.name for backup in backups if backup.timestamp > latest]
-    yield from series_lines(present, now)
-    if future:
-        yield (
-            f"{len(future)} dated in the future, left alone by BACKUP_KEEP: {list_names(future)}"
-        )
-    if orphans:
-        command = shell_words("rm", "--", *map(display_path, orphans[:MOST_NAMES]))
-        yield f"{len(orphans)} metadata without a dump; remove what is not coming back: {command}"
-    newest = newest_verified(present)
-    if newest is not None:
-        command = verify_command(display_path(newest.dump))
-        yield f"Verified means verified when it was made. To check a file now: {command}"
 
 
 def shrinkage_lines(made: Metadata, recent: Sequence[Metadata]) -> list[str]:
@@ -3784,7 +3716,6 @@ class Parser(argparse.ArgumentParser):
     """argparse, whose errors repeat what was typed (a shell's `*` types names of files)."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit 2."""
         message = printable(message)
         if message.startswith("unrecognized") and sys.argv[-1].endswith(DUMP_SUFFIX):
             folder = shell_words(os.path.dirname(sys.argv[-1]) or ".")
@@ -3811,7 +3742,6 @@ exit codes:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The contract's options, and nothing else."""
     parser = Parser(
         prog="backup_db.py",
         usage="%(prog)s [--env ENV] [--output-dir DIR] [--verify FILE] [--list] [--help]",
@@ -3849,21 +3779,17 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str] | None) -> Mode:
     """What the command line asks for; argparse reports an error itself, and exits."""
     options = build_parser().parse_args(argv)
-    environment: str = options.env
-    directory: Path = options.output_dir
-    dump: Path | None = options.verify
     if options.list:
-        return Mode("Listing failed", ExitCode.GENERAL, lambda _: run_listing(directory))
-    if dump is not None:
-        run = functools.partial(run_verification, dump)
+        run = functools.partial(run_listing, options.output_dir)
+        return Mode("Listing failed", ExitCode.GENERAL, run)
+    if options.verify:
+        run = functools.partial(run_verification, options.verify)
         return Mode("Backup verification failed", ExitCode.VERIFICATION, run)
-    run = functools.partial(run_creation, environment, directory)
-    return Mode("Backup failed", ExitCode.CREATION, run, f"--env {environment}")
+    run = functools.partial(run_creation, options.env, options.output_dir)
+    return Mode("Backup failed", ExitCode.CREATION, run, f"--env {options.env}")
 
 
 def run_creation(environment: str, output_dir: Path, progress: Progress) -> None:
-    """Default mode: make a backup and report it."""
-
     def announce(lines: Sequence[str], warnings: Sequence[str]) -> None:
         progress.clear()
         write_lines(sys.stdout, lines)
@@ -3883,7 +3809,6 @@ def run_creation(environment: str, output_dir: Path, progress: Progress) -> None
 
 
 def warn(sentences: Iterable[str]) -> None:
-    """What a person should know of a run that succeeded."""
     lines = "\n".join(sentences).splitlines()
     messages = [re.sub(r"(?i)^(pg_dump: )?(warning: *)?", "", line) for line in lines if line]
     write_lines(sys.stderr, [f"Warning: {line}" for line in messages])
@@ -3897,9 +3822,13 @@ def write_result(lines: Iterable[str]) -> None:
 
 
 def run_verification(dump: Path, progress: Progress) -> None:
-    """`--verify`: check a backup and report it. Raises Failure where it is not sound."""
+    """`--verify`: check a backup with nothing but its two files, and report it. Raises Failure
+    where it is not sound, or where the checks cannot be made; OSError."""
     with with_filename(dump):
-        metadata, examination = verify_backup(dump, progress)
+        metadata = load_metadata(dump)
+        pg_restore = find_tool("pg_restore", major=least_major(metadata))
+        with contextlib.closing(OpenFile.open(dump, os.O_RDONLY)) as file:
+            examination = examine_dump(pg_restore, file, metadata, progress)
         lines = verification_lines(dump, metadata, examination)
     progress.clear()
     if not examination.problem:
@@ -3920,8 +3849,7 @@ def run_verification(dump: Path, progress: Progress) -> None:
     raise Failure(ExitCode.VERIFICATION, examination.problem, *steps, report=lines)
 
 
-def run_listing(directory: Path) -> None:
-    """`--list`: show the backups."""
+def run_listing(directory: Path, _progress: Progress) -> None:
     try:
         backups, orphans = find_backups(directory), find_orphans(directory)
     except FileNotFoundError:
