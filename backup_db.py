@@ -54,6 +54,7 @@ import fcntl
 import functools
 import json
 import re
+import resource
 import select
 import shlex
 import stat
@@ -272,8 +273,6 @@ def check_signals() -> None:
 def die_by_signal(number: int) -> int:
     """End this process by the signal itself, so that a shell or cron sees what happened. A
     container's first process survives that: there it returns the status a shell would report."""
-    import resource
-
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # SIGQUIT: memory with a password in it
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
@@ -720,7 +719,7 @@ class OpenFile(NamedTuple):
     """A file held open: it stays the same file, whatever becomes of its name.
 
     A program gets it as /dev/fd/N, which is seekable (tested on Linux with 15 to 18; on macOS it
-    shares our offset). N is 10 or more: a shell script in between has a use for lower ones.
+    shares our offset). N is 100 or more, or at least 10: programs use the lower ones themselves.
     """
 
     path: Path
@@ -731,7 +730,8 @@ class OpenFile(NamedTuple):
         """Open the file; a new one is readable only by its owner. Raises OSError."""
         low = os.open(path, flags | os.O_CLOEXEC, 0o600)
         try:
-            return cls(path, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10))
+            most, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # ulimit -n
+            return cls(path, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100 if most > 128 else 10))
         except OSError:
             if flags & os.O_EXCL:  # it is ours
                 os.unlink(path)
