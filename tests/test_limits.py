@@ -71,7 +71,7 @@ def test_few_descriptors_are_enough(standing: Project) -> None:
 
 def test_descriptor_that_is_not_to_be_had_is_no_damage(standing: Project) -> None:
     (dump,) = standing.dumps()
-    prefix = ["prlimit", "--nofile=12"]
+    prefix = ["prlimit", "--nofile=11"]
     with untouched(standing):
         made = standing.run(prefix=prefix)
         verified = standing.run("--verify", dump, prefix=prefix)
