@@ -54,6 +54,7 @@ import fcntl
 import functools
 import json
 import re
+import resource
 import select
 import shlex
 import stat
@@ -175,6 +176,10 @@ class ConnectionLost(ServerError):
     """The connection has ended, or no answer came in time; only `close` and `connect` are left."""
 
 
+class NoAnswer(ConnectionLost):
+    """There was no answer in time: there is no point in asking the same server anything else."""
+
+
 class ArchiveError(Exception):
     """A dump that pg_restore cannot read, or that does not read as pg_dump writes it."""
 
@@ -268,8 +273,6 @@ def check_signals() -> None:
 def die_by_signal(number: int) -> int:
     """End this process by the signal itself, so that a shell or cron sees what happened. A
     container's first process survives that: there it returns the status a shell would report."""
-    import resource
-
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # SIGQUIT: memory with a password in it
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
@@ -280,11 +283,9 @@ T = TypeVar("T")
 
 
 class Background(threading.Thread, Generic[T]):
-    """A call that may take long, in a daemon thread. The main thread waits for it: only the main
-    thread receives signals, and meanwhile it shows progress and checks deadlines.
-
-    (concurrent.futures joins its threads at exit, even one that is stuck in libpq.)
-    """
+    """A call that may take long, in a daemon thread. The main thread waits for it: only it receives
+    signals, and it shows progress and checks deadlines meanwhile. (concurrent.futures joins its
+    threads at exit, even one that is stuck in libpq.)"""
 
     def __init__(self, call: Callable[[], T]) -> None:
         super().__init__(daemon=True)
@@ -328,11 +329,11 @@ class Patience:
 
     def has_moved(self, **seen: object) -> bool:
         """Record the values; return True if any changed."""
-        has_changed = not seen.items() <= self._seen.items()
-        if has_changed:
-            self._seen |= seen
-            self._moved_at = time.monotonic()
-        return has_changed
+        if seen.items() <= self._seen.items():
+            return False
+        self._seen |= seen
+        self._moved_at = time.monotonic()
+        return True
 
     @property
     def still_seconds(self) -> float:
@@ -345,8 +346,7 @@ class Patience:
 
 
 def pause(progress: Progress, waits_for: str, seconds: float = LOCK_RETRY_SECONDS) -> None:
-    sleeping = Background(lambda: time.sleep(seconds))
-    sleeping.wait(lambda: progress.show(f"Waiting: {waits_for}"))
+    Background(lambda: time.sleep(seconds)).wait(lambda: progress.show(f"Waiting: {waits_for}"))
 
 
 class Progress:
@@ -366,8 +366,7 @@ class Progress:
     def finish(self) -> None:
         """At the end of a run that had such a line, say how long it took."""
         if self._drawn_at:
-            took = f"Took {round(time.monotonic() - self._started)} s."
-            write_lines(self._terminal, [took])
+            write_lines(self._terminal, [f"Took {round(time.monotonic() - self._started)} s."])
 
     def show(self, phase: str, fraction: float | None = None, *details: str) -> None:
         """Draw the line, a few times a second at most. `fraction` is that of the whole run; the
@@ -691,7 +690,6 @@ class Metadata(NamedTuple):
 
     def verified(self, examination: Examination, pg_restore: Tool, seconds: float) -> Metadata:
         """A copy, with the results of the examination of a sound dump."""
-
         return self._replace(
             checksum_sha256=examination.digest,
             duration_seconds=round(seconds, 3),
@@ -721,7 +719,7 @@ class OpenFile(NamedTuple):
     """A file held open: it stays the same file, whatever becomes of its name.
 
     A program gets it as /dev/fd/N, which is seekable (tested on Linux with 15 to 18; on macOS it
-    shares our offset). N is 10 or more: a shell script in between has a use for lower ones.
+    shares our offset). N is 100 or more, or at least 10: programs use the lower ones themselves.
     """
 
     path: Path
@@ -732,7 +730,8 @@ class OpenFile(NamedTuple):
         """Open the file; a new one is readable only by its owner. Raises OSError."""
         low = os.open(path, flags | os.O_CLOEXEC, 0o600)
         try:
-            return cls(path, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10))
+            most, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # ulimit -n
+            return cls(path, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100 if most > 128 else 10))
         except OSError:
             if flags & os.O_EXCL:  # it is ours
                 os.unlink(path)
@@ -829,8 +828,8 @@ class Program(contextlib.AbstractContextManager["Program"]):
             text = text.replace(file.argument, display_path(file.path))
         status = self.process.returncode or 0
         if status < 0:
-            cause = signal.strsignal(-status)
-            return f"{text}\n{self.name} was ended by signal {-status}: {cause}".lstrip()
+            cause = f"signal {-status}: {signal.strsignal(-status)}"
+            return f"{text}\n{self.name} was ended by {cause}".lstrip()
         return text or (f"{self.name} ended with exit status {status}" if status else "")
 
 
@@ -918,9 +917,9 @@ def install_step(major: int) -> str:
     release = ""
     with contextlib.suppress(OSError):  # macOS has none
         release = platform.freedesktop_os_release().get("VERSION_ID", "")
-    is_newer = major > ARCHIVE_MAJORS.get(release, 0)
+    own, newer = INSTALL[manager]
+    command = (newer if major > ARCHIVE_MAJORS.get(release, 0) else own).format(major=major)
     version = f"version {major} or newer" if major else "of the server's version or newer"
-    command = INSTALL[manager][is_newer].format(major=major)
     return f"Install PostgreSQL's client tools, {version}: {command}"
 
 
@@ -1010,7 +1009,8 @@ def find_tools(config: DatabaseConfig) -> Tools:
         because = f"too old for the archives of pg_dump {pg_dump.version}"
         raise older_tool_failure(pg_restore, pg_dump.major, because)
     wanted = config.compress or ("zstd:3" if pg_dump.major >= 16 else "gzip:4")
-    wanted = {"0": "none"}.get(wanted, f"gzip:{wanted}" if wanted.isdigit() else wanted)
+    if wanted.isdigit():
+        wanted = "none" if wanted == "0" else f"gzip:{wanted}"
     tools = Tools(pg_dump, pg_restore, wanted)
     if not (refusal := compression_refusal(tools)):
         return tools
@@ -1165,8 +1165,7 @@ def run_pg_restore(
         def tick() -> None:
             on_tick()
             if time.monotonic() - heard_at > STALL_SECONDS:
-                silence = format_age(STALL_SECONDS)
-                raise ArchiveError(f"{program.name} is stuck: silent for {silence}")
+                raise ArchiveError(f"pg_restore is stuck: silent for {format_age(STALL_SECONDS)}")
 
         Background(read).wait(tick)
         if program.process.returncode:
@@ -1234,13 +1233,13 @@ def compare_contents(found: Contents, expected: Metadata) -> Check:
     else:
         for key, oid in expected.table_oids.items():
             if rows.get(oid) != counts[key]:
-                found_rows = f"{plural(rows[oid], 'row')} in" if oid in rows else "not in"
-                problems.append(f"table {key}: {found_rows} the dump, {counts[key]} expected")
+                presence = f"{plural(rows[oid], 'row')} in" if oid in rows else "not in"
+                problems.append(f"table {key}: {presence} the dump, {counts[key]} expected")
         uncounted = rows.keys() - expected.table_oids.values()
         problems += [f"table with the oid {oid}: in the dump, but not counted" for oid in uncounted]
     if found.large_objects != objects:
-        in_dump = plural(found.large_objects, "large object")
-        problems.append(f"{in_dump} in the dump, {objects} expected")
+        large_objects = plural(found.large_objects, "large object")
+        problems.append(f"{large_objects} in the dump, {objects} expected")
     summary = row_summary(sum(rows.values()), len(rows), found.large_objects)
     if not problems:
         return Check(f"✓ Match ({summary})")
@@ -1295,8 +1294,8 @@ def examine_dump(
         entries = list_data_entries(pg_restore, dump)
         structure = Check("✓ Valid (pg_restore --list succeeded)")
     except ArchiveError as error:
-        is_other = is_no_archive(dump.path)
-        structure = invalid(f"it {NO_ARCHIVE}\n{error}" if is_other else str(error))
+        reason = f"it {NO_ARCHIVE}\n" if is_no_archive(dump.path) else ""
+        structure = invalid(f"{reason}{error}")
     hashing = FileHash(dump)
 
     def on_tick(rows: int) -> None:
@@ -1356,10 +1355,9 @@ def check_restore_fits(pg_restore: Tool, metadata: Metadata, problem: str) -> No
     """Raise Failure if pg_restore is too old, lacks the compression, or has no way to the file."""
     needed = least_major(metadata)
     if problem and pg_restore.major < needed:
-        pg_dump = f"pg_dump {printable(metadata.pg_dump_version)}"
-        raise older_tool_failure(
-            pg_restore, needed, f"too old for this backup, which {pg_dump} made"
-        )
+        maker = f"pg_dump {printable(metadata.pg_dump_version)}"
+        because = f"too old for this backup, which {maker} made"
+        raise older_tool_failure(pg_restore, needed, because)
     if "does not support compression" in problem:
         compression = printable((metadata.compression or "the method").partition(":")[0])
         raise Failure(
@@ -1427,7 +1425,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
             self._connection = self._call(self._open, limit)
         except ServerError as error:
             if time.monotonic() - started >= config.connect_seconds:
-                raise ConnectionLost(error.text) from None
+                raise NoAnswer(error.text) from None
             raise
         self.server_version = int(self._connection.server_version)  # 170010 for 17.10
         # As libpq knows it; a pooler hands out a number of its own.
@@ -1460,7 +1458,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         except TimeoutError:
             address = f'"{self._config.host}", port {self._config.port}'
             answer = f"no answer from {address} within {format_age(seconds)}"
-            raise ConnectionLost(answer) from None
+            raise NoAnswer(answer) from None
         except (psycopg2.Error, ValueError) as error:
             raise self._translate(error) from None
         finally:
@@ -1478,7 +1476,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
                 re.sub("[\udc80-\udcff]", lambda match: chr(ord(match[0]) - 0xDC00), decoded)
             )
         sqlstate, text = getattr(error, "pgcode", None), getattr(error, "pgerror", None)
-        # What is not UTF-8 before a login some Pythons lose (seen on 3.11.2, not on 3.11.7).
+        # Some Pythons lose what is not UTF-8 before a login (seen on 3.11.2, not on 3.11.7).
         unread = "the server's words are not UTF-8, and lost on this Python; psql shows them"
         text = (text or str(error)).strip() or unread
         if sqlstate is None and self._connection is not None and self._connection.closed:
@@ -1605,7 +1603,7 @@ def begin_read_only(session: Session, isolation: str = "READ COMMITTED") -> None
 
 # The first row whose pattern is in the error: libpq's own words, which are never translated, and
 # the server's in the C locale. In parentheses is what its catalog tells, the environment, or what
-# PGSSLMODE is. A place in capitals is a variable of libpq; {found} is what the pattern captures.
+# PGSSLMODE is. A place in capitals is a variable of libpq; {captured} is what the pattern captures.
 CONNECTION_REMEDIES = {
     r"\(prod\)[\s\S]*(?:\(missing\)|database \".*\" does not exist)": """
 Verify database exists: psql -l {options}
@@ -1647,9 +1645,9 @@ The server demands TLS; set to require {PGSSLMODE}""",
     r"valid client certificate|[Cc]ertificate authentication failed": """
 The server asks for this user's certificate; name its file {PGSSLCERT}
 And that of its key, which only you may read, {PGSSLKEY}""",
-    r"private key file (\".*\") has group or world access": "Keep it private: chmod 600 {found}",
+    r"private key file (\".*\") has group or world access": "Keep it private: chmod 600 {captured}",
     r"channel binding": "The server offers none on this way; set to prefer {PGCHANNELBINDING}",
-    r"invalid \"?(\w+)\"? value|for connection option \"(\w+)\"": "Correct it {found}",
+    r"invalid \"?(\w+)\"? value|for connection option \"(\w+)\"": "Correct it {captured}",
     r"(?:unrecognized|unsupported) .*parameter|command-line arg|invalid value for parameter": """
 Correct it {PGOPTIONS}""",
     r"[Ss]ocket path .* is too long": """
@@ -1705,37 +1703,34 @@ Check libpq's own settings {libpq_location}""",
 }
 
 
-LOOK_UP_DATABASE = """
-SELECT CASE WHEN NOT datallowconn THEN '(closed)'
-            WHEN NOT has_database_privilege(oid, 'CONNECT')
-            THEN 'User does not have CONNECT privilege.' ELSE '' END
-  FROM pg_catalog.pg_database WHERE datname = %s
-"""
-
-
 def look_up_database(config: DatabaseConfig) -> str:
     """Why the database refuses us, by the catalog: in the words of CONNECTION_REMEDIES, or ""."""
+    ask = """
+        SELECT CASE WHEN NOT datallowconn THEN '(closed)'
+                    WHEN NOT has_database_privilege(oid, 'CONNECT')
+                    THEN 'User does not have CONNECT privilege.' ELSE '' END
+          FROM pg_database WHERE datname = %s"""
     try:
         with Session(config, "postgres") as session:
             begin_read_only(session)
-            found = session.query(LOOK_UP_DATABASE, config.name)
+            refusals = session.query(ask, config.name)
     except ServerError:
         return ""
-    return str(found[0][0]) if found else "(missing)"
+    return str(refusals[0][0]) if refusals else "(missing)"
 
 
 def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
     """Why there is no connection. The cause is looked up in the catalog, where another database
     lets us in; the server's words are shown as they are, in whatever language."""
     cause = error.text
-    if not isinstance(error, ConnectionLost):  # or another database would not answer either
+    if not isinstance(error, NoAnswer):  # or another database would not answer either
         cause = look_up_database(config) or cause
     is_mac = sys.platform == "darwin"
     asked = f"(PGSSLMODE={config.libpq.get('PGSSLMODE')}) ({config.environment.value}) {cause}"
     rows = ((re.search(key, asked), remedy) for key, remedy in CONNECTION_REMEDIES.items())
     match, remedy = next((match, remedy) for match, remedy in rows if match)
-    found = next(filter(None, match.groups()), "")  # an option of libpq is set by PG… of its name
-    option = f"PG{found.replace('_', '').upper()}"
+    captured = next(filter(None, match.groups()), "")
+    option = f"PG{captured.replace('_', '').upper()}"  # the variable that sets libpq's option
     user = config.user or user_name()
     fields = (config.host, str(config.port), config.name, user)
     line = ":".join(re.sub(r"([:\\])", r"\\\1", field) for field in fields)
@@ -1746,7 +1741,7 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
         remedy,
         **{f"{name}_location": place for name, place in config.setting_locations.items()},
         **{variable: config.location(variable) for variable in re.findall(r"{(PG\w+)}", remedy)},
-        found=config.location(option) if found.isidentifier() else found,
+        captured=config.location(option) if captured.isidentifier() else captured,
         list=shell_words("python3", *sys.argv, "--list"),
         host=shell_words(config.host),
         database=shell_words(config.name),

@@ -242,19 +242,25 @@ def connecting(project: Project, _database: Database) -> Iterator[subprocess.Pop
             yield process
 
 
-# Our session between two tries to lock the tables: it has nothing open, and rests.
-BETWEEN_TRIES = (
-    "application_name = 'backup_db' AND state = 'idle' AND query = 'COMMIT'"
-    " AND clock_timestamp() > state_change + '30 ms'"
-)
+def wait_for_refusals(database: Database, since: int, count: int = 1) -> None:
+    """Wait until the server's log, from a position on, has so many refusals of our locks: they
+    never wait themselves."""
+
+    def refused() -> int:
+        with database.cluster.log.open(errors="replace") as log:
+            log.seek(since)
+            return log.read().count("ERROR:  could not obtain lock on relation")
+
+    wait_until(lambda: refused() >= count)
 
 
 @contextlib.contextmanager
 def waiting_for_a_lock(project: Project, database: Database) -> Iterator[subprocess.Popen[bytes]]:
     """A migration holds a table."""
+    since = database.cluster.log.stat().st_size
     with transaction(database, "LOCK TABLE messages IN ACCESS EXCLUSIVE MODE"):
         process = project.start()
-        wait_until(lambda: sessions_on(database, BETWEEN_TRIES))
+        wait_for_refusals(database, since)
         yield process
 
 

@@ -15,7 +15,7 @@ import psycopg2
 import pytest
 from cluster import Cluster, installation
 from conftest import MakeProject
-from faults import BETWEEN_TRIES, sessions_on, transaction
+from faults import transaction, wait_for_refusals
 from support import (
     Database,
     assert_restores,
@@ -23,7 +23,6 @@ from support import (
     new_database,
     program,
     read_metadata,
-    wait_until,
 )
 
 # -- databases that are not UTF-8 -----------------------------------------------------------------
@@ -274,8 +273,9 @@ def test_timeouts_do_not_end_a_backup(filled_database: Database, make_project: M
         )
     ) as holder:
         holder.cursor().execute("LOCK plain")
+        since = cluster.log.stat().st_size
         run = project.start()
-        wait_until(lambda: sessions_on(filled_database, BETWEEN_TRIES))
+        wait_for_refusals(filled_database, since)
         time.sleep(0.4)  # past each of the timeouts
     finish(run).succeeded()
     assert_restores(project.dumps()[0], filled_database)

@@ -82,6 +82,6 @@ def test_what_is_left_out_is_of_this_database(
 ) -> None:
     """A subscription is the whole server's, and all may see whose it is."""
     database, _ = databases
-    project = make_project(settings=database.settings("facts_reader", "secret"))
+    project = make_project(database, settings=database.settings("facts_reader", "secret"))
     facts = read_metadata(project.back_up())
     assert facts["not_included"] == ["subscriptions, which only a superuser can back up (mine)"]

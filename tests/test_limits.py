@@ -53,7 +53,7 @@ def test_memory_that_is_used_up(standing: Project) -> None:
     (dump,) = standing.dumps()
     path = metadata_path(dump)
     values = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**values, "more": "x" * 90_000_000}), encoding="utf-8")
+    path.write_text(json.dumps({**values, "more": "x" * 160_000_000}), encoding="utf-8")
     little = ["prlimit", f"--as={200 * 1024 * 1024}"]
     with untouched(standing):
         made = standing.run(prefix=little)
@@ -71,7 +71,7 @@ def test_few_descriptors_are_enough(standing: Project) -> None:
 
 def test_descriptor_that_is_not_to_be_had_is_no_damage(standing: Project) -> None:
     (dump,) = standing.dumps()
-    prefix = ["prlimit", "--nofile=12"]
+    prefix = ["prlimit", "--nofile=11"]
     with untouched(standing):
         made = standing.run(prefix=prefix)
         verified = standing.run("--verify", dump, prefix=prefix)

@@ -403,7 +403,7 @@ def test_role_with_two_connections_sees_a_change_too(
     blue_green: Database, limited: str, make_project: MakeProject
 ) -> None:
     settings = blue_green.settings(limited, "secret")
-    project = make_project(settings=settings, constants={"LOCK_RETRY_SECONDS": 0.1})
+    project = make_project(blue_green, settings=settings, constants={"LOCK_RETRY_SECONDS": 0.1})
     change = f"PGUSER=postgres PGPASSWORD='{blue_green.cluster.password}'"
     once = f'if mkdir "$HOME/changed"; then {change} {call_psql(project, change_names(SWAP))}; fi'
     begin = f'echo begun >>"$HOME/begun"; ({once}) >"$HOME/log" 2>&1'
@@ -420,7 +420,8 @@ def test_names_are_compared_where_no_second_session_is_to_be_had(
 ) -> None:
     """Somebody takes the place that pg_dump has left, for as long as we look for one."""
     limits = {"FREED_SECONDS": 0.5, "LOCK_RETRY_SECONDS": 2}
-    project = make_project(settings=blue_green.settings(limited, "secret"), constants=limits)
+    settings = blue_green.settings(limited, "secret")
+    project = make_project(blue_green, settings=settings, constants=limits)
     superuser = f"PGUSER=postgres PGPASSWORD='{blue_green.cluster.password}'"
     psql = f"'{project.bin_dir / 'psql'}' --no-psqlrc"
     ask = f"SELECT count(*) FROM pg_stat_activity WHERE usename = '{limited}'"

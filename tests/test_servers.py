@@ -234,22 +234,28 @@ def test_older_tools_are_refused(
 @pytest.mark.parametrize(
     ("folders", "best"),
     [
-        (["opt/homebrew/opt/postgresql@9/bin", "opt/homebrew/opt/postgresql@17/bin"], 1),
-        (["usr/local/opt/postgresql@16/bin", "usr/local/opt/libpq/bin"], 0),
-        (["opt/homebrew/bin", "opt/homebrew/opt/libpq/bin"], 0),
-        (["Applications/Postgres.app/Contents/Versions/18/bin", "usr/bin"], 0),
-        (["usr/bin", "opt/local/lib/postgresql15/bin"], 1),
-        (["usr/lib/postgresql/15/bin", "usr/pgsql-16/bin"], 1),
+        ({"opt/homebrew/opt/postgresql@9/bin": 9, "opt/homebrew/opt/postgresql@17/bin": 17}, 1),
+        ({"usr/local/opt/postgresql@16/bin": 16, "usr/local/opt/libpq/bin": 15}, 0),
+        ({"usr/local/opt/postgresql@16/bin": 16, "usr/local/opt/libpq/bin": 18}, 1),
+        ({"opt/homebrew/bin": 17, "opt/homebrew/opt/libpq/bin": 17}, 0),
+        ({"Applications/Postgres.app/Contents/Versions/18/bin": 18, "usr/bin": 15}, 0),
+        ({"usr/bin": 14, "opt/local/lib/postgresql15/bin": 15}, 1),
+        ({"usr/lib/postgresql/15/bin": 15, "usr/pgsql-16/bin": 16}, 1),
     ],
+    ids=str,
 )
 def test_tools_are_found_where_other_systems_have_them(
-    folders: list[str], best: int, make_project: MakeProject, tmp_path: Path
+    folders: dict[str, int], best: int, make_project: MakeProject, tmp_path: Path
 ) -> None:
-    for folder in folders:
+    """The newest by what it answers: the folder's name may have no number."""
+    for folder, version in folders.items():
         (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "pg_dump").touch(mode=0o755)
+        tool = tmp_path / folder / "pg_dump"
+        tool.write_text(f"#!/bin/sh\necho 'pg_dump (PostgreSQL) {version}.1'\n")
+        tool.chmod(0o755)
     below = tuple(f"{tmp_path}{pattern}" for pattern in backup_db.TOOL_FOLDERS)
     project = make_project(constants={"TOOL_FOLDERS": below})
     project.configure({"DB_NAME": "any"})
     result = project.run(env={"PATH": "/nowhere"}).failed_with(6, "Tool error")
-    assert f"It is in {tmp_path / folders[best]}. For cron, put this line" in result.stderr
+    newest = tmp_path / list(folders)[best]
+    assert f"It is in {newest}. For cron, put this line" in result.stderr, result

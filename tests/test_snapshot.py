@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from conftest import MakeProject
-from faults import WIDE
+from faults import WIDE, wait_for_refusals
 from psycopg2.extensions import connection as Connection  # noqa: N812 - a class, oddly named
 from support import (
     Database,
@@ -336,17 +336,6 @@ def test_what_is_dropped_while_it_is_being_locked_is_not_in(
 
 
 # -- migrations that hold a table when we come ----------------------------------------------------
-
-
-def wait_for_refusals(database: Database, since: int, count: int = 1) -> None:
-    """Wait until the server has refused our locks so many times. They never wait themselves."""
-
-    def refused() -> int:
-        with database.cluster.log.open(errors="replace") as log:
-            log.seek(since)
-            return log.read().count("ERROR:  could not obtain lock on relation")
-
-    wait_until(lambda: refused() >= count)
 
 
 def test_backup_waits_until_a_migration_lets_go(
