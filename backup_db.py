@@ -2618,7 +2618,8 @@ class DumpWatch:
             raise DumpFailed(status, self._pg_dump.stderr_text)
 
     def check_without_session(self) -> None:
-        """Check what can be seen while our session is busy. Raises DumpFailed, LetGo, Failure."""
+        """Check what can be seen while our session is busy. Raises DumpFailed, LetGo, Failure, and
+        OSError where the disk fills."""
         self._check_status()
         patience, written = self._patience, self._run.partial.dump.size_bytes
         self.is_copying |= written > 0
@@ -2689,19 +2690,19 @@ OUTPUT_FILE_ERROR = re.compile(
 
 
 def check_dump_file(run: RunContext, failed: DumpFailed) -> None:
-    """Raise Failure where pg_dump's own file, or the disk, is why it failed. pg_dump's words about
+    """Raise OSError where pg_dump's own file, or the disk, is why it failed. pg_dump's words about
     its file end in the errno's text (in English: LC_ALL=C)."""
-    directory, text = run.partial.directory, failed.stderr_text
+    directory, text = str(run.partial.directory), failed.stderr_text
     if match := OUTPUT_FILE_ERROR.search(text):
         reason = match.group(1)
         number = next((number for number in errno.errorcode if os.strerror(number) == reason), 0)
         if number == errno.ENOENT:
             raise wrapper_failure(run.tools.pg_dump, WROTE_NOTHING, text)
-        raise errno_failure(number, directory, text)
+        raise OSError(number, text, directory)
     if failed.status == -signal.SIGXFSZ:
-        raise errno_failure(errno.EFBIG, directory, f"{text}: the limit on file sizes was reached")
-    if DiskRoom.of(directory).is_full:
-        raise errno_failure(errno.ENOSPC, directory, text)
+        raise OSError(errno.EFBIG, f"{text}: the limit on file sizes was reached", directory)
+    if DiskRoom.of(run.partial.directory).is_full:
+        raise OSError(errno.ENOSPC, text, directory)
 
 
 def diagnose_dump(run: RunContext, snapshot: Snapshot, failed: DumpFailed, is_last: bool) -> str:
@@ -2789,17 +2790,14 @@ Check the file system: df -h {path}; sudo dmesg | tail""",
 
 
 def file_failure(error: OSError, default_code: ExitCode = ExitCode.CREATION) -> Failure:
-    """The one place where an errno becomes an exit code; `default_code` is that of all others."""
-    text = "" if error.filename is None else os.fsdecode(error.filename)
-    detail = f"{display_path(Path(text))}: " if text else ""
+    """The one place where an errno becomes an exit code; `default_code` is that of all others.
+
+    What another program met, or nobody yet, is raised as an OSError too: with that errno, what
+    happened in words, and the path.
+    """
+    number, path = error.errno or 0, Path(os.fsdecode(error.filename or ""))
+    detail = f"{display_path(path)}: " if error.filename else ""
     detail += error.strerror or str(error)
-    return errno_failure(error.errno or 0, Path(text), detail, default_code)
-
-
-def errno_failure(
-    number: int, path: Path, detail: str, default_code: ExitCode = ExitCode.CREATION
-) -> Failure:
-    """The same for an errno that another program met, or none yet; `detail` says what happened."""
     rows = FILE_REMEDIES.items()
     code, text = next((code, text) for (code, these), text in rows if number in these or not these)
     existing = next((place for place in (path, *path.parents) if os.path.lexists(place)), Path("."))
@@ -2888,8 +2886,7 @@ def database_lock(path: Path) -> Iterator[OpenFile]:
     with contextlib.closing(OpenFile.open(path, flags)) as file:
         status = os.fstat(file.descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-            detail = f"{display_path(path)} is no lock file of ours"
-            raise errno_failure(errno.EEXIST, path, detail)
+            raise OSError(errno.EEXIST, "it is no lock file of ours", str(path))
         with with_filename(path):
             try:
                 fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2959,9 +2956,9 @@ class PartialBackup:
         self.dump, self._metadata = self._files
 
     def publish(self, metadata: Metadata) -> list[str]:
-        """Write the metadata and rename both files. Returns what was not synced. Raises OSError;
-        Failure where somebody replaced a partial file; Interrupted, which tells whether it came
-        too late."""
+        """Write the metadata and rename both files. Returns what was not synced. Raises OSError,
+        also where somebody replaced a partial file; Interrupted, which tells whether it came too
+        late."""
         with with_filename(self._metadata.path):
             with open(self._metadata.descriptor, "w", encoding="utf-8", closefd=False) as file:
                 file.write(metadata.to_json())
@@ -2971,8 +2968,8 @@ class PartialBackup:
             if os.path.lexists(name):  # not of our making, since we hold the lock
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(name))
             if not os.path.samestat(os.fstat(partial.descriptor), os.lstat(partial.path)):
-                detail = f"{display_path(partial.path)} was replaced by somebody else"
-                raise errno_failure(errno.EEXIST, self.directory, detail)
+                reason = "it was replaced by somebody else"
+                raise OSError(errno.EEXIST, reason, str(partial.path))
         check_signals()
         # The metadata first: a dump that can be seen is always described. The other way round, a
         # process that is killed in between would leave a dump without a checksum.
@@ -2995,13 +2992,9 @@ class PartialBackup:
 def sync_directory(directory: Path) -> str:
     """Write the names in a directory to the disk. Returns a complaint where the disk fails. On
     network and FUSE file systems other errors mean that there is nothing to sync."""
-
-    def sync() -> None:
-        with contextlib.closing(OpenFile.open(directory, os.O_RDONLY)) as opened:
-            os.fsync(opened.descriptor)
-
     try:
-        Background(sync).wait()
+        with contextlib.closing(OpenFile.open(directory, os.O_RDONLY)) as opened:
+            Background(opened.sync).wait()
     except OSError as error:
         if error.errno == errno.EIO:
             return f"{display_path(directory)} could not be synced: {error.strerror}"
@@ -3028,17 +3021,16 @@ class DiskRoom(NamedTuple):
 
 
 def require_room(directory: Path, need_bytes: int, why: str) -> None:
-    """Raise Failure where the disk has no room for that much beside the reserve."""
+    """Raise OSError where the disk has no room for that much beside the reserve."""
     room = DiskRoom.of(directory)
     if room.free_bytes < room.reserve_bytes + need_bytes:
         need = format_size(room.reserve_bytes + need_bytes)
-        detail = f"{format_size(room.free_bytes)} free, at least {need} needed ({why})"
-        detail = f"{display_path(directory)}: {detail}"
-        raise errno_failure(errno.ENOSPC, directory, detail)
+        reason = f"{format_size(room.free_bytes)} free, at least {need} needed ({why})"
+        raise OSError(errno.ENOSPC, reason, str(directory))
 
 
 def expected_dump_bytes(run: RunContext, snapshot: Snapshot) -> int:
-    """About how large the dump will be. Raises Failure only where it can hardly fit: a backup that
+    """About how large the dump will be. Raises OSError only where it can hardly fit: a backup that
     would have fitted must not be refused, and DumpWatch handles a disk that fills."""
     last, database_bytes = run.last, snapshot.facts["database_size_bytes"]
     need, expected = NEED_OF_DATABASE * database_bytes, EXPECTED_OF_DATABASE * database_bytes
@@ -3356,7 +3348,7 @@ def verify_new_dump(run: RunContext, draft: Metadata, started: float) -> tuple[M
     if examination.problem:
         detail = f"the new dump does not hold what the database held\n{examination.problem}"
         if DiskRoom.of(directory).is_full:
-            raise errno_failure(errno.ENOSPC, directory, f"the disk is full: {detail}")
+            raise OSError(errno.ENOSPC, f"the disk is full: {detail}", str(directory))
         raise Failure(
             ExitCode.VERIFICATION,
             detail,
@@ -3394,24 +3386,22 @@ def missing_package_failure(error: ImportError) -> Failure:
 def foreign_config_failure(error: BaseException) -> Failure:
     """brain_core/config.py is missing, or another project's, whose import may end in anything."""
     path = SCRIPT_DIR / "brain_core" / "config.py"
-    words = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+    reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+    if path.exists():
+        detail = f"{display_path(path)} is not the one that backup_db.py came with: {reason}"
+        script, folder = (
+            shell_words(display_path(SCRIPT_DIR / name)) for name in ("backup_db.py", "backup")
+        )
+        move = f"mkdir {folder} && mv {script} {folder} && ln -s ../.env.local {folder}"
+        steps = [
+            f"Leave that file as it is, and give backup_db.py a folder of its own: {move}",
+            f"Then copy the brain_core/ that it came with into {folder}",
+        ]
+    else:
+        detail = f"{display_path(path)} is missing: {reason}"
+        steps = ["Copy brain_core/, beside backup_db.py, from where that came from"]
     readme = 'All of it is in README.md, "Into an existing project"'
-    if not path.exists():
-        detail = f"{display_path(path)} is missing: {words}"
-        copy = "Copy brain_core/, beside backup_db.py, from where that came from"
-        return Failure(ExitCode.GENERAL, detail, copy, readme)
-    script, folder = (
-        shell_words(display_path(SCRIPT_DIR / name)) for name in ("backup_db.py", "backup")
-    )
-    detail = f"{display_path(path)} is not the one that backup_db.py came with: {words}"
-    move = f"mkdir {folder} && mv {script} {folder} && ln -s ../.env.local {folder}"
-    return Failure(
-        ExitCode.GENERAL,
-        detail,
-        f"Leave that file as it is, and give backup_db.py a folder of its own: {move}",
-        f"Then copy the brain_core/ that it came with into {folder}",
-        readme,
-    )
+    return Failure(ExitCode.GENERAL, detail, *steps, readme)
 
 
 def load_configuration(environment_option: str) -> DatabaseConfig:
@@ -3514,8 +3504,8 @@ def load_metadata(dump: Path) -> Metadata:
         steps = [f"See which backups there are: {list_command(folder)}"]
         name = dump.name.replace(METADATA_SUFFIX, DUMP_SUFFIX)
         meant = (str(dump.with_name(name)), display_path(DEFAULT_OUTPUT_DIR / name))
-        if found := next(filter(os.path.isfile, meant), ""):
-            steps.insert(0, f"Name the dump: {verify_command(found)}")
+        if meant_dump := next(filter(os.path.isfile, meant), ""):
+            steps.insert(0, f"Name the dump: {verify_command(meant_dump)}")
         raise Failure(ExitCode.VERIFICATION, detail, *steps)
     path = metadata_path(dump)
     steps = ["Bring the metadata file back from the place that this backup was copied to or from"]
