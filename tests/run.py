@@ -33,8 +33,8 @@ from collections.abc import Sequence
 
 import environment
 
-# Each worker runs a server and, in turn, the tools: more of them than cores only wait.
-WORKERS = min(os.cpu_count() or 1, 8)
+# Two for each core: half of a test's time is a wait for something to happen.
+WORKERS = min(2 * (os.cpu_count() or 1), 8)
 OPTIONS = (
     f"--numprocesses={WORKERS}",
     "--dist=worksteal",  # tests of one file, which share a server, stay together
