@@ -477,8 +477,9 @@ def shell_words(*words: str) -> str:
         if word.isprintable():
             return shlex.quote(word)
         doubled = word.replace("\\", "\\\\").replace("%", "%%")
-        escaped = (c if c.isprintable() and c != "'" else octal(c) for c in doubled)
-        return f"\"$(printf '{''.join(escaped)}')\""
+        escaped = "".join(c if c.isprintable() and c != "'" else octal(c) for c in doubled)
+        escaped = re.sub("^-", octal("-").replace("\\", r"\\"), escaped)  # printf has options
+        return f"\"$(printf '{escaped}')\""
 
     return " ".join(map(quote, words))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
+from support import program
 
 import backup_db
 
@@ -69,6 +72,15 @@ def test_printable_lines_keeps_lines_alone() -> None:
 )
 def test_file_prefix_is_safe(database: str, environment: str, prefix: str) -> None:
     assert backup_db.file_prefix(database, environment) == prefix
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash"])
+def test_shell_words_are_printable_and_read_as_they_are(shell: str) -> None:
+    words = ["a b", "kun\xa0den", "\u202e'\\302%s\\\n-\t\"$x`", "-\x1b[2J", "100%\x07 \\"]
+    line = backup_db.shell_words("printf", r"%s\n.", *words)
+    assert line.isprintable()
+    done = subprocess.run([program(shell, shell), "-c", line], capture_output=True, check=True)
+    assert done.stdout.decode() == "\n.".join([*words, ""])
 
 
 @pytest.mark.parametrize(
