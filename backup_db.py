@@ -677,10 +677,6 @@ class Metadata(NamedTuple):
                 raise MetadataError('the key "table_oids" is not an oid for each table')
         return cls(**fitting)
 
-    @property
-    def series(self) -> Series:
-        return Series(self.database_name, self.environment, self.system_identifier)
-
     def describes(self, dump: Path) -> bool:
         """Whether the dump still has the name under which it was made."""
         return self.backup_file == dump.name
@@ -2229,7 +2225,6 @@ class Blocker(NamedTuple):
     user: str | None
     application: str | None
     query: str | None
-    is_waiting: bool  # for a lock itself
     gid: str | None
 
     def __str__(self) -> str:
@@ -2304,8 +2299,7 @@ SELECT current_setting('max_locks_per_transaction')::int * (1 + sum(setting::int
 # no session: its lock on its own transaction id, by the same virtual transaction, identifies it.
 BLOCKER = """
 SELECT l.relation::bigint, l.pid, a.usename, a.application_name,
-       NULLIF(a.query, '<insufficient privilege>'),
-       EXISTS (SELECT FROM pg_locks w WHERE w.pid = l.pid AND NOT w.granted), x.gid
+       NULLIF(a.query, '<insufficient privilege>'), x.gid
   FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
   LEFT JOIN pg_locks t
     ON l.pid IS NULL AND t.pid IS NULL AND t.virtualtransaction = l.virtualtransaction
@@ -2993,9 +2987,13 @@ class PartialBackup:
 def sync_directory(directory: Path) -> str:
     """Write the names in a directory to the disk. Returns a complaint where the disk fails. On
     network and FUSE file systems other errors mean that there is nothing to sync."""
-    try:
+
+    def sync() -> None:  # to open it may take long too, on a network
         with contextlib.closing(OpenFile.open(directory, os.O_RDONLY)) as opened:
-            Background(opened.sync).wait()
+            opened.sync()
+
+    try:
+        Background(sync).wait()
     except OSError as error:
         if error.errno == errno.EIO:
             return f"{display_path(directory)} could not be synced: {error.strerror}"
