@@ -160,7 +160,6 @@ class Failure(Exception):
         self.detail = detail
         self.steps = steps
         self.report = report
-        self.log_location = ""  # what was backed up, and where
 
 
 class ServerError(Exception):
@@ -251,12 +250,14 @@ class SignalNote:
         self.number = self.number or number
 
 
+NOTED = SignalNote()
+
+
 def catch_signals() -> None:
     """Note terminating signals; one that was ignored at the start (nohup) stays ignored."""
-    note = SignalNote()
     for number in TERMINATING_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, note)
+            signal.signal(number, NOTED)
 
 
 def check_signals() -> None:
@@ -265,9 +266,8 @@ def check_signals() -> None:
     Called on each tick of a wait, and before each step that cannot be undone. Nothing is
     interrupted between two calls: no fork or rename needs a guard. A clean-up never calls it.
     """
-    for note in map(signal.getsignal, TERMINATING_SIGNALS):
-        if isinstance(note, SignalNote) and note.number:
-            raise Interrupted(note.number)
+    if NOTED.number:
+        raise Interrupted(NOTED.number)
 
 
 def die_by_signal(number: int) -> int:
@@ -352,6 +352,8 @@ def pause(progress: Progress, waits_for: str, seconds: float = LOCK_RETRY_SECOND
 class Progress:
     """One line on a terminal's stderr, redrawn in place; silent where stderr is no terminal."""
 
+    backs_up = ""  # what, and where, in a run that makes a backup
+
     def __init__(self, stream: IO[str] | None) -> None:
         self._terminal = stream if stream is not None and stream.isatty() else None
         self._started = time.monotonic()
@@ -411,12 +413,10 @@ class Progress:
 def printable(text: str) -> str:
     """`text` on one line: what a terminal would not show as itself is escaped."""
 
-    def escape(c: str) -> str:  # a byte that is not UTF-8 is the surrogate \udcXX
-        return c.encode("unicode_escape").decode().replace(r"\udc", r"\x")
-
     if text.isprintable():  # as nearly all are: a list has thousands
         return text
-    return "".join(c if c.isprintable() else escape(c) for c in text)
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown).replace(r"\udc", r"\x")  # a byte that is not UTF-8: surrogate \udcXX
 
 
 def printable_lines(text: str) -> str:
@@ -476,9 +476,7 @@ def shell_words(*words: str) -> str:
     def quote(word: str) -> str:
         if word.isprintable():
             return shlex.quote(word)
-        doubled = word.replace("\\", "\\\\").replace("%", "%%")
-        escaped = "".join(c if c.isprintable() and c != "'" else octal(c) for c in doubled)
-        escaped = re.sub("^-", octal("-").replace("\\", r"\\"), escaped)  # printf has options
+        escaped = "".join(c if c.isalnum() or c in "/._ " else octal(c) for c in word)
         return f"\"$(printf '{escaped}')\""
 
     return " ".join(map(quote, words))
@@ -729,10 +727,6 @@ class OpenFile(NamedTuple):
         try:
             most, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # ulimit -n
             return cls(path, fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100 if most > 128 else 10))
-        except OSError:
-            if flags & os.O_EXCL:  # it is ours
-                os.unlink(path)
-            raise
         finally:
             os.close(low)
 
@@ -876,7 +870,7 @@ def tool_steps(name: str, major: int = 0) -> list[str]:
                 tools.append(find_tool(name, folder))
     newest = max(tools, key=lambda tool: tool.major, default=None)
     if newest is None or newest.major < major:
-        return [install_step(major)]
+        return install_steps(major)
     folder = os.path.dirname(newest.path)
     # This python3, a virtual environment's, stays the first, unless such a tool is beside it.
     python = os.path.dirname(sys.executable)
@@ -888,36 +882,32 @@ def tool_steps(name: str, major: int = 0) -> list[str]:
     ]
 
 
-APT_NEWER = """\
-sudo apt-get install postgresql-common ca-certificates && \
-sudo /usr/share/postgresql-common/pgdg/apt.postgresql.org.sh -y && \
-sudo apt-get install postgresql-client-{major}"""
-# By a system's package manager: what installs the client tools that its own archive has, and those
-# of a version that may be newer (on Red Hat from PostgreSQL's repository, which README.md names).
+# By a system's package manager: what installs the client tools, of a version where it is known.
 INSTALL = {
-    "apt-get": ("sudo apt-get install postgresql-client", APT_NEWER),
-    "dnf": ("sudo dnf install postgresql", "sudo dnf install postgresql{major}"),
-    "apk": ("apk add postgresql-client", "apk add postgresql{major}-client"),
-    "brew": ("brew install libpq", "brew install libpq"),
+    "apt-get": "sudo apt-get install postgresql-client{dash}{major}",
+    "dnf": "sudo dnf install postgresql{major}",
+    "apk": "apk add postgresql{major}-client",
+    "brew": "brew install libpq",
 }
-# The version in the archives of Debian 12 and 13, Ubuntu 22.04 and 24.04.
-ARCHIVE_MAJORS = {"12": 15, "13": 17, "22.04": 14, "24.04": 16}
+# PostgreSQL's own repository for Debian and Ubuntu (https://wiki.postgresql.org/wiki/Apt); the one
+# for Red Hat is in README.md.
+APT_REPOSITORY = """\
+sudo apt-get install -y postgresql-common ca-certificates && \
+sudo /usr/share/postgresql-common/pgdg/apt.postgresql.org.sh -y"""
 
 
-def install_step(major: int) -> str:
+def install_steps(major: int) -> list[str]:
     """What to install, by this system's own package manager; 0 for any version."""
-    import platform
     import shutil
 
     folders = "/usr/bin:/sbin:/opt/homebrew/bin:/usr/local/bin"
     manager = next((name for name in INSTALL if shutil.which(name, path=folders)), "apt-get")
-    release = ""
-    with contextlib.suppress(OSError):  # macOS has none
-        release = platform.freedesktop_os_release().get("VERSION_ID", "")
-    own, newer = INSTALL[manager]
-    command = (newer if major > ARCHIVE_MAJORS.get(release, 0) else own).format(major=major)
+    command = INSTALL[manager].format(dash="-" if major else "", major=major or "")
     version = f"version {major} or newer" if major else "of the server's version or newer"
-    return f"Install PostgreSQL's client tools, {version}: {command}"
+    steps = [f"Install PostgreSQL's client tools, {version}: {command}"]
+    if major and manager == "apt-get":
+        steps.append(f"Where there is no such package, first: {APT_REPOSITORY}")
+    return steps
 
 
 def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
@@ -1321,30 +1311,23 @@ def examine_dump(
 def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check:
     """Whether every byte was hashed, and the hash is the one that the metadata has, if any."""
     size_bytes, checksum = expected.backup_size_bytes, expected.checksum_sha256
-    actual_bytes = dump.size_bytes
-    difference = f"expected {size_bytes} bytes, found {actual_bytes}"
-    if actual_bytes == size_bytes:
+    difference = f"expected {size_bytes} bytes, found {dump.size_bytes}"
+    if dump.size_bytes == size_bytes:
         try:
             digest = hashing.wait()
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise
             return invalid(f"{display_path(dump.path)} cannot be read: {error.strerror}")
-        if not hashing.done_bytes == dump.size_bytes == size_bytes:
-            difference = f"expected {size_bytes} bytes, read {hashing.done_bytes}, "
-            difference += f"then found {dump.size_bytes}"
-        elif digest == (checksum or digest):
+        if hashing.done_bytes == size_bytes and digest == (checksum or digest):
             return Check(f"✓ Match ({digest[:12]}...)")
-        else:
+        difference = f"expected {size_bytes} bytes, read {hashing.done_bytes}"
+        if checksum:
             difference = f"expected {checksum[:12]}..., found {digest[:12]}..."
-    problem = difference
+    problem = f"This file has changed since it was written: {difference}"
     if checksum and not expected.describes(dump.path):
         metadata_file = display_path(metadata_path(dump.path))
         problem = f"{metadata_file} describes another backup: {printable(expected.backup_file)}"
-    elif checksum:
-        is_cut = actual_bytes < size_bytes
-        change = f"{actual_bytes} of {size_bytes} bytes are left" if is_cut else difference
-        problem = f"This file has changed since its backup: {change}"
     return Check(f"✗ Mismatch ({difference})", problem)
 
 
@@ -2467,7 +2450,7 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> list[i
     while uncounted := tables[len(counter.finished) :]:
         copies = (table.copy for table in uncounted if table.copy)
         try:
-            session.copy_rows(copies, counter, watch.check_without_session)
+            session.copy_rows(copies, counter, watch.check)
         except ServerError as error:
             if error.sqlstate in SLIPPED_IN_SQLSTATES:
                 raise SnapshotLost(error.text) from None
@@ -2475,7 +2458,7 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> list[i
                 table = tables[len(counter.finished)]
                 raise damage_failure(error.text, table.qualified_name) from None
             raise
-        watch.check_with_session()
+        watch.check(session)
     return counter.finished
 
 
@@ -2594,7 +2577,6 @@ class DumpWatch:
         self._snapshot = snapshot
         self._expected_bytes = expected_bytes
         self._written = 0
-        self._has_grown = True  # the file, since the last check
         self._patience = Patience()
         self._blocker: Blocker | None = None
         self._looked_at = time.monotonic()  # for what blocks pg_dump
@@ -2602,49 +2584,43 @@ class DumpWatch:
         self.counter = RowCounter()
 
     def wait(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Wait for pg_dump's end, or until the condition holds before it. Raises as
-        `check_with_session` does."""
+        """Wait for pg_dump's end, or until the condition holds. Raises as `check` does."""
         while self._pg_dump.wait(TICK_SECONDS) is None and not until():
-            self.check_with_session()
+            self.check(self._run.session)
         self._check_status()
 
     def _check_status(self) -> None:
         if status := self._pg_dump.process.poll():
             raise DumpFailed(status, self._pg_dump.stderr_text)
 
-    def check_without_session(self) -> None:
-        """Check what can be seen while our session is busy. Raises DumpFailed, LetGo, Failure, and
-        OSError where the disk fills."""
+    def check(self, session: Session | None = None) -> None:
+        """Check what can be seen from here and, unless pg_dump's file grows, ask our session, where
+        that is free, what pg_dump does and who blocks it. Raises DumpFailed, LetGo, Failure,
+        Interrupted, and OSError where the disk fills."""
+        check_signals()
         self._check_status()
-        patience, written = self._patience, self._run.partial.dump.size_bytes
+        run, patience, written = self._run, self._patience, self._run.partial.dump.size_bytes
+        grown, self._written = written - self._written, written
         self.is_copying |= written > 0
         if self._pg_dump.process.poll() is None:
-            last = self._run.last
             why = f"kept free for others, and for the dump, now of {format_size(written)}"
-            why += f"; the last backup had {format_size(last.size_bytes or 0)}" if last else ""
-            require_room(self._run.partial.directory, 2 * (written - self._written), why)
-        self._has_grown = written > self._written
-        self._written = written
+            if run.last:
+                why += f"; the last backup had {format_size(run.last.size_bytes or 0)}"
+            require_room(run.partial.directory, 2 * grown, why)
         if patience.has_moved(written=written, rows=self.counter.rows):
             self._blocker = None
-        if min(patience.still_seconds, time.monotonic() - self._looked_at) > STILL_SECONDS:
+        if session and not grown:
+            self._find_blocker(session)
+        elif min(patience.still_seconds, time.monotonic() - self._looked_at) > STILL_SECONDS:
             self._look_beside()
         if self._blocker is not None:
             blocks = f"{self._blocker} blocks"
             patience.check(f"pg_dump waits for a lock: {blocks} it", self._blocker)
-            self._run.progress.show(f"Waiting: {blocks} pg_dump")
+            run.progress.show(f"Waiting: {blocks} pg_dump")
             return
         patience.check("pg_dump has written nothing more, and no row was counted")
         fraction = DUMP_SHARE * min(written / (self._expected_bytes or 1), 1)
-        self._run.progress.show("Dumping", fraction, f"{format_size(written)} written")
-
-    def check_with_session(self) -> None:
-        """The same, and ask our session, now free, what pg_dump does and who blocks it, unless its
-        file grows."""
-        check_signals()
-        self.check_without_session()
-        if not self._has_grown:
-            self._find_blocker(self._run.session)
+        run.progress.show("Dumping", fraction, f"{format_size(written)} written")
 
     def _look_beside(self) -> None:
         """Ask another session, while ours is busy: its count may wait, and others for us. If that
@@ -2918,21 +2894,25 @@ class PartialBackup:
     def __init__(self, directory: Path, prefix: str) -> None:
         self.directory = directory
         self._prefix = prefix
+        self._names = [
+            directory / f".{prefix}{suffix}{PARTIAL_SUFFIX}"
+            for suffix in (DUMP_SUFFIX, METADATA_SUFFIX)
+        ]
         self._files: list[OpenFile] = []
 
     def close(self) -> None:
-        """Remove what was not published."""
-        for file in self._files:
-            file.close()
+        """Remove what was not published, the last attempt's or a killed run's."""
+        while self._files:
+            self._files.pop().close()
+        for name in self._names:
             # A directory that is gone or read-only by now must not hide why the run failed; what
             # stays is hidden, and the next run removes it.
             with contextlib.suppress(OSError):
-                file.path.unlink(missing_ok=True)
-        self._files = []
+                name.unlink()
 
     def begin(self) -> None:
-        """Create both files, in place of the last attempt's or a killed run's; they will have the
-        name of this second, or of the next that is free."""
+        """Create both files; they will have the name of this second, or of the next that is
+        free."""
         self.close()
         while True:
             self.moment = datetime.now(timezone.utc).replace(microsecond=0)
@@ -2943,11 +2923,9 @@ class PartialBackup:
                 break
             check_signals()
             time.sleep(TICK_SECONDS)
-        for suffix in (DUMP_SUFFIX, METADATA_SUFFIX):
-            path = self.directory / f".{self._prefix}{suffix}{PARTIAL_SUFFIX}"
-            path.unlink(missing_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            self._files.append(OpenFile.open(path, flags))
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        for name in self._names:
+            self._files.append(OpenFile.open(name, flags))
         self.dump, self._metadata = self._files
 
     def publish(self, metadata: Metadata) -> list[str]:
@@ -3698,7 +3676,6 @@ class Mode(NamedTuple):
     headline: str  # of a failure
     default_code: ExitCode  # of an OSError that no remedy gives another
     run: Callable[[Progress], None]
-    log_location: str = ""  # what is backed up, for the line of the log
 
 
 class Parser(argparse.ArgumentParser):
@@ -3775,7 +3752,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Mode:
         run = functools.partial(run_verification, options.verify)
         return Mode("Backup verification failed", ExitCode.VERIFICATION, run)
     run = functools.partial(run_creation, options.env, options.output_dir)
-    return Mode("Backup failed", ExitCode.CREATION, run, f"--env {options.env}")
+    return Mode("Backup failed", ExitCode.CREATION, run)
 
 
 def run_creation(environment: str, output_dir: Path, progress: Progress) -> None:
@@ -3784,17 +3761,14 @@ def run_creation(environment: str, output_dir: Path, progress: Progress) -> None
         write_lines(sys.stdout, lines)
         warn(warnings)
 
+    progress.backs_up = f"--env {environment}"
     # In a thread: another project's config.py, or an .env that is a pipe, may block for ever.
     config = Background(lambda: load_configuration(environment)).wait()
+    name, host = printable(config.name), printable(config.host)
+    progress.backs_up = f"{config.environment.value} {name} at {host}, port {config.port}"
     become_libpq_environment(config)
-    try:
-        with with_filename(output_dir):
-            create_backup(config, output_dir, progress, announce)
-    except (Failure, OSError, MemoryError) as error:
-        failure = as_failure(error, ExitCode.CREATION)
-        name, host = printable(config.name), printable(config.host)
-        failure.log_location = f"{config.environment.value} {name} at {host}, port {config.port}"
-        raise failure from None
+    with with_filename(output_dir):
+        create_backup(config, output_dir, progress, announce)
 
 
 def warn(sentences: Iterable[str]) -> None:
@@ -3897,13 +3871,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_said = failure.code == mode.default_code == ExitCode.VERIFICATION
         category = "" if is_said else f": {failure.code.category}"
         lines = failure_lines(mode.headline + category, failure)
-        if log_location := failure.log_location or mode.log_location:
-            lines += ["", f"{iso_timestamp(datetime.now(timezone.utc))} {log_location}"]
+        if progress.backs_up:  # in a log of many nights
+            lines += ["", f"{iso_timestamp(datetime.now(timezone.utc))} {progress.backs_up}"]
         write_lines(sys.stderr, lines)
         return failure.code
     except Interrupted as interrupted:
         progress.clear()
-        outcome = f" {interrupted.outcome}" if mode.log_location else ""
+        outcome = f" {interrupted.outcome}" if progress.backs_up else ""
         write_lines(sys.stderr, [f"✗ Stopped ({interrupted}).{outcome}"])
         return die_by_signal(interrupted.number)
     except Exception:  # noqa: BLE001 - a bug, and shown as one

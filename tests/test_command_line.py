@@ -248,7 +248,7 @@ def test_verify_of_a_changed_byte_prints_the_same_lines_on_stderr(bare: Project)
         f"Size:        {dump.stat().st_size / 1024:.1f} KB",
         f"Timestamp:   {metadata['backup_timestamp']}",
         "",
-        f"Error: This file has changed since its backup: {digits}",
+        f"Error: This file has changed since it was written: {digits}",
         "",
     ]
     assert lines[10] == "Troubleshooting:"

@@ -714,7 +714,7 @@ def new_dump_lacks_a_row(stage: Stage) -> Result:
 
 @situation(
     ExitCode.VERIFICATION,
-    "This file has changed since its backup: expected ",
+    "This file has changed since it was written: expected ",
     "its bytes have changed",
 )
 def bytes_are_appended(stage: Stage) -> Result:
@@ -725,7 +725,7 @@ def bytes_are_appended(stage: Stage) -> Result:
     return project.run("--verify", dump)
 
 
-@situation(ExitCode.VERIFICATION, "This file has changed since its backup: ", "--list")
+@situation(ExitCode.VERIFICATION, "This file has changed since it was written: ", "--list")
 def a_byte_is_another(stage: Stage) -> Result:
     project = stage.project()
     (dump,) = project.dumps()
