@@ -362,7 +362,6 @@ class Progress:
         self._first: tuple[float, float] | None = None  # the first fraction, and when it was known
 
     def clear(self) -> None:
-        """Erase the line, before anything else is printed."""
         self._draw([])
 
     def finish(self) -> None:
@@ -390,7 +389,6 @@ class Progress:
         self._draw([*parts, f"{timedelta(seconds=int(now - self._started))} elapsed", *details])
 
     def _draw(self, parts: list[str]) -> None:
-        """Replace the line by the parts that fit on it."""
         if self._terminal is None:
             return
         try:
@@ -666,7 +664,6 @@ class Metadata(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> Metadata:
-        """Read and check a metadata file. Raises MetadataError, naming the key; OSError."""
         values = read_metadata_values(str(path))
         fitting = {key: value for key, value in values.items() if key in FITS and FITS[key](value)}
         if values.get("table_oids") is not None:  # older backups have none
@@ -972,11 +969,9 @@ def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
 
 
 class Tools(NamedTuple):
-    """The two programs that a backup needs, and the compression that both can do."""
-
     pg_dump: Tool
     pg_restore: Tool
-    compression: str  # zstd:3, gzip:4, none
+    compression: str  # that both can do: zstd:3, gzip:4, none
 
     @property
     def compress_value(self) -> str:
@@ -985,7 +980,6 @@ class Tools(NamedTuple):
 
 
 def find_tools(config: DatabaseConfig) -> Tools:
-    """Both tools, of versions that fit, with the compression to use."""
     pg_dump = find_tool("pg_dump")
     if pg_dump.major < OLDEST_MAJOR:
         because = f"and {OLDEST_MAJOR} is the oldest with which a backup can be verified"
@@ -1218,15 +1212,15 @@ def compare_contents(found: Contents, expected: Metadata) -> Check:
         if sorted(rows.values()) != sorted(counts.values()):
             problems.append("the tables in the dump have other numbers of rows than were counted")
     else:
-        for key, oid in expected.table_oids.items():
-            if rows.get(oid) != counts[key]:
-                presence = f"{plural(rows[oid], 'row')} in" if oid in rows else "not in"
-                problems.append(f"table {key}: {presence} the dump, {counts[key]} expected")
+        problems += [
+            f"rows of table {key}: {rows.get(oid, 'not')} in the dump, {counts[key]} expected"
+            for key, oid in expected.table_oids.items()
+            if rows.get(oid) != counts[key]
+        ]
         uncounted = rows.keys() - expected.table_oids.values()
         problems += [f"table with the oid {oid}: in the dump, but not counted" for oid in uncounted]
     if found.large_objects != objects:
-        large_objects = plural(found.large_objects, "large object")
-        problems.append(f"{large_objects} in the dump, {objects} expected")
+        problems.append(f"large objects: {found.large_objects} in the dump, {objects} expected")
     summary = row_summary(sum(rows.values()), len(rows), found.large_objects)
     if not problems:
         return Check(f"✓ Match ({summary})")
@@ -1236,7 +1230,6 @@ def compare_contents(found: Contents, expected: Metadata) -> Check:
 
 
 def invalid(problem: str) -> Check:
-    """The check that could not be completed."""
     return Check(f"✗ Invalid ({problem.splitlines()[0]})", problem)
 
 
@@ -1251,8 +1244,6 @@ def is_no_archive(file: Path) -> bool:
 
 
 class Examination(NamedTuple):
-    """What the three checks of a dump found, and its contents, if they were read."""
-
     checksum: Check
     structure: Check
     contents: Check | None = None  # not made
@@ -1335,8 +1326,7 @@ def check_restore_fits(pg_restore: Tool, metadata: Metadata, problem: str) -> No
     """Raise Failure if pg_restore is too old, lacks the compression, or has no way to the file."""
     needed = least_major(metadata)
     if problem and pg_restore.major < needed:
-        maker = f"pg_dump {printable(metadata.pg_dump_version)}"
-        because = f"too old for this backup, which {maker} made"
+        because = f"too old for this backup, which {printable(metadata.pg_dump_version)} made"
         raise older_tool_failure(pg_restore, needed, because)
     if "does not support compression" in problem:
         compression = printable((metadata.compression or "the method").partition(":")[0])
@@ -1393,7 +1383,6 @@ class Session(contextlib.AbstractContextManager["Session"]):
         self.connect()
 
     def connect(self) -> None:
-        """Connect, for the first time or again after `close`."""
         config, started = self._config, time.monotonic()
         self._running: Background[Any] | None = None
         self._connection: Any = None
@@ -1739,7 +1728,6 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
 
 
 def open_session(config: DatabaseConfig) -> Session:
-    """A new session. Raises Failure with the remedy."""
     try:
         return Session(config)
     except ServerError as error:
@@ -2114,7 +2102,6 @@ def dbname_word(name: str) -> str:
 
 
 def describe_database(session: Session) -> dict[str, Any]:
-    """What the metadata says of the database, by its keys, but for the tables."""
     facts: dict[str, Any] = json.loads(session.query(DATABASE_FACTS)[0][0])
     major, minor = divmod(session.server_version, 10000)
     left_out: dict[str, list[str]] = {}
@@ -2241,7 +2228,6 @@ class Snapshot(NamedTuple):
 
     @property
     def copied_tables(self) -> list[Table]:
-        """Those whose rows are in the dump."""
         return [table for table in self.tables if table.copy is not None]
 
 
@@ -2254,7 +2240,7 @@ class RunContext(NamedTuple):
     lock: OpenFile
     partial: PartialBackup
     progress: Progress
-    last: Backup | None  # the last one of this database and environment
+    last: Backup | None  # the last one of this series
 
 
 LOCK_NOT_AVAILABLE = "55P03"
@@ -2295,7 +2281,6 @@ SELECT l.relation::bigint, l.pid, a.usename, a.application_name,
 
 
 def find_blocker(session: Session, relations: Iterable[int]) -> Blocker | None:
-    """Who keeps these relations, by their oids, from being read."""
     rows = session.query(BLOCKER, list(relations))
     return Blocker(*rows[0]) if rows else None
 
@@ -2496,7 +2481,6 @@ Names = Mapping[tuple[str, int, int], tuple[int, str]]
 
 
 def read_names(session: Session) -> Names:
-    """The names of everything that no lock of ours keeps from being renamed."""
     return {
         (sys.intern(kind), oid, number): (schema, name)
         for kind, oid, number, schema, name in session.query(NAMES)
@@ -2836,10 +2820,8 @@ def make_directory(directory: Path) -> None:
     made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (PermissionError, FileExistsError) as error:
-        # The first may name a parent; the second would not tell that it is no directory.
-        number = error.errno if isinstance(error, PermissionError) else errno.ENOTDIR
-        raise OSError(number, os.strerror(number or 0), str(directory)) from None
+    except FileExistsError:  # which would not tell that it is no directory
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory)) from None
     for path in made:  # its name, too, has to survive a power cut
         sync_directory(path.parent)
 
@@ -3026,8 +3008,6 @@ def expected_dump_bytes(run: RunContext, snapshot: Snapshot) -> int:
 
 
 class Status(str, enum.Enum):
-    """What a look at a backup's two files shows."""
-
     VERIFIED = "✓ Verified"  # when it was made, and of the same size since
     NOT_VERIFIED = "✗ Not verified"
     SIZE_MISMATCH = "✗ Size mismatch"
@@ -3125,7 +3105,6 @@ def verified_backups(backups: Iterable[Backup], series: Series) -> list[Backup]:
 
 
 def newest_verified(backups: Iterable[Backup]) -> Backup | None:
-    """The first verified one of backups that come the newest first."""
     return next((backup for backup in backups if backup.status is Status.VERIFIED), None)
 
 
@@ -3285,6 +3264,7 @@ def create_backup(
         with on_server("reading the catalog"):
             check_server(session, config, tools.pg_dump)
             series = identify_series(session, config)
+            session.query("ROLLBACK")
         make_directory(output_dir)
         prefix = file_prefix(config.name, config.environment.value)
         partial = PartialBackup(output_dir, prefix)
@@ -3293,8 +3273,7 @@ def create_backup(
             backups = find_backups(output_dir)
             earlier = verified_backups(backups, series)
             recent = read_recent(earlier)
-            of_any_server = verified_backups(backups, series._replace(server=None))
-            last = of_any_server[0] if of_any_server else None
+            last = earlier[0] if earlier else None
             run = RunContext(config, tools, session, lock, partial, progress, last)
             snapshot, counts, warning = dump_database(run)
             session.close()  # nothing more is asked of the server
@@ -3427,12 +3406,9 @@ def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> Non
         raise older_tool_failure(pg_dump, major, because)
     begin_read_only(session)
     check_privileges(session)
-    session.query("COMMIT")
 
 
 def identify_series(session: Session, config: DatabaseConfig) -> Series:
-    """Which backups are of the same database: see Series."""
-    begin_read_only(session)
     ((database,),) = session.query("SELECT current_database()")
     try:
         control = "SELECT system_identifier::text FROM pg_catalog.pg_control_system()"
@@ -3441,7 +3417,6 @@ def identify_series(session: Session, config: DatabaseConfig) -> Series:
         raise
     except ServerError:  # some services hide it
         server = None
-    session.query("ROLLBACK")
     return Series(database, config.environment.value, server)
 
 
@@ -3470,7 +3445,6 @@ def draft_metadata(
 
 
 def load_metadata(dump: Path) -> Metadata:
-    """The metadata of the dump to verify. Raises Failure where one of the two is missing."""
     try:
         is_dump = stat.S_ISREG(dump.stat().st_mode) and dump.name.endswith(DUMP_SUFFIX)
         detail = "" if is_dump else f"{display_path(dump)} is not a {DUMP_SUFFIX} file"
@@ -3598,7 +3572,6 @@ def list_lines(
 
 
 def table_lines(backups: Sequence[Backup], folder: str) -> Iterator[str]:
-    """The contract's table, and the totals."""
     rows = [("Timestamp", "Environment", "Database", "Size", "Status")]
     for backup in backups:
         database, environment = map(printable, backup.series[:2])
@@ -3671,8 +3644,6 @@ def failure_lines(headline: str, failure: Failure) -> list[str]:
 
 
 class Mode(NamedTuple):
-    """One of the three things that the script does."""
-
     headline: str  # of a failure
     default_code: ExitCode  # of an OSError that no remedy gives another
     run: Callable[[Progress], None]
@@ -3778,7 +3749,6 @@ def warn(sentences: Iterable[str]) -> None:
 
 
 def write_result(lines: Iterable[str]) -> None:
-    """Print the result of a run. Raises Failure where that fails."""
     if problem := write_lines(sys.stdout, lines):
         detail = f"the output could not be written: {problem}"
         raise Failure(ExitCode.GENERAL, detail, "Free space there, or have it written elsewhere")
@@ -3841,7 +3811,6 @@ def prepare_process() -> None:
 
 
 def as_failure(error: Failure | OSError | MemoryError, default_code: ExitCode) -> Failure:
-    """What may leave an operation, as the failure that it is."""
     if isinstance(error, Failure):
         return error
     words = str(error) or "out of memory"

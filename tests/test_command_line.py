@@ -268,9 +268,9 @@ def test_verify_of_other_counts_names_each_table(bare: Project) -> None:
         in result.stderr
     )
     assert (
-        "Error: table messages: 3420 rows in the dump, 3421 expected\n"
-        "table gone: not in the dump, 1 expected\n"
-        "table other.x: not in the dump, 0 expected\n"
+        "Error: rows of table messages: 3420 in the dump, 3421 expected\n"
+        "rows of table gone: not in the dump, 1 expected\n"
+        "rows of table other.x: not in the dump, 0 expected\n"
     ) in result.stderr
 
 

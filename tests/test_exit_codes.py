@@ -701,7 +701,9 @@ def new_dump_is_cut_short(stage: Stage) -> Result:
     return result
 
 
-@situation(ExitCode.VERIFICATION, "table messages: 3419 rows in the dump, 3420 expected", "again")
+@situation(
+    ExitCode.VERIFICATION, "rows of table messages: 3419 in the dump, 3420 expected", "again"
+)
 def new_dump_lacks_a_row(stage: Stage) -> Result:
     project = stage.project()
     project.fake(

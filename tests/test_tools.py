@@ -185,7 +185,7 @@ def test_tool_that_is_no_program(content: bytes, standing: Project) -> None:
             8,
             "pg_restore was ended by signal 11: Segmentation fault",
         ),
-        (TABLE_OF_CONTENTS, "exit 0", 8, "table messages: not in the dump, 3420 expected"),
+        (TABLE_OF_CONTENTS, "exit 0", 8, "rows of table messages: not in the dump, 3420 expected"),
         (CONTENTS, "kill -SEGV $$", 8, "pg_restore was ended by signal 11: Segmentation fault"),
         (CONTENTS, "exit 0", 8, "lists the data of 5 tables, it holds that of 0"),
         (CONTENTS, "head -c 30000000 /dev/zero", 8, "a line that is no data and does not end"),

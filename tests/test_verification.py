@@ -236,9 +236,17 @@ DAMAGE: dict[str, tuple[Callable[[Backup], object], str, str]] = {
         CONTENTS,
         "end of file",
     ),
-    "a row more": (lambda b: b.count(messages=399), CONTENTS, "400 rows in the dump, 399 expected"),
-    "a row less": (lambda b: b.count(messages=401), CONTENTS, "400 rows in the dump, 401 expected"),
-    "row in an empty table": (lambda b: b.count(empty=1), CONTENTS, "table empty: 0 rows in the"),
+    "a row more": (
+        lambda b: b.count(messages=399),
+        CONTENTS,
+        "rows of table messages: 400 in the dump, 399 expected",
+    ),
+    "a row less": (
+        lambda b: b.count(messages=401),
+        CONTENTS,
+        "rows of table messages: 400 in the dump, 401 expected",
+    ),
+    "row in an empty table": (lambda b: b.count(empty=1), CONTENTS, "rows of table empty: 0 in the"),
     "no counts": (
         lambda b: b.edit(table_counts={}, table_oids={}),
         CONTENTS,
@@ -248,7 +256,7 @@ DAMAGE: dict[str, tuple[Callable[[Backup], object], str, str]] = {
     "table gone": (
         lambda b: b.edit(table_oids={**b.read_metadata()["table_oids"], "empty": 2**32 - 1}),
         CONTENTS,
-        "table empty: not in the dump, 0 expected",
+        "rows of table empty: not in the dump, 0 expected",
     ),
     "large object more": (lambda b: b.edit(large_object_count=1), CONTENTS, "1 expected"),
     "large object less": (lambda b: b.edit(large_object_count=3), CONTENTS, "3 expected"),
@@ -270,16 +278,20 @@ def test_damage_is_found(damage: str, backup: Backup) -> None:
 
 # Dumps that pg_restore itself can read, or could; the metadata vouches for each.
 OTHERWISE = {
-    "no rows": (["--format=custom", "--schema-only"], CONTENTS, "table messages: not in the dump"),
+    "no rows": (
+        ["--format=custom", "--schema-only"],
+        CONTENTS,
+        "rows of table messages: not in the dump",
+    ),
     "no rows of one table": (
         ["--format=custom", "--exclude-table-data=messages"],
         CONTENTS,
-        "table messages: not in the dump, 400 expected",
+        "rows of table messages: not in the dump, 400 expected",
     ),
     "no large objects": (
         ["--format=custom", "--no-large-objects"],
         CONTENTS,
-        "0 large objects in the dump, 2 expected",
+        "large objects: 0 in the dump, 2 expected",
     ),
     "rows as INSERT": (["--format=custom", "--inserts"], CONTENTS, "it holds that of 0"),
     "tar": (["--format=tar"], STRUCTURE, NO_ARCHIVE),
@@ -472,7 +484,10 @@ FAILING_RESTORES = {
         r'"$real" "$@"; echo "COPY public.more (a) FROM stdin;"; echo "\."',
         "lists the data of 3 tables, it holds more",
     ),
-    "loses a row": ('"$real" "$@" | sed "/^7\t/d"', "399 rows in the dump, 400 expected"),
+    "loses a row": (
+        '"$real" "$@" | sed "/^7\t/d"',
+        "rows of table messages: 399 in the dump, 400 expected",
+    ),
     STUCK: ("sleep 60", "pg_restore is stuck: silent for 1 second"),
 }
 
