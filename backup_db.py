@@ -147,10 +147,10 @@ class ExitCode(enum.IntEnum):
 
 
 class Failure(Exception):
-    """An expected failure: what a user, a server or a disk can cause.
+    """What a user, a server or a disk can cause; any other exception but OSError is a bug.
 
     `detail` says what happened, in the words of the tool that met it; `steps` what to do next;
-    `report`, above both, what was found before. Any other exception but OSError is a bug.
+    `report`, above both, what was found before.
     """
 
     def __init__(
@@ -283,9 +283,8 @@ T = TypeVar("T")
 
 
 class Background(threading.Thread, Generic[T]):
-    """A call that may take long, in a daemon thread. The main thread waits for it: only it receives
-    signals, and it shows progress and checks deadlines meanwhile. (concurrent.futures joins its
-    threads at exit, even one that is stuck in libpq.)"""
+    """A call that may take long, in a daemon thread. The main thread waits for it, hears signals,
+    shows progress and checks deadlines. (concurrent.futures would join a stuck thread at exit.)"""
 
     def __init__(self, call: Callable[[], T]) -> None:
         super().__init__(daemon=True)
@@ -305,8 +304,8 @@ class Background(threading.Thread, Generic[T]):
     def wait(
         self, on_tick: Callable[[], object] = lambda: None, seconds: float = float("inf")
     ) -> T:
-        """The result of the call. Raises its error; TimeoutError when `seconds` have passed, while
-        the call goes on; Interrupted; and whatever `on_tick` raises."""
+        """The result of the call. Raises its error; Interrupted; what `on_tick` raises; and
+        TimeoutError when `seconds` have passed, while the call goes on."""
         started = time.monotonic()
         self.join(TICK_SECONDS)
         while self.is_alive():
@@ -371,7 +370,7 @@ class Progress:
 
     def show(self, phase: str, fraction: float | None = None, *details: str) -> None:
         """Draw the line, a few times a second at most. `fraction` is that of the whole run; the
-        one shown never decreases. A narrow terminal shows only the first of the `details`."""
+        one shown never decreases."""
         now = time.monotonic()
         if now - self._drawn_at < REDRAW_SECONDS:
             return
@@ -570,8 +569,8 @@ def is_utc_time(value: object) -> bool:
 
 
 def test_for(annotation: Any) -> Callable[[Any], object]:
-    """A function that tells whether a value from JSON fits the annotation of its field. An int is
-    always a number of something, which fits into PostgreSQL's bigint."""
+    """A function that tells whether a value from JSON fits the annotation of its field; every int
+    is a number of something, which fits into PostgreSQL's bigint."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if type(None) in parts:
         return test_for(parts[0])
@@ -600,8 +599,7 @@ class Series(NamedTuple):
 
 
 def read_metadata_values(path: str) -> dict[str, Any]:
-    """The values, of which the required ones are checked. Raises MetadataError, with the key;
-    OSError."""
+    """The values, the required ones checked. Raises MetadataError, with the key; OSError."""
     status = os.stat(path)  # first: to open a pipe of that name would hang
     if not stat.S_ISREG(status.st_mode) or status.st_size > METADATA_MAX_BYTES:
         raise MetadataError("it is no metadata file")
@@ -680,20 +678,6 @@ class Metadata(NamedTuple):
     def total_rows(self) -> int:
         return sum(self.table_counts.values())
 
-    def verified(self, examination: Examination, pg_restore: Tool, seconds: float) -> Metadata:
-        """A copy, with the results of the examination of a sound dump."""
-        return self._replace(
-            checksum_sha256=examination.digest,
-            duration_seconds=round(seconds, 3),
-            verification={
-                "verified_at": iso_timestamp(datetime.now(timezone.utc)),
-                "rows_read_back": sum(examination.found.rows.values()),
-                "tables_read_back": len(examination.found.rows),
-                "large_objects_read_back": examination.found.large_objects,
-                "pg_restore_version": pg_restore.version,
-            },
-        )
-
 
 REQUIRED_KEYS = [key for key in Metadata._fields if key not in Metadata._field_defaults]
 FITS = {key: test_for(hint) for key, hint in typing.get_type_hints(Metadata).items()} | {
@@ -749,8 +733,7 @@ class OpenFile(NamedTuple):
 
 class Program(contextlib.AbstractContextManager["Program"]):
     """A running PostgreSQL tool, in a session of its own, and the tail of its stderr. As a context
-    manager it leaves no program behind. (The fork needs no signal mask, which the child would
-    inherit: signals are only noted.)"""
+    manager it leaves no program behind."""
 
     def __init__(
         self,
@@ -763,26 +746,24 @@ class Program(contextlib.AbstractContextManager["Program"]):
         self.name = Path(argv[0]).name
         self._files = files
         self._tail = b""
-        self.process = subprocess.Popen(
-            argv,
-            env=environment,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            pass_fds=[file.descriptor for file in files],
-            start_new_session=True,  # Ctrl-C is ours to pass on
-        )
+        self._stderr, stderr = os.pipe()
         try:
-            self._drain = Background(self._read_stderr)
-        except MemoryError:  # no room for a thread: `with` has not begun yet
-            self.process.kill()
-            self.process.wait()
-            raise
+            self._drain = Background(self._read_stderr)  # first: there may be no room for a thread
+            self.process = subprocess.Popen(
+                argv,
+                env=environment,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                pass_fds=[file.descriptor for file in files],
+                start_new_session=True,  # Ctrl-C is ours to pass on
+            )
+        finally:
+            os.close(stderr)
 
     def _read_stderr(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr as pipe:
-            while block := os.read(pipe.fileno(), 8192):
+        with open(self._stderr, "rb", buffering=0) as pipe:
+            while block := pipe.read(8192):
                 self._tail = (self._tail + block)[-STDERR_TAIL_BYTES:]
 
     def __exit__(self, *_exception: object) -> None:
@@ -828,9 +809,8 @@ class Tool(NamedTuple):
 
 
 def tool_environment(*settings: str) -> dict[str, str]:
-    """The environment of a tool: this process's, with messages in English, and without connection
-    settings and secrets. Kept are those that begin with one of `settings`, and those by which
-    Debian's wrapper chooses the version of its tools."""
+    """This process's environment, with messages in English, without connection settings and
+    secrets; of them are kept `settings`, and what Debian's wrapper chooses its tools by."""
     kept = ("PGCLUSTER", "PGHOST", "PGPORT", *settings)
     return {
         name: value
@@ -855,8 +835,8 @@ TOOL_FOLDERS = (
 
 
 def tool_steps(name: str, major: int = 0) -> list[str]:
-    """The steps to a tool of that version or newer: how cron, or a shell, finds the newest one in
-    the usual folders, or what to install."""
+    """How cron, or a shell, finds the newest of the tools in the usual folders, of that version or
+    newer; or what to install."""
     import glob
     import shutil
 
@@ -931,8 +911,8 @@ def wrapper_failure(tool: Tool, problem: str, stderr_text: str) -> Failure:
 
 
 def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
-    """The program called `name`, in the folder or on PATH, asked for its version. Raises Failure;
-    `major` is the version that is needed, if known."""
+    """The program called `name`, in the folder or on PATH, asked for its version; `major` is the
+    one that is needed, if known. Raises Failure."""
     import shutil
 
     path = shutil.which(name, path=folder) or shutil.which(name)
@@ -1047,11 +1027,10 @@ class FileHash(Background[str]):
 class ScriptReader:
     """Counts the rows in the SQL script that `pg_restore --data-only` writes, as it goes by.
 
-    Data lines are never parsed: COPY escapes every newline and every backslash within a
-    value, so that a row is a line and only the end of the data is the line `\\.` (PostgreSQL
-    documentation, "COPY", text format). Names are not escaped: within double quotes a COPY
-    statement may span lines. They are not parsed either. Other lines are passed over: releases add
-    some, and what is lost is seen from the numbers of blocks, rows and large objects.
+    COPY escapes every newline and backslash within a value: a row is a line, and only the end of
+    the data is the line `\\.` (PostgreSQL documentation, "COPY", text format). Names are not
+    escaped: within double quotes a COPY statement may span lines. Other lines are passed over:
+    releases add some, and what is lost is seen from the numbers of blocks, rows, large objects.
     """
 
     STATEMENT = re.compile(
@@ -1119,9 +1098,8 @@ def run_pg_restore(
     on_block: Callable[[bytes], None],
     on_tick: Callable[[], object] = lambda: None,
 ) -> str:
-    """Let pg_restore read the dump to its successful end; `on_block` is called with each piece of
-    what it writes, `on_tick` meanwhile. Returns its warnings. Raises ArchiveError, with its words,
-    where it fails, and where it is silent for too long."""
+    """Let pg_restore read the dump to its end; `on_block` is called with each piece that it writes.
+    Returns its warnings. Raises ArchiveError, with its words, where it fails or is stuck."""
     os.lseek(dump.descriptor, 0, os.SEEK_SET)  # see OpenFile
     # By the format's name: without it pg_restore reads other formats too, even a directory.
     argv = [pg_restore.path, "--format=custom", *options, dump.argument]
@@ -1233,9 +1211,6 @@ def invalid(problem: str) -> Check:
     return Check(f"✗ Invalid ({problem.splitlines()[0]})", problem)
 
 
-NO_ARCHIVE = "is no custom-format archive of pg_dump"
-
-
 def is_no_archive(file: Path) -> bool:
     """Whether it begins otherwise; another format's toc.dat differs in the last of these bytes."""
     with contextlib.suppress(OSError), file.open("rb") as opened:
@@ -1260,19 +1235,19 @@ class Examination(NamedTuple):
 def examine_dump(
     pg_restore: Tool, dump: OpenFile, expected: Metadata, progress: Progress, begin: float = 0.0
 ) -> Examination:
-    """Check that a dump is the file, and holds the rows, that its metadata describes. At creation
-    the metadata has no checksum yet.
+    """Check that a dump is the file, and holds the rows, that its metadata describes; at creation
+    that has no checksum yet. `begin` is the fraction of the whole run that came before.
 
     The hash and the contents are read at the same time. Once the checksum is known to differ, no
-    more is read, and the contents are discarded. `begin` is the fraction of the whole run that came
-    before. Raises Failure where pg_restore is not up to this archive, Interrupted.
+    more is read. Raises Failure where pg_restore is not up to this archive, Interrupted.
     """
     contents, found = None, Contents()
     try:
         entries = list_data_entries(pg_restore, dump)
         structure = Check("✓ Valid (pg_restore --list succeeded)")
     except ArchiveError as error:
-        reason = f"it {NO_ARCHIVE}\n" if is_no_archive(dump.path) else ""
+        is_other = is_no_archive(dump.path)
+        reason = "it is no custom-format archive of pg_dump\n" if is_other else ""
         structure = invalid(f"{reason}{error}")
     hashing = FileHash(dump)
 
@@ -1367,14 +1342,12 @@ class RowCounter:
 
 
 class Session(contextlib.AbstractContextManager["Session"]):
-    """One connection to the server. Each call that waits for it is made in a thread, one at a time.
+    """One connection to the server. Every method may raise ServerError.
 
-    Only libpq's own blocking calls cope with slow handshakes, lost packets and lists of hosts. The
-    main thread checks signals and deadlines meanwhile. Once a signal, or what `on_tick` raised, has
+    Each call that waits is made in a thread, one at a time: only libpq's own blocking calls cope
+    with slow handshakes, lost packets and lists of hosts. (psycopg2's set_wait_callback is global,
+    and an exception in it closes the connection.) Once a signal, or what `on_tick` raised, has
     broken off a wait, only `close` may be called.
-
-    (psycopg2's set_wait_callback would not do: it is global, and an exception in it closes the
-    connection.) Every method may raise ServerError.
     """
 
     def __init__(self, config: DatabaseConfig, database: str | None = None) -> None:
@@ -1454,8 +1427,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
         return ServerError(text, sqlstate)
 
     def query(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
-        """Run a statement, or several in one string, and return the rows of the last. Text is
-        decoded as UTF-8, with lone surrogates for other bytes, and sent as the same bytes."""
+        """Run a statement, or several in one string, and return the rows of the last. A byte that
+        is not UTF-8 is a lone surrogate in the text, both ways."""
 
         def execute() -> list[tuple[Any, ...]]:
             with self._connection.cursor() as cursor:
@@ -1471,8 +1444,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
         self, statements: Iterable[str], counter: RowCounter, on_tick: Callable[[], None]
     ) -> None:
         """Run a `COPY … TO STDOUT` after the other, at least one, until a tick has passed: a thread
-        for each would take longer than the COPY of a small table. `counter` counts the rows; their
-        contents are discarded. Where one fails, `counter.finished` tells which."""
+        for each would take longer than the COPY of a small table. `counter` counts the rows, and
+        tells which one failed."""
 
         def copy() -> None:
             # psycopg2 prints a FATAL that ends a COPY by sys.excepthook, and raises it as well.
@@ -1502,16 +1475,15 @@ class Session(contextlib.AbstractContextManager["Session"]):
         self._connection.close()
 
     def _reset(self) -> None:
-        """Reset the socket under the call that runs. Without a reset, while our receive window is
-        full, a COPY's backend would keep its locks and snapshot for minutes."""
+        """Reset the socket under the call that runs: closed with our receive window full, it would
+        let a COPY's backend keep its locks and snapshot for minutes."""
         import socket
         import struct
 
-        with contextlib.suppress(OSError, import_psycopg2().Error):  # it is gone already
-            connection = socket.socket(fileno=os.dup(self._connection.fileno()))
-            with connection:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                connection.shutdown(socket.SHUT_RDWR)
+        gone = contextlib.suppress(OSError, import_psycopg2().Error)
+        with gone, socket.socket(fileno=os.dup(self._connection.fileno())) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.shutdown(socket.SHUT_RDWR)
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
@@ -1545,11 +1517,8 @@ SET LOCAL TimeZone = 'UTC';
 
 
 def begin_read_only(session: Session, isolation: str = "READ COMMITTED") -> None:
-    """Begin a transaction that no setting of the role or the database can disturb. Only names in
-    pg_catalog are found without a schema, and every wait for a lock has a limit.
-
-    Every query runs in one: the owner of a schema or of the database must not run code as us.
-    """
+    """Begin a transaction that no setting of the role or the database can disturb. Every query runs
+    in one: the owner of a schema or of the database must not run code as us."""
     begin = BEGIN_READ_ONLY.format(isolation=isolation, lock_seconds=STALL_SECONDS)
     major, minor = divmod(session.server_version, 10000)
     if minor >= RESTRICTING_MINORS.get(major, 0):
@@ -1689,8 +1658,8 @@ def look_up_database(config: DatabaseConfig) -> str:
 
 
 def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
-    """Why there is no connection. The cause is looked up in the catalog, where another database
-    lets us in; the server's words are shown as they are, in whatever language."""
+    """Why there is no connection: the cause by the catalog, where another database lets us in, and
+    the server's words as they are, in whatever language."""
     cause = error.text
     if not isinstance(error, NoAnswer):  # or another database would not answer either
         cause = look_up_database(config) or cause
@@ -1735,9 +1704,8 @@ def open_session(config: DatabaseConfig) -> Session:
 
 
 def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
-    """Raise Failure behind a connection pooler in transaction or statement mode: pg_dump would
-    leave search_path = '' on connections that the application is given next, and its settings may
-    reach another backend than its queries.
+    """Raise Failure behind a connection pooler in transaction or statement mode: pg_dump's settings
+    would stay on connections that the application is given next, or miss its own queries.
 
     Without a pooler, libpq's backend PID is the server's own. Two sessions that share a backend,
     or one whose backend changes, are not in session mode. (In statement mode a BEGIN ends the
@@ -1982,16 +1950,14 @@ def least_major(metadata: Metadata) -> int:
 
 
 def restore_commands(metadata: Metadata) -> list[str]:
-    """The shell commands, one a line, that restore this backup on a fresh server. They are made of
-    the metadata's other facts alone, and drop nothing."""
+    """The shell commands, one a line, that restore this backup on a fresh server, made of the
+    metadata's other facts alone; they drop nothing."""
     return [*comment_lines(metadata), *role_commands(metadata), *database_commands(metadata)]
 
 
 def comment_lines(metadata: Metadata) -> Iterator[str]:
-    """The first lines of `restore_commands`: what a person has to know, and to prepare.
-
-    An interactive zsh takes a pasted comment for a command: so they read as the words of one.
-    """
+    """What a person has to know, and to prepare, as the words of a shell command: for one an
+    interactive zsh takes a pasted comment."""
     file = shell_words(str(metadata_path(Path(metadata.backup_file))))
     code = "import json, sys; print(*json.load(open(sys.argv[1]))[sys.argv[2]], sep=chr(10))"
     yield f"# These lines as they are to be typed: jq -r '.restore[]' {file}"
@@ -2016,7 +1982,7 @@ def comment_lines(metadata: Metadata) -> Iterator[str]:
 
 
 def role_commands(metadata: Metadata) -> Iterator[str]:
-    """The lines of `restore_commands` that make the roles, then their memberships."""
+    """Make the roles, then their memberships."""
     roles, attributes = metadata.roles or [], metadata.role_attributes or {}
     yield "# A role that is there already says so and stays as it is, the others get no password"
     for role in roles:
@@ -2066,11 +2032,11 @@ def role_statements(role: str, facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def database_commands(metadata: Metadata) -> Iterator[str]:
-    """The lines of `restore_commands` that make the database, fill it and analyze it.
+    """Make the database, fill it and analyze it.
 
     To make it (`--schema=-` is no schema of its) fails where one of that name is there, and nothing
-    is added to that. The filling goes on past what is refused. It is done section by section: with
-    --jobs alone a row trigger of a partitioned table may be there before its rows, and fire.
+    is added to that. It is filled section by section: with --jobs alone a row trigger of a
+    partitioned table may be there before its rows, and fire.
     """
     name, dump = metadata.database_name, shell_words(metadata.backup_file)
     # Another value of these, which the database or the role may have, refuses rows or bends them.
@@ -2127,6 +2093,9 @@ SERVER_REMEDIES = {
     "53200": "Raise max_locks_per_transaction in postgresql.conf, and restart the server",
     # serialization_failure: in a transaction that only reads, a standby's recovery conflict
     "40001": "On the standby raise max_standby_streaming_delay, or set hot_standby_feedback = on",
+    # lock_not_available
+    "55P03": "See who waits for whom, in that database: "
+    "SELECT pid, pg_blocking_pids(pid), state, query FROM pg_stat_activity;",
 }
 
 
@@ -2138,8 +2107,6 @@ def server_failure(error: ServerError, doing: str) -> Failure:
         step = SERVER_REMEDIES["40001"]
     if isinstance(error, ConnectionLost):
         detail = f"the connection to the server was lost while {doing}:\n{error.text}"
-    elif error.sqlstate == LOCK_NOT_AVAILABLE:
-        return stalled_failure(detail, None)
     code = ExitCode.PERMISSION if error.sqlstate == "42501" else ExitCode.CREATION
     return Failure(code, detail, step, AGAIN)
 
@@ -2155,9 +2122,8 @@ def on_server(doing: str) -> Iterator[None]:
 
 def stalled_failure(what: str, blocker: Blocker | None) -> Failure:
     detail = f"gave up after {format_age(STALL_SECONDS)}: {what}"
-    activity = "SELECT pid, state, wait_event, query FROM pg_stat_activity;"
-    look = f"See what waits: psql {libpq_options()} -c {shell_words(activity)}"
-    return Failure(ExitCode.CREATION, detail, blocker.remedy if blocker else look, CALM_HOUR)
+    step = blocker.remedy if blocker else SERVER_REMEDIES[LOCK_NOT_AVAILABLE]
+    return Failure(ExitCode.CREATION, detail, step, CALM_HOUR)
 
 
 # Damage to the server's own data, which no repetition heals, and a value or a row over 1 GB in its
@@ -2240,7 +2206,7 @@ class RunContext(NamedTuple):
     lock: OpenFile
     partial: PartialBackup
     progress: Progress
-    last: Backup | None  # the last one of this series
+    last: Backup | None  # the last one of this database and environment, of whatever server
 
 
 LOCK_NOT_AVAILABLE = "55P03"
@@ -2286,15 +2252,13 @@ def find_blocker(session: Session, relations: Iterable[int]) -> Blocker | None:
 
 
 def take_snapshot(run: RunContext) -> Snapshot:
-    """Lock the tables, then export a snapshot that sees them as they stay.
+    """Lock the tables, then export a snapshot that sees them as they stay. Nothing waits while
+    locks are held. Raises Failure, naming who holds a table, after STALL_SECONDS without success.
 
     TRUNCATE and an ALTER TABLE that rewrites are not MVCC-safe (PostgreSQL documentation,
     "Caveats" of concurrency control): a table that is locked only after the snapshot can be
-    dumped as empty, and counted as empty, with exit status 0. So the locks come before the
-    transaction sees anything, and the list of tables is read again after them.
-
-    Nothing waits while locks are held. Raises Failure, naming who holds a table, when no attempt
-    has succeeded for STALL_SECONDS.
+    dumped, and counted, as empty. So the locks come before the transaction sees anything, and the
+    list of tables is read again after them.
     """
     session, patience = run.session, Patience()
     while True:
@@ -2329,8 +2293,7 @@ def lock_and_export(session: Session, tables: list[Table]) -> Snapshot | None:
     """One attempt: everything that is read while locks are held; None where the tables changed.
 
     NOWAIT: a backup that waits for one table while it holds another makes a migration the victim of
-    a deadlock. After that a short lock_timeout is enough, for a pg_largeobject that somebody
-    rewrites.
+    a deadlock. The short lock_timeout is for a pg_largeobject that somebody rewrites.
     """
     begin_read_only(session, "REPEATABLE READ")
     if tables:
@@ -2350,9 +2313,8 @@ def dump_database(run: RunContext) -> tuple[Snapshot, list[int], str]:
     """Dump the database into the partial file, and count its rows in the same snapshot. Returns
     that, the rows of each of its tables with a COPY, and pg_dump's warnings.
 
-    Take the snapshot, dump it, or begin again: after a change that no lock prevents (a schema
-    renamed, a view dropped) DUMP_ATTEMPTS times in all; where somebody waits for our locks until
-    Patience ends that.
+    Take the snapshot, dump it, or begin again: DUMP_ATTEMPTS times in all after a change that no
+    lock prevents; where somebody waits for our locks, until Patience ends that.
     """
     attempts = 0
     patience: Patience | None = None
@@ -2427,10 +2389,8 @@ SLIPPED_IN_SQLSTATES = {"42P01", "3F000", "42809", "42703", "55000"}
 
 
 def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> list[int]:
-    """The rows of every table with a COPY, exactly, in the session's snapshot.
-
-    (Counts taken from the archive alone would prove nothing of what the database held.)
-    """
+    """The rows of every table with a COPY, in the session's snapshot: counts taken from the archive
+    alone would prove nothing of what the database held."""
     tables, counter = snapshot.copied_tables, watch.counter
     while uncounted := tables[len(counter.finished) :]:
         copies = (table.copy for table in uncounted if table.copy)
@@ -2504,8 +2464,7 @@ def describe_change(then: Names, now: Names) -> str:
 
 def find_change(run: RunContext, snapshot: Snapshot) -> str:
     """A phrase for a name that has changed since the snapshot, or nothing. pg_dump goes by name:
-    two schemas that were swapped are dumped with each other's rows, and rows with a label that was
-    renamed are refused on the day of the restore.
+    two schemas that were swapped are dumped with each other's rows.
 
     A short second session asks, before our locks go: a migration that waits for them will rename
     only after that, and would look like one that slipped in. pg_dump's slot is free by now. Only
@@ -2546,11 +2505,10 @@ class DumpWatch:
     """pg_dump while it works: its end, its file, the room on the disk, who blocks it.
 
     --lock-wait-timeout does not cover every lock: pg_dump waits for ever behind an uncommitted
-    REFRESH MATERIALIZED VIEW (tested on 15 to 18). And views, materialized views and sequences
-    cannot be locked beforehand: a migration that has replaced a view, and alters its table while
-    pg_dump waits for that view, would be the victim of a deadlock. The server detects that after
-    1 s by default; we look more often, and release our locks. Where nobody waits for us, a wait of
-    pg_dump harms nobody.
+    REFRESH MATERIALIZED VIEW (tested on 15 to 18). And views and sequences cannot be locked
+    beforehand: a migration that has replaced a view, and alters its table while pg_dump waits for
+    that view, would be the victim of a deadlock, which the server detects after 1 s by default. We
+    look more often, and release our locks. Where nobody waits for us, such a wait harms nobody.
     """
 
     def __init__(
@@ -2607,8 +2565,8 @@ class DumpWatch:
         run.progress.show("Dumping", fraction, f"{format_size(written)} written")
 
     def _look_beside(self) -> None:
-        """Ask another session, while ours is busy: its count may wait, and others for us. If that
-        is refused, ours is all there is, and the blocker stays without a name."""
+        """Ask another session, while ours is busy: its count may wait, and others for us. Where
+        that is refused, the blocker stays without a name."""
         try:
             with Session(self._run.config) as beside:
                 begin_read_only(beside)
@@ -2645,8 +2603,8 @@ OUTPUT_FILE_ERROR = re.compile(
 
 
 def check_dump_file(run: RunContext, failed: DumpFailed) -> None:
-    """Raise OSError where pg_dump's own file, or the disk, is why it failed. pg_dump's words about
-    its file end in the errno's text (in English: LC_ALL=C)."""
+    """Raise OSError where pg_dump's own file, or the disk, is why it failed: its words about that
+    end in the errno's text (in English: LC_ALL=C)."""
     directory, text = str(run.partial.directory), failed.stderr_text
     if match := OUTPUT_FILE_ERROR.search(text):
         reason = match.group(1)
@@ -2661,11 +2619,8 @@ def check_dump_file(run: RunContext, failed: DumpFailed) -> None:
 
 
 def diagnose_dump(run: RunContext, snapshot: Snapshot, failed: DumpFailed, is_last: bool) -> str:
-    """Raise Failure with the cause of pg_dump's failure; where another try is worth it, return why.
-
-    Found by another look at the file, the server and the privileges. The only messages that count
-    are the server's about damage, and about a snapshot that it does not know.
-    """
+    """Raise Failure with the cause of pg_dump's failure, by another look at the file, the server
+    and the privileges; where another try is worth it, return why."""
     text = failed.stderr_text
     check_dump_file(run, failed)
     look = "See whether the system ran out of memory: sudo dmesg | grep -i 'killed process'"
@@ -2746,10 +2701,7 @@ Check the file system: df -h {path}; sudo dmesg | tail""",
 
 def file_failure(error: OSError, default_code: ExitCode = ExitCode.CREATION) -> Failure:
     """The one place where an errno becomes an exit code; `default_code` is that of all others.
-
-    What another program met, or nobody yet, is raised as an OSError too: with that errno, what
-    happened in words, and the path.
-    """
+    What another program met is raised as an OSError too: its errno, its words, the path."""
     number, path = error.errno or 0, Path(os.fsdecode(error.filename or ""))
     detail = f"{display_path(path)}: " if error.filename else ""
     detail += error.strerror or str(error)
@@ -2772,8 +2724,8 @@ def file_failure(error: OSError, default_code: ExitCode = ExitCode.CREATION) -> 
 
 
 def access_step(path: Path, existing: Path, default_code: ExitCode) -> str:
-    """How this user gets at a path, or at what exists of it. What belongs to another user, such as
-    that of the nightly job, stays theirs; what a run by sudo has left to root need not."""
+    """How this user gets at a path, or at what exists of it. What is another user's, such as that
+    of the nightly job, stays theirs; what a run by sudo has left to root need not."""
     try:
         status = os.stat(existing)
     except OSError:  # a link to where this user may not look
@@ -2828,11 +2780,8 @@ def make_directory(directory: Path) -> None:
 
 @contextlib.contextmanager
 def database_lock(path: Path) -> Iterator[OpenFile]:
-    """Allows one run at a time per database and directory.
-
-    flock() on a hidden file that is never deleted. pg_dump inherits the descriptor: should this
-    process be killed, the lock is held until pg_dump has ended too.
-    """
+    """Allows one run at a time per database and directory: flock() on a hidden file that is never
+    deleted. pg_dump inherits it: should this process be killed, that has to end, too."""
     # Others may be able to write to this directory: a link, a pipe or a second name of another
     # file is not our lock, and must not be written to.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -2867,11 +2816,8 @@ def held_lock_failure(lock: OpenFile) -> Failure:
 
 
 class PartialBackup:
-    """The two hidden files of a run, until both are complete and get their names.
-
-    No incomplete file is ever visible: `publish` renames both. Whatever ends the run before that,
-    `close` removes both. All reading and writing goes through their descriptors.
-    """
+    """The two hidden files of a run, until both are complete and get their names by `publish`.
+    Whatever ends the run before that, `close` removes both. They are used by their descriptors."""
 
     def __init__(self, directory: Path, prefix: str) -> None:
         self.directory = directory
@@ -2911,9 +2857,8 @@ class PartialBackup:
         self.dump, self._metadata = self._files
 
     def publish(self, metadata: Metadata) -> list[str]:
-        """Write the metadata and rename both files. Returns what was not synced. Raises OSError,
-        also where somebody replaced a partial file; Interrupted, which tells whether it came too
-        late."""
+        """Write the metadata and rename both files. Returns what was not synced. Raises OSError;
+        Interrupted, which tells whether it came too late."""
         with with_filename(self._metadata.path):
             with open(self._metadata.descriptor, "w", encoding="utf-8", closefd=False) as file:
                 file.write(metadata.to_json())
@@ -2945,8 +2890,8 @@ class PartialBackup:
 
 
 def sync_directory(directory: Path) -> str:
-    """Write the names in a directory to the disk. Returns a complaint where the disk fails. On
-    network and FUSE file systems other errors mean that there is nothing to sync."""
+    """Write the names in a directory to the disk. Returns a complaint where the disk fails; on
+    network file systems other errors mean that there is nothing to sync."""
 
     def sync() -> None:  # to open it may take long too, on a network
         with contextlib.closing(OpenFile.open(directory, os.O_RDONLY)) as opened:
@@ -3128,11 +3073,8 @@ def find_orphans(directory: Path) -> list[Path]:
 
 
 def backups_to_keep(backups: Sequence[Backup], retention: Retention) -> set[Backup]:
-    """Those of the backups, which come the newest first, that BACKUP_KEEP keeps.
-
-    What any part keeps stays; the first always does. A period without a backup does not count:
-    after a gap as many are kept as before it.
-    """
+    """Those of the backups, which come the newest first, that any part of BACKUP_KEEP keeps; the
+    first always. A period without a backup does not count."""
     kept = set(backups[: retention.newest])
     for count, period in (
         (retention.days, "%Y-%m-%d"),
@@ -3150,9 +3092,9 @@ def backups_to_keep(backups: Sequence[Backup], retention: Retention) -> set[Back
 def last_full_backup(backups: Sequence[Backup], kept: Collection[Backup]) -> Backup | None:
     """The last full one of the backups, which come the newest first, if it is not kept.
 
-    A full one has more than twice the rows of every newer one that is kept. To keep the newest of
-    the others is not enough: some nights after the database was emptied, that is empty too. Nor is
-    an older full one that the calendar keeps enough: it lacks what came after it.
+    A full one has more than twice the rows of every newer one that is kept. The newest of the
+    others may be empty too, some nights after the database was emptied; and an older full one that
+    the calendar keeps lacks what came after it.
     """
     most_kept = 0
     for backup in backups:
@@ -3164,8 +3106,8 @@ def last_full_backup(backups: Sequence[Backup], kept: Collection[Backup]) -> Bac
 
 
 def read_recent(earlier: Sequence[Backup]) -> list[Metadata]:
-    """The metadata of the last of the earlier backups, to compare the tables' rows with. Only of
-    these few it is kept whole: there may be hundreds, of thousands of tables each."""
+    """The metadata of the last of the earlier backups. Only of these few it is kept whole: there
+    may be hundreds, of thousands of tables each."""
     recent = []
     for backup in earlier[:RECENT_BACKUPS]:
         with contextlib.suppress(OSError, MetadataError):  # it was there a moment ago
@@ -3175,11 +3117,10 @@ def read_recent(earlier: Sequence[Backup]) -> list[Metadata]:
 
 def shrunk_tables(made: Metadata, recent: Sequence[Metadata]) -> list[tuple[str, int, int]]:
     """The tables with fewer than half of the least rows that they had in the recent backups: rows
-    now, and that least. The one that lost most comes first.
+    now, and that least; so each is reported once. The one that lost most comes first.
 
-    One that is gone counts if every recent backup has it. So each is reported once: tonight's
-    rows are the next night's least. Partitions are summed under their topmost table; what any
-    backup records of them holds for all, since older ones record nothing.
+    One that is gone counts if every recent backup has it. Partitions are summed under their topmost
+    table; what any backup records of them holds for all, since older ones record nothing.
     """
     topmost: dict[str, str] = {}
     for metadata in (*recent, made):
@@ -3207,12 +3148,8 @@ def shrunk_tables(made: Metadata, recent: Sequence[Metadata]) -> list[tuple[str,
 def retire_backups(
     made: Backup, earlier: Sequence[Backup], retention: Retention
 ) -> tuple[list[Path], list[str]]:
-    """Remove the earlier backups that BACKUP_KEEP does not keep. Returns the removed dumps, and
-    warnings.
-
-    The one just made always stays, even where the clock was set back. So does the last full one.
-    One from the future is neither counted nor removed.
-    """
+    """Remove the earlier backups that BACKUP_KEEP does not keep, but for the last full one and
+    those from the future. Returns the removed dumps, and warnings."""
     removed: list[Path] = []
     warnings: list[str] = []
     latest = latest_credible(datetime.now(timezone.utc))
@@ -3253,8 +3190,7 @@ def create_backup(
     announce: Callable[[Sequence[str], Sequence[str]], None],
 ) -> None:
     """Make, verify, publish and announce a backup: lock, snapshot, dump and count, read back,
-    publish. Only then old ones are removed, see retire_backups. `announce` is called with the lines
-    of a result and with warnings.
+    publish; only then remove old ones. `announce` is called with lines of a result and warnings.
 
     Raises Failure or OSError; then earlier backups are untouched, and there is no new one.
     """
@@ -3273,7 +3209,7 @@ def create_backup(
             backups = find_backups(output_dir)
             earlier = verified_backups(backups, series)
             recent = read_recent(earlier)
-            last = earlier[0] if earlier else None
+            last = next(iter(verified_backups(backups, series._replace(server=None))), None)
             run = RunContext(config, tools, session, lock, partial, progress, last)
             snapshot, counts, warning = dump_database(run)
             session.close()  # nothing more is asked of the server
@@ -3313,8 +3249,19 @@ def verify_new_dump(run: RunContext, draft: Metadata, started: float) -> tuple[M
             "sudo dmesg | tail -50",
             f"The failed dump was deleted. Earlier backups: {list_command(directory)}",
         )
-    metadata = draft.verified(examination, pg_restore, time.monotonic() - started)
-    return metadata, examination.found.warnings
+    found = examination.found
+    metadata = draft._replace(
+        checksum_sha256=examination.digest,
+        duration_seconds=round(time.monotonic() - started, 3),
+        verification={
+            "verified_at": iso_timestamp(datetime.now(timezone.utc)),
+            "rows_read_back": sum(found.rows.values()),
+            "tables_read_back": len(found.rows),
+            "large_objects_read_back": found.large_objects,
+            "pg_restore_version": pg_restore.version,
+        },
+    )
+    return metadata, found.warnings
 
 
 def missing_package_failure(error: ImportError) -> Failure:
@@ -3328,8 +3275,6 @@ def missing_package_failure(error: ImportError) -> Failure:
     make += shell_words(f"{venv}/bin/pip", "install", "-r", requirements)
     run = shell_words(f"{venv}/bin/python3", script)
     steps = [f"Install what the script needs: {make}", f"Run it by the python there: {run}"]
-    if os.path.exists(SCRIPT_DIR / ".venv" / "bin" / "python3"):
-        steps.reverse()
     if sys.prefix != sys.base_prefix:
         install = shell_words(sys.executable, "-m", "pip", "install", "-r", requirements)
         steps = [f"Install what the script needs: {install}"]
@@ -3469,9 +3414,6 @@ def load_metadata(dump: Path) -> Metadata:
         detail = f"{display_path(path)} cannot be used: {printable(str(error))}"
     except FileNotFoundError:
         detail = f"there is no metadata file {display_path(path)}"
-        if is_no_archive(dump):
-            steps = []
-            detail += f", and {display_path(dump)} {NO_ARCHIVE}"
     steps.append(
         f"What the dump alone can tell: pg_restore --file=/dev/null {shell_words(str(dump))}"
     )
@@ -3484,8 +3426,8 @@ def load_metadata(dump: Path) -> Metadata:
 
 
 def write_lines(stream: IO[str] | None, lines: Iterable[str]) -> str:
-    """Print; an error of the stream must not end the run. Returns that error, unless the reader has
-    left (`| head`) or the stream never was open."""
+    """Print. Returns what went wrong, unless the reader has left (`| head`) or the stream never was
+    open: it must not end the run."""
     if stream is None:
         return ""
     try:
@@ -3548,8 +3490,7 @@ def verification_lines(dump: Path, metadata: Metadata, examination: Examination)
 def list_lines(
     backups: Sequence[Backup], orphans: Sequence[Path], directory: Path, now: datetime
 ) -> Iterator[str]:
-    """The contract's table, its totals, each series, what needs a person's eye, and what the
-    status means."""
+    """The contract's table, its totals, each series, and what needs a person's eye."""
     folder = display_path(directory).rstrip("/") + "/"
     if backups:
         yield from table_lines(backups, folder)
@@ -3617,8 +3558,7 @@ def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
 
 
 def shrinkage_lines(made: Metadata, recent: Sequence[Metadata]) -> list[str]:
-    """A sentence about the tables with fewer rows than in the recent backups, where there are
-    any."""
+    """A sentence about the tables with fewer rows than in the recent backups, if any."""
     tables = [
         f"{key} {now} (at least {least} before)" for key, now, least in shrunk_tables(made, recent)
     ]
@@ -3755,8 +3695,8 @@ def write_result(lines: Iterable[str]) -> None:
 
 
 def run_verification(dump: Path, progress: Progress) -> None:
-    """`--verify`: check a backup with nothing but its two files, and report it. Raises Failure
-    where it is not sound, or where the checks cannot be made; OSError."""
+    """Check a backup with nothing but its two files, and report it. Raises Failure where it is not
+    sound, or cannot be checked; OSError."""
     with with_filename(dump):
         metadata = load_metadata(dump)
         pg_restore = find_tool("pg_restore", major=least_major(metadata))

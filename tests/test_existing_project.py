@@ -96,7 +96,7 @@ def test_command_for_a_missing_package_is_the_one_that_works_here(
     make = f"{python} -m venv .venv"
     assert steps_of(str(python), "-S") == [f"{make} && {pip}", run]
     subprocess.run([*make.split(), "--without-pip"], cwd=project.directory, check=True)
-    assert steps_of(str(python), "-S") == [run, f"{make} && {pip}"]
+    assert steps_of(str(python), "-S") == [f"{make} && {pip}", run]
     (install,) = steps_of(".venv/bin/python3")
     assert install.endswith("/.venv/bin/python3 -m pip install -r requirements.txt")
 

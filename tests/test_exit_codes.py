@@ -786,7 +786,7 @@ def metadata_is_another_backups(stage: Stage) -> Result:
     return project.run("--verify", other)
 
 
-@situation(ExitCode.VERIFICATION, "is no custom-format archive of pg_dump", "--file=/dev/null")
+@situation(ExitCode.VERIFICATION, "there is no metadata file ", "--file=/dev/null")
 def dump_is_plain_sql(stage: Stage) -> Result:
     project = stage.project()
     script = project.backups / "script.dump"
