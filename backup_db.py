@@ -37,14 +37,14 @@ if __name__ == "__main__" and sys.version_info < (3, 10):
     version = ".".join(map(str, sys.version_info[:3]))
     sys.exit(f"backup_db.py needs Python 3.10 or newer; this is {version} ({sys.executable})")
 
-if __name__ == "__main__" and sys.getfilesystemencoding() != "utf-8":
-    # Names and passwords are UTF-8 in any locale, as from Python 3.15 on; only the output is not.
-    os.environ.setdefault("PYTHONIOENCODING", locale.getpreferredencoding(False))
-    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Until `catch_signals` there is nothing to clean up: Ctrl-C may end this without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    if sys.getfilesystemencoding() != "utf-8":
+        # Names and passwords are UTF-8 in any locale, as from Python 3.15 on; the output is not.
+        os.environ.setdefault("PYTHONIOENCODING", locale.getpreferredencoding(False))
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Until `catch_signals` there is nothing to clean up: Ctrl-C needs no traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import contextlib
@@ -62,7 +62,7 @@ import subprocess
 import threading
 import time
 import typing
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -121,9 +121,7 @@ RECENT_BACKUPS = 7  # in which the tables' rows are compared with those of a new
 MOST_NAMES = 10  # in a message, which gives the number of the others
 
 
-# ---------------------------------------------------------------------------------------------
-# Failures: the exit codes, and what is raised
-# ---------------------------------------------------------------------------------------------
+# -- Failures: the exit codes, and what is raised -------------------------------------------------
 
 
 class ExitCode(enum.IntEnum):
@@ -147,11 +145,9 @@ class ExitCode(enum.IntEnum):
 
 
 class Failure(Exception):
-    """What a user, a server or a disk can cause; any other exception but OSError is a bug.
-
-    `detail` says what happened, in the words of the tool that met it; `steps` what to do next;
-    `report`, above both, what was found before.
-    """
+    """What a user, a server or a disk can cause; any other exception but OSError is a bug. `detail`
+    says what happened, in the words of the tool that met it, `steps` what to do next, and `report`
+    what was found before."""
 
     def __init__(
         self, code: ExitCode, detail: str, *steps: str, report: Sequence[str] = ()
@@ -225,49 +221,34 @@ def fill_steps(text: str, **values: str) -> list[str]:
     return [step for step in steps if step]
 
 
-# ---------------------------------------------------------------------------------------------
-# Waiting: signals, calls in a thread, the one clock, the progress line
-# ---------------------------------------------------------------------------------------------
+# -- Waiting: signals, calls in a thread, the one clock, the progress line ------------------------
 
 TERMINATING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
 
 
 class Interrupted(BaseException):
-    """A terminating signal came: unwind, clean up, and die of it."""
-
     def __init__(self, number: int) -> None:
         super().__init__("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
         self.number = number
         self.outcome = "No new backup; earlier backups are untouched."
 
 
-class SignalNote:
-    """A signal handler that only notes the first signal, for `check_signals` to raise."""
-
-    number = 0
-
-    def __call__(self, number: int, _frame: object) -> None:
-        self.number = self.number or number
-
-
-NOTED = SignalNote()
+noted_signals: list[int] = []
 
 
 def catch_signals() -> None:
     """Note terminating signals; one that was ignored at the start (nohup) stays ignored."""
     for number in TERMINATING_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, NOTED)
+            signal.signal(number, lambda number, _frame: noted_signals.append(number))
 
 
 def check_signals() -> None:
-    """Raise Interrupted if a terminating signal has come; if several came, the first of them.
-
-    Called on each tick of a wait, and before each step that cannot be undone. Nothing is
-    interrupted between two calls: no fork or rename needs a guard. A clean-up never calls it.
-    """
-    if NOTED.number:
-        raise Interrupted(NOTED.number)
+    """Raise Interrupted for the first terminating signal that has come. Called on each tick of a
+    wait, and before each step that cannot be undone; never by a clean-up. Nothing is interrupted
+    between two calls: no fork or rename needs a guard."""
+    if noted_signals:
+        raise Interrupted(noted_signals[0])
 
 
 def die_by_signal(number: int) -> int:
@@ -402,9 +383,7 @@ class Progress:
             self._terminal = None
 
 
-# ---------------------------------------------------------------------------------------------
-# Text for people, and names of files
-# ---------------------------------------------------------------------------------------------
+# -- Text for people, and names of files ----------------------------------------------------------
 
 
 def printable(text: str) -> str:
@@ -481,7 +460,7 @@ def shell_words(*words: str) -> str:
 
 def list_command(directory: Path) -> str:
     """The command that lists the backups in a directory; if it does not exist, in the usual one."""
-    where = ["--output-dir", str(directory)] if os.path.isdir(directory) else []
+    where = ("--output-dir", str(directory)) if os.path.isdir(directory) else ()
     return shell_words("python3", "backup_db.py", "--list", *where)
 
 
@@ -548,9 +527,7 @@ def metadata_path(dump: Path) -> Path:
     return dump.with_name(dump.name.removesuffix(DUMP_SUFFIX) + METADATA_SUFFIX)
 
 
-# ---------------------------------------------------------------------------------------------
-# Metadata
-# ---------------------------------------------------------------------------------------------
+# -- Metadata -------------------------------------------------------------------------------------
 
 
 class MetadataError(ValueError):
@@ -686,9 +663,7 @@ FITS = {key: test_for(hint) for key, hint in typing.get_type_hints(Metadata).ite
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# Programs
-# ---------------------------------------------------------------------------------------------
+# -- Programs -------------------------------------------------------------------------------------
 
 
 class OpenFile(NamedTuple):
@@ -713,7 +688,6 @@ class OpenFile(NamedTuple):
 
     @property
     def argument(self) -> str:
-        """The name for a program that inherits the descriptor."""
         return f"/dev/fd/{self.descriptor}"
 
     @property
@@ -887,27 +861,26 @@ def install_steps(major: int) -> list[str]:
     return steps
 
 
-def older_tool_failure(tool: Tool, major: int, because: str) -> Failure:
-    detail = f"{printable(tool.path)} is version {tool.version}, {because}"
-    return Failure(ExitCode.TOOL, detail, *tool_steps(os.path.basename(tool.path), major))
+def check_version(tool: Tool, major: int, because: str) -> None:
+    """Raise Failure where the tool is older than that."""
+    if tool.major < major:
+        detail = f"{printable(tool.path)} is version {tool.version}, {because}"
+        raise Failure(ExitCode.TOOL, detail, *tool_steps(os.path.basename(tool.path), major))
 
 
 def wrapper_failure(tool: Tool, problem: str, stderr_text: str) -> Failure:
     """A tool that does not reach our file, which it inherits as /dev/fd/N."""
-    if not os.path.exists("/dev/fd"):  # a chroot of a rescue system
-        return Failure(
-            ExitCode.TOOL,
-            f"{printable(tool.path)} {problem}: /dev/fd is missing\n{stderr_text}".rstrip(),
-            "Mount what it leads to: sudo mount -t proc proc /proc",
-        )
-    return Failure(
-        ExitCode.TOOL,
-        f"{printable(tool.path)} {problem}: is it a wrapper that runs on another machine, in a "
-        f"container or by sudo?\n{stderr_text}".rstrip(),
+    why = "is it a wrapper that runs on another machine, in a container or by sudo?"
+    steps = [
         f"See what it is: file -L {shell_words(tool.path)}",
         *tool_steps(os.path.basename(tool.path), tool.major),
         "Or put the folder of PostgreSQL's own tools first on PATH",
-    )
+    ]
+    if not os.path.exists("/dev/fd"):  # a chroot of a rescue system
+        why = "/dev/fd is missing"
+        steps = ["Mount what it leads to: sudo mount -t proc proc /proc"]
+    detail = f"{printable(tool.path)} {problem}: {why}\n{stderr_text}".rstrip()
+    return Failure(ExitCode.TOOL, detail, *steps)
 
 
 def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
@@ -961,14 +934,12 @@ class Tools(NamedTuple):
 
 def find_tools(config: DatabaseConfig) -> Tools:
     pg_dump = find_tool("pg_dump")
-    if pg_dump.major < OLDEST_MAJOR:
-        because = f"and {OLDEST_MAJOR} is the oldest with which a backup can be verified"
-        raise older_tool_failure(pg_dump, OLDEST_MAJOR, because)
+    because = f"and {OLDEST_MAJOR} is the oldest with which a backup can be verified"
+    check_version(pg_dump, OLDEST_MAJOR, because)
     # The one beside it is nearly always built with the same compressions.
     pg_restore = find_tool("pg_restore", os.path.dirname(pg_dump.path))
-    if pg_restore.major < pg_dump.major:
-        because = f"too old for the archives of pg_dump {pg_dump.version}"
-        raise older_tool_failure(pg_restore, pg_dump.major, because)
+    because = f"too old for the archives of pg_dump {pg_dump.version}"
+    check_version(pg_restore, pg_dump.major, because)
     wanted = config.compress or ("zstd:3" if pg_dump.major >= 16 else "gzip:4")
     if wanted.isdigit():
         wanted = "none" if wanted == "0" else f"gzip:{wanted}"
@@ -999,9 +970,7 @@ def compression_refusal(tools: Tools) -> str:
         return program.stderr_text if "compress" in program.stderr_text else ""
 
 
-# ---------------------------------------------------------------------------------------------
-# The archive: its checksum, its table of contents, and every row in it
-# ---------------------------------------------------------------------------------------------
+# -- The archive: its checksum, its table of contents, and every row in it ------------------------
 
 
 class FileHash(Background[str]):
@@ -1055,8 +1024,8 @@ class ScriptReader:
         position = 0
         while True:
             if self._is_in_data:
-                # The data nearly always goes on. To find no backslash costs next to nothing, and
-                # where rfind finds nothing, it takes less than half of find's time.
+                # The data nearly always goes on, and to find no backslash costs next to nothing;
+                # rfind, where it finds nothing, takes less than half of find's time.
                 if has_end := b"\\" in script and script.rfind(self.END_OF_DATA, position) >= 0:
                     stop = script.find(self.END_OF_DATA, position)
                 else:  # keep the last bytes: the end of the data may lie across two blocks
@@ -1085,7 +1054,6 @@ class ScriptReader:
             raise ArchiveError("a line that is no data and does not end")
 
     def finish(self) -> None:
-        """Raises ArchiveError where the script breaks off."""
         if self._is_in_data or self._unread:
             raise ArchiveError("it breaks off within a table")
 
@@ -1143,11 +1111,9 @@ def list_data_entries(pg_restore: Tool, dump: OpenFile) -> dict[bytes, int]:
 
 
 class Contents(NamedTuple):
-    """What pg_restore has decoded of a dump, and its warnings."""
-
-    rows: Mapping[int, int] = {}  # by the table's oid
+    rows: Mapping[int, int] = {}  # that were read back, by the table's oid
     large_objects: int = 0
-    warnings: str = ""
+    warnings: str = ""  # pg_restore's
 
 
 def read_contents(
@@ -1176,10 +1142,8 @@ def read_contents(
 
 
 class Check(NamedTuple):
-    """One check of a dump: what its line in the report says, and why it failed, if it did."""
-
-    verdict: str
-    problem: str = ""
+    verdict: str  # its line in the report
+    problem: str = ""  # why it failed, if it did
 
 
 def compare_contents(found: Contents, expected: Metadata) -> Check:
@@ -1211,11 +1175,12 @@ def invalid(problem: str) -> Check:
     return Check(f"✗ Invalid ({problem.splitlines()[0]})", problem)
 
 
-def is_no_archive(file: Path) -> bool:
-    """Whether it begins otherwise; another format's toc.dat differs in the last of these bytes."""
+def format_complaint(file: Path) -> str:
+    """What is wrong where it begins otherwise; another format's toc.dat does in the last byte."""
     with contextlib.suppress(OSError), file.open("rb") as opened:
-        return not re.match(rb"PGDMP.{5}\x01", opened.read(11), re.DOTALL)
-    return False
+        if not re.match(rb"PGDMP.{5}\x01", opened.read(11), re.DOTALL):
+            return "it is no custom-format archive of pg_dump\n"
+    return ""
 
 
 class Examination(NamedTuple):
@@ -1246,9 +1211,7 @@ def examine_dump(
         entries = list_data_entries(pg_restore, dump)
         structure = Check("✓ Valid (pg_restore --list succeeded)")
     except ArchiveError as error:
-        is_other = is_no_archive(dump.path)
-        reason = "it is no custom-format archive of pg_dump\n" if is_other else ""
-        structure = invalid(f"{reason}{error}")
+        structure = invalid(f"{format_complaint(dump.path)}{error}")
     hashing = FileHash(dump)
 
     def on_tick(rows: int) -> None:
@@ -1270,7 +1233,8 @@ def examine_dump(
     if checksum.problem:
         return Examination(checksum, structure)
     examination = Examination(checksum, structure, contents, hashing.wait(), found)
-    check_restore_fits(pg_restore, expected, examination.problem)
+    if examination.problem:
+        check_restore_fits(pg_restore, expected, examination.problem)
     return examination
 
 
@@ -1300,9 +1264,8 @@ def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check
 def check_restore_fits(pg_restore: Tool, metadata: Metadata, problem: str) -> None:
     """Raise Failure if pg_restore is too old, lacks the compression, or has no way to the file."""
     needed = least_major(metadata)
-    if problem and pg_restore.major < needed:
-        because = f"too old for this backup, which {printable(metadata.pg_dump_version)} made"
-        raise older_tool_failure(pg_restore, needed, because)
+    maker = printable(metadata.pg_dump_version)
+    check_version(pg_restore, needed, f"too old for this backup, which pg_dump {maker} made")
     if "does not support compression" in problem:
         compression = printable((metadata.compression or "the method").partition(":")[0])
         raise Failure(
@@ -1316,12 +1279,10 @@ def check_restore_fits(pg_restore: Tool, metadata: Metadata, problem: str) -> No
         raise wrapper_failure(pg_restore, "cannot open the dump", problem)
 
 
-# ---------------------------------------------------------------------------------------------
-# The session: one connection, waited for in a thread
-# ---------------------------------------------------------------------------------------------
+# -- The session: one connection, waited for in a thread ------------------------------------------
 
-# While we only receive, keepalives notice that the peer is gone; while it confirms nothing that we
-# sent, tcp_user_timeout (libpq documentation, "Parameter Key Words"). For pg_dump's session too.
+# While we only receive, keepalives notice that the peer is gone; while it confirms nothing of ours,
+# tcp_user_timeout (libpq documentation, "Parameter Key Words"). For pg_dump's session too.
 KEEPALIVES = {
     "keepalives_idle": 60,
     "keepalives_interval": 10,
@@ -1359,8 +1320,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
         config, started = self._config, time.monotonic()
         self._running: Background[Any] | None = None
         self._connection: Any = None
-        # PGCONNECT_TIMEOUT limits the wait for each address, and libpq names it. It does not limit
-        # a resolver that hangs, or a server that never stops sending.
+        # PGCONNECT_TIMEOUT limits the wait for each address, but not a resolver that hangs, or a
+        # server that never stops sending.
         hosts = config.host.count(",") + 1
         limit = CONNECT_LIMIT_FACTOR * hosts * config.connect_seconds + CONNECT_LIMIT_SECONDS
         try:
@@ -1409,10 +1370,9 @@ class Session(contextlib.AbstractContextManager["Session"]):
         return result
 
     def _translate(self, error: Exception) -> ServerError:
-        """The server's or libpq's words for what psycopg2 raised."""
         if isinstance(error, UnicodeDecodeError):
-            # Before the login the server's own words are in an encoding that it does not name, what
-            # it repeats of ours is UTF-8. A byte that is not UTF-8 is taken as Latin-1.
+            # Before the login the server's words are in an encoding that it does not name: a byte
+            # that is not UTF-8 is taken as Latin-1.
             decoded = error.object.decode("utf-8", "surrogateescape")
             return ServerError(
                 re.sub("[\udc80-\udcff]", lambda match: chr(ord(match[0]) - 0xDC00), decoded)
@@ -1534,10 +1494,7 @@ def begin_read_only(session: Session, isolation: str = "READ COMMITTED") -> None
         session.query(f"ROLLBACK; {begin}")
 
 
-# ---------------------------------------------------------------------------------------------
-# The way to the server: why there is no connection, and what is in between
-# ---------------------------------------------------------------------------------------------
-
+# -- The way to the server: why there is no connection, and what is in between --------------------
 
 # The first row whose pattern is in the error: libpq's own words, which are never translated, and
 # the server's in the C locale. In parentheses is what its catalog tells, the environment, or what
@@ -1730,9 +1687,7 @@ def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------
-# The catalog: what is in the database, and what this role may read of it
-# ---------------------------------------------------------------------------------------------
+# -- The catalog: what is in the database, and what this role may read of it ----------------------
 
 # The relations of the database, and whether pg_dump reads them: of an extension's only the
 # configuration tables (PostgreSQL documentation, "Extension Configuration Tables").
@@ -1775,12 +1730,10 @@ ORDER BY 1, 3
 """
 
 GRANTS = {
-    "schema": "Or let it use the schemas{more}, {who}: GRANT USAGE ON SCHEMA {names} TO {role};",
-    "table": "Or let it read the tables{more}, {who}: GRANT SELECT ON TABLE {names} TO {role};",
-    "sequence": "Or let it read the sequences{more}, {who}: GRANT SELECT ON SEQUENCE {names} "
-    "TO {role};",
-    "large object": "Let it read the large objects, {who}: GRANT SELECT ON LARGE OBJECT {names} "
-    "TO {role};",
+    "schema": "Or only the schemas{more}, {who}: GRANT USAGE ON SCHEMA {names} TO {role};",
+    "table": "Or only the tables{more}, {who}: GRANT SELECT ON TABLE {names} TO {role};",
+    "sequence": "Or only the sequences{more}, {who}: GRANT SELECT ON SEQUENCE {names} TO {role};",
+    "large object": "Let it read these, {who}: GRANT SELECT ON LARGE OBJECT {names} TO {role};",
     "large objects": "Let it read and write every large object, {who}: "
     "ALTER ROLE {role} SET lo_compat_privileges = on;",
     "row security": "Let it see every row, {who}: ALTER ROLE {role} BYPASSRLS;",
@@ -1823,13 +1776,11 @@ class Table(NamedTuple):
     copy: str | None  # the statement to count by; None where the dump has no rows of its own
 
 
-# The tables that pg_dump locks, each with a statement that returns a line for each of its rows in
-# the dump. On a standby unlogged tables are empty, and pg_dump omits their rows. Oids grow: their
-# order is the order of creation.
-#
-# A COPY of a table is never planned. To plan a SELECT would run, as us, what the table's owner put
-# into its indexes and statistics. As in pg_dump, the only exception is an extension's table with a
-# condition. One column is enough: the one that is least work to read.
+# The tables that pg_dump locks, in the order of their creation, each with a statement that returns
+# a line for each of its rows in the dump. On a standby unlogged tables have none there. A COPY is
+# never planned: to plan a SELECT would run, as us, what the table's owner put into its indexes and
+# statistics. As in pg_dump, the only exception is an extension's table with a condition. One column
+# is enough: the one that is least work to read.
 DUMPED_TABLES = f"""
 {RELATIONS}
 SELECT oid, name, key, NULLIF(pg_partition_root(oid)::oid, oid),
@@ -1846,16 +1797,13 @@ SELECT oid, name, key, NULLIF(pg_partition_root(oid)::oid, oid),
 
 
 def list_tables(session: Session) -> list[Table]:
-    """The tables that pg_dump will lock, in the order in which they were created."""
     return [Table(*row) for row in session.query(DUMPED_TABLES)]
 
 
 # What the metadata says of the database, by its keys. Columns that older servers lack are read
-# through to_jsonb; a null has no key. The roles are those that a restore names: owners and grantees
-# of the database and of all that is in it, roles with settings in it, owners of its subscriptions.
-# The bootstrap superuser (oid 10) is in most archives, but in no dependency. Where several grantors
-# gave a membership, its options add up. The settings are those that shape the text of the rows, as
-# our session has them, and so pg_dump's; a money type's values are read by lc_monetary again.
+# through to_jsonb; a null has no key. The roles are those that a restore names (the bootstrap
+# superuser, oid 10, is in no dependency); where several grantors gave a membership, its options add
+# up. The settings, our session's and so pg_dump's, are those that shape the text of the rows.
 DATABASE_FACTS = """
 WITH d AS (SELECT * FROM pg_database WHERE datname = current_database()),
 named (oid) AS (
@@ -2081,10 +2029,7 @@ def describe_database(session: Session) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------
-# The snapshot and the dump: locks first, then the snapshot, then pg_dump beside the counts
-# ---------------------------------------------------------------------------------------------
-
+# -- The snapshot and the dump: locks first, then the snapshot, then pg_dump beside the counts ----
 
 # By SQLSTATE.
 SERVER_REMEDIES = {
@@ -2100,7 +2045,6 @@ SERVER_REMEDIES = {
 
 
 def server_failure(error: ServerError, doing: str) -> Failure:
-    """The failure for a server error during `doing`, in the server's own words."""
     detail = f"while {doing}: {error.text}"
     step = SERVER_REMEDIES.get(error.sqlstate or "", SERVER_LOG)
     if "conflict with recovery" in error.text:  # its SQLSTATE may be lost with the connection
@@ -2198,8 +2142,6 @@ class Snapshot(NamedTuple):
 
 
 class RunContext(NamedTuple):
-    """What a run works with, from the moment that it holds the lock."""
-
     config: DatabaseConfig
     tools: Tools
     session: Session
@@ -2210,15 +2152,13 @@ class RunContext(NamedTuple):
 
 
 LOCK_NOT_AVAILABLE = "55P03"
-# Also query_canceled (by an administrator), deadlock_detected, undefined_table, and
-# invalid_schema_name.
+# The others: query_canceled (by an administrator), deadlock_detected, undefined_table and _schema.
 LOCK_RETRY_SQLSTATES = {LOCK_NOT_AVAILABLE, "57014", "40P01", "42P01", "3F000"}
 
 LARGE_OBJECTS = 2613  # the oid of pg_largeobject, which holds them
 
-# For how many tables there is room in the server's lock table. All sessions share that, and we take
-# one place for each table (PostgreSQL documentation, "Lock Management"). Fast-path locks are not in
-# it.
+# For how many tables there is room in the server's lock table, which all sessions share (PostgreSQL
+# documentation, "Lock Management"). Fast-path locks are not in it.
 LOCK_ROOM = """
 SELECT current_setting('max_locks_per_transaction')::int * (1 + sum(setting::int))
        - (SELECT count(DISTINCT (database, relation)) FROM pg_locks
@@ -2267,8 +2207,7 @@ def take_snapshot(run: RunContext) -> Snapshot:
         ((room,),) = session.query(LOCK_ROOM)
         session.query("COMMIT")
         if len(tables) > room:
-            need = f"{plural(len(tables), 'table')} to lock, and room for {room}"
-            detail = f"{need} in the server's lock table"
+            detail = f"{len(tables)} tables to lock, and room for {room} in the server's lock table"
             raise Failure(ExitCode.CREATION, detail, SERVER_REMEDIES["53200"])
         run.partial.begin()
         in_the_way = "the set of tables changes all the time"
@@ -2310,12 +2249,9 @@ def lock_and_export(session: Session, tables: list[Table]) -> Snapshot | None:
 
 
 def dump_database(run: RunContext) -> tuple[Snapshot, list[int], str]:
-    """Dump the database into the partial file, and count its rows in the same snapshot. Returns
-    that, the rows of each of its tables with a COPY, and pg_dump's warnings.
-
-    Take the snapshot, dump it, or begin again: DUMP_ATTEMPTS times in all after a change that no
-    lock prevents; where somebody waits for our locks, until Patience ends that.
-    """
+    """Take a snapshot, dump it and count its rows, or begin again: DUMP_ATTEMPTS times in all after
+    a change that no lock prevents; where somebody waits for our locks, until Patience ends that.
+    Returns the snapshot, the rows of each of its tables with a COPY, and pg_dump's warnings."""
     attempts = 0
     patience: Patience | None = None
     while True:
@@ -2349,8 +2285,7 @@ def dump_snapshot(run: RunContext, snapshot: Snapshot) -> tuple[list[int], str]:
     warnings. Raises DumpFailed, LetGo, SnapshotLost."""
     expected_bytes = expected_dump_bytes(run, snapshot)
     tool, dump = run.tools.pg_dump, run.partial.dump
-    # The database, the host and the password stay in the environment; owners and grants stay in
-    # the archive.
+    # The database, the host and the password stay in the environment.
     argv = [
         tool.path,
         "--format=custom",
@@ -2363,8 +2298,7 @@ def dump_snapshot(run: RunContext, snapshot: Snapshot) -> tuple[list[int], str]:
         f"--compress={run.tools.compress_value}",
         f"--file={dump.argument}",
     ]
-    # By this name its backend is found. Times are written in UTC, whatever the database's setting:
-    # so the text of equal rows is equal on every server.
+    # By PGAPPNAME its backend is found. Times in UTC: so equal rows have equal text everywhere.
     environment = {**tool_environment("PG"), "PGTZ": "UTC"}
     environment["PGAPPNAME"] = f"backup_db {snapshot.id}"
     with Program(argv, environment, dump, run.lock) as pg_dump:
@@ -2383,8 +2317,8 @@ def dump_snapshot(run: RunContext, snapshot: Snapshot) -> tuple[list[int], str]:
     return counts, warnings
 
 
-# undefined_table, invalid_schema_name, wrong_object_type, undefined_column, and for a view or a
-# foreign table in a table's place object_not_in_prerequisite_state
+# undefined_table, _schema, wrong_object_type, undefined_column; for a view in a table's place
+# object_not_in_prerequisite_state
 SLIPPED_IN_SQLSTATES = {"42P01", "3F000", "42809", "42703", "55000"}
 
 
@@ -2400,17 +2334,16 @@ def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> list[i
             if error.sqlstate in SLIPPED_IN_SQLSTATES:
                 raise SnapshotLost(error.text) from None
             if error.sqlstate in DAMAGE_SQLSTATES or DAMAGE.search(error.text):
-                table = tables[len(counter.finished)]
-                raise damage_failure(error.text, table.qualified_name) from None
+                name = tables[len(counter.finished)].qualified_name
+                raise damage_failure(error.text, name) from None
             raise
         watch.check(session)
     return counter.finished
 
 
 # Everything whose name pg_dump looks up late, in the catalog as it is at that moment (seen on 15 to
-# 18), by catalog, oid and number. The tables themselves are locked; other sessions make temporary
-# objects all the time; and the functions below oid 16384 are PostgreSQL's own. A type or relation
-# that moves to another schema has changed its name too.
+# 18). The tables themselves are locked; other sessions make temporary objects all the time; and the
+# functions below oid 16384 are PostgreSQL's own.
 NAMES = """
 WITH lasting AS (SELECT oid FROM pg_namespace WHERE nspname !~ '^pg_(toast_)?temp_')
 SELECT 'schema', oid::bigint, 0, 0::bigint, nspname::text FROM pg_namespace JOIN lasting USING (oid)
@@ -2483,9 +2416,9 @@ def find_change(run: RunContext, snapshot: Snapshot) -> str:
     return describe_change(snapshot.names, read_names(run.session))
 
 
-# pg_dump's backend, and ours; whether one of the two waits for a lock, on which relation, and
-# whether anyone waits for them meanwhile. Within a transaction pg_stat_activity is frozen until
-# pg_stat_clear_snapshot. Without pg_dump's backend, `a` is null.
+# What pg_dump's backend does (without it, `a` is null); on which relation it or ours waits for a
+# lock, and whether anyone waits for them meanwhile. Within a transaction pg_stat_activity is frozen
+# until pg_stat_clear_snapshot.
 ACTIVITY = """
 SELECT pg_stat_clear_snapshot();
 SELECT starts_with(a.query, 'COPY '),
@@ -2565,8 +2498,7 @@ class DumpWatch:
         run.progress.show("Dumping", fraction, f"{format_size(written)} written")
 
     def _look_beside(self) -> None:
-        """Ask another session, while ours is busy: its count may wait, and others for us. Where
-        that is refused, the blocker stays without a name."""
+        """Ask another session, while ours is busy. If that is refused, there is no name to tell."""
         try:
             with Session(self._run.config) as beside:
                 begin_read_only(beside)
@@ -2578,8 +2510,8 @@ class DumpWatch:
         """Look for what blocks pg_dump, or our count. Raises LetGo where somebody waits for our
         locks meanwhile."""
         self._blocker, self._looked_at = None, time.monotonic()
-        rows = session.query(ACTIVITY, self._snapshot.pid, self._snapshot.id)
-        is_copying, activity, relation, others_wait = rows[0]
+        answer = session.query(ACTIVITY, self._snapshot.pid, self._snapshot.id)
+        ((is_copying, activity, relation, others_wait),) = answer
         self.is_copying |= bool(is_copying)
         if relation:
             self._blocker = find_blocker(session, [relation])
@@ -2593,8 +2525,7 @@ WROTE_NOTHING = "wrote nothing into the dump"
 
 DUMP_SHARE = 0.8  # of the whole run, as the progress line counts it; the rest is the read-back
 
-# All of pg_dump's messages about its own file (15 to 18). The server's messages about its files
-# come after "query failed: ERROR:".
+# All of pg_dump's messages about its own file (15 to 18); the server's come after "ERROR:".
 OUTPUT_FILE_ERROR = re.compile(
     r"^\S+: error: could not (?:(?:open|write to|close) .*?file|(?:set|determine) seek position)\b"
     r".*: ([^:\n]+)$",
@@ -2603,12 +2534,10 @@ OUTPUT_FILE_ERROR = re.compile(
 
 
 def check_dump_file(run: RunContext, failed: DumpFailed) -> None:
-    """Raise OSError where pg_dump's own file, or the disk, is why it failed: its words about that
-    end in the errno's text (in English: LC_ALL=C)."""
+    """Raise OSError where pg_dump's file, whose errno's text it tells, or the disk is the cause."""
     directory, text = str(run.partial.directory), failed.stderr_text
     if match := OUTPUT_FILE_ERROR.search(text):
-        reason = match.group(1)
-        number = next((number for number in errno.errorcode if os.strerror(number) == reason), 0)
+        number = next((number for number in errno.errorcode if os.strerror(number) == match[1]), 0)
         if number == errno.ENOENT:
             raise wrapper_failure(run.tools.pg_dump, WROTE_NOTHING, text)
         raise OSError(number, text, directory)
@@ -2634,7 +2563,14 @@ def diagnose_dump(run: RunContext, snapshot: Snapshot, failed: DumpFailed, is_la
     try:
         change = find_change(run, snapshot)
         run.session.query("COMMIT")  # Is the server there?
-        check_one_server(run.config, snapshot, text)
+        # Without its own words: in any language the server's that does not know it has its name.
+        if snapshot.id in re.sub(".*SET TRANSACTION SNAPSHOT.*", "", text):
+            raise Failure(
+                ExitCode.CONFIGURATION,
+                "two servers answer at this address: pg_dump has reached another one than we",
+                "Name one server, no address that balances between several: set the host "
+                f"{run.config.setting_locations['host']}",
+            )
         with open_session(run.config) as other:  # Is there room for two connections?
             begin_read_only(other)
             check_privileges(other)
@@ -2654,48 +2590,25 @@ def diagnose_dump(run: RunContext, snapshot: Snapshot, failed: DumpFailed, is_la
     raise unexplained
 
 
-def check_one_server(config: DatabaseConfig, snapshot: Snapshot, stderr_text: str) -> None:
-    """Raise Failure where pg_dump's server does not know our snapshot, which still is there. In any
-    language its message has the snapshot's name."""
-    lines = [line for line in stderr_text.splitlines() if "SET TRANSACTION SNAPSHOT" not in line]
-    if any(snapshot.id in line for line in lines):
-        raise Failure(
-            ExitCode.CONFIGURATION,
-            "two servers answer at this address: pg_dump has reached another one than our session",
-            f"Name one server, no address that balances between several: set the host "
-            f"{config.setting_locations['host']}",
-        )
-
-
-# ---------------------------------------------------------------------------------------------
-# The directory: its lock, partial files, how a backup is published, the room on the disk
-# ---------------------------------------------------------------------------------------------
-
+# -- The directory: its lock, partial files, how a backup is published, the room on the disk ------
 
 # The exit code, where it is always the same one, and the errnos; the last row is for all others.
 FILE_REMEDIES: Mapping[tuple[ExitCode | None, tuple[int, ...]], str] = {
     (ExitCode.DISK_SPACE, (errno.ENOSPC, errno.EDQUOT)): """
 See what is full, blocks or inodes: df -h {path}; df -i {path}
-Free space there, or keep fewer backups by BACKUP_KEEP in .env.local; these are there: {list}
-{elsewhere}""",
+Free space there, or keep fewer backups by BACKUP_KEEP in .env.local; these are there: {list}""",
     (ExitCode.PERMISSION, (errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP)): """
-See whether it is mounted read-only, or has no locks: findmnt -T {path}
-{elsewhere}""",
+See whether it is mounted read-only, or has no locks: findmnt -T {path}""",
     (ExitCode.PERMISSION, (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)): """
 {verify}
-See what it is: ls -ld {path}
-{elsewhere}""",
+See what it is: ls -ld {path}""",
     (ExitCode.PERMISSION, (errno.EACCES, errno.EPERM)): """
 {access}
-See who may use it (this run is as user {user}): ls -ld {path}
-{elsewhere}""",
+See who may use it (this run is as user {user}): ls -ld {path}""",
     (None, (errno.EFBIG,)): """
-See the limit on a file's size of this session (FAT32 has one, too: 4 GB): ulimit -f
-{elsewhere}""",
-    (None, (errno.ENAMETOOLONG,)): """
-Name a shorter path: --output-dir DIR""",
-    (None, ()): """
-Check the file system: df -h {path}; sudo dmesg | tail""",
+See the limit on a file's size of this session (FAT32 has one, too: 4 GB): ulimit -f""",
+    (None, (errno.ENAMETOOLONG,)): "Name a shorter path",
+    (None, ()): "Check the file system: df -h {path}; sudo dmesg | tail",
 }
 
 
@@ -2712,7 +2625,7 @@ def file_failure(error: OSError, default_code: ExitCode = ExitCode.CREATION) -> 
     other = shell_words("--output-dir", str(path.parent)) if is_dump else "--output-dir DIR"
     do = {ExitCode.CREATION: "use", ExitCode.GENERAL: "list"}.get(default_code)
     steps = fill_steps(
-        text,
+        f"{text}\n{{elsewhere}}",
         path=shell_words(str(existing)),
         user=user_name(),
         access=access_step(path, existing, default_code),
@@ -2748,7 +2661,7 @@ def access_step(path: Path, existing: Path, default_code: ExitCode) -> str:
 
 @contextlib.contextmanager
 def with_filename(path: Path) -> Iterator[None]:
-    """Let an OSError from what is inside say which file it is about."""
+    """Let an OSError from inside say which file it is about."""
     try:
         yield
     except OSError as error:
@@ -2795,8 +2708,8 @@ def database_lock(path: Path) -> Iterator[OpenFile]:
             except BlockingIOError:
                 raise held_lock_failure(file) from None
             os.ftruncate(file.descriptor, 0)
-            started = iso_timestamp(datetime.now(timezone.utc))
-            os.write(file.descriptor, f"pid {os.getpid()}\nstarted {started}\n".encode())
+            about = f"pid {os.getpid()}\nstarted {iso_timestamp(datetime.now(timezone.utc))}\n"
+            os.write(file.descriptor, about.encode())
         yield file
 
 
@@ -2927,10 +2840,10 @@ class DiskRoom(NamedTuple):
 def require_room(directory: Path, need_bytes: int, why: str) -> None:
     """Raise OSError where the disk has no room for that much beside the reserve."""
     room = DiskRoom.of(directory)
-    if room.free_bytes < room.reserve_bytes + need_bytes:
-        need = format_size(room.reserve_bytes + need_bytes)
-        reason = f"{format_size(room.free_bytes)} free, at least {need} needed ({why})"
-        raise OSError(errno.ENOSPC, reason, str(directory))
+    need_bytes += room.reserve_bytes
+    if room.free_bytes < need_bytes:
+        free, need = format_size(room.free_bytes), format_size(need_bytes)
+        raise OSError(errno.ENOSPC, f"{free} free, at least {need} needed ({why})", str(directory))
 
 
 def expected_dump_bytes(run: RunContext, snapshot: Snapshot) -> int:
@@ -2947,9 +2860,7 @@ def expected_dump_bytes(run: RunContext, snapshot: Snapshot) -> int:
     return int(expected)
 
 
-# ---------------------------------------------------------------------------------------------
-# The backups that are there
-# ---------------------------------------------------------------------------------------------
+# -- The backups that are there -------------------------------------------------------------------
 
 
 class Status(str, enum.Enum):
@@ -2962,8 +2873,7 @@ class Status(str, enum.Enum):
 
 
 class Backup(NamedTuple):
-    """A `.dump` in a directory, with what the list and the retention use of its metadata, or of its
-    name; `-` for what neither tells."""
+    """A `.dump` in a directory, and what its metadata or its name tells, `-` for nothing."""
 
     dump: Path
     size_bytes: int | None
@@ -2982,8 +2892,7 @@ class Backup(NamedTuple):
 
 
 def find_backups(directory: Path) -> list[Backup]:
-    """Every backup in the directory, broken ones too, the newest first. Raises OSError for the
-    directory; whatever is wrong with a file is in its status."""
+    """Every backup in the directory, broken ones too, the newest first. Raises OSError."""
     backups = [
         read_backup(directory, name)
         for name in os.listdir(directory)
@@ -3090,12 +2999,9 @@ def backups_to_keep(backups: Sequence[Backup], retention: Retention) -> set[Back
 
 
 def last_full_backup(backups: Sequence[Backup], kept: Collection[Backup]) -> Backup | None:
-    """The last full one of the backups, which come the newest first, if it is not kept.
-
-    A full one has more than twice the rows of every newer one that is kept. The newest of the
-    others may be empty too, some nights after the database was emptied; and an older full one that
-    the calendar keeps lacks what came after it.
-    """
+    """The last full one of the backups, which come the newest first, if it is not kept: it has more
+    than twice the rows of every newer one that is kept. (The newest of all may be empty, some
+    nights after the database was; an older one that the calendar keeps lacks what came later.)"""
     most_kept = 0
     for backup in backups:
         if backup in kept:
@@ -3122,9 +3028,7 @@ def shrunk_tables(made: Metadata, recent: Sequence[Metadata]) -> list[tuple[str,
     One that is gone counts if every recent backup has it. Partitions are summed under their topmost
     table; what any backup records of them holds for all, since older ones record nothing.
     """
-    topmost: dict[str, str] = {}
-    for metadata in (*recent, made):
-        topmost.update(metadata.partition_of or {})
+    topmost = ChainMap(*(dict(metadata.partition_of or {}) for metadata in (made, *recent)))
 
     def sum_rows(metadata: Metadata) -> Counter[str]:
         rows: Counter[str] = Counter()
@@ -3153,8 +3057,7 @@ def retire_backups(
     removed: list[Path] = []
     warnings: list[str] = []
     latest = latest_credible(datetime.now(timezone.utc))
-    others = [backup for backup in earlier if backup.timestamp <= latest]
-    backups = [made, *others]
+    backups = [made, *(backup for backup in earlier if backup.timestamp <= latest)]
     kept = backups_to_keep(backups, retention)
     if full := last_full_backup(backups, kept):
         newer = backups[: backups.index(full)]
@@ -3165,7 +3068,7 @@ def retire_backups(
             f"newer ones at most {most}. "
             f"If those rows were deleted on purpose: {shell_words('rm', '--', *files)}"
         )
-    for backup in others:
+    for backup in backups:
         if backup in kept or backup == full:
             continue
         try:
@@ -3178,9 +3081,7 @@ def retire_backups(
     return removed, warnings
 
 
-# ---------------------------------------------------------------------------------------------
-# Operations: create, verify
-# ---------------------------------------------------------------------------------------------
+# -- Operations: create, verify -------------------------------------------------------------------
 
 
 def create_backup(
@@ -3325,8 +3226,8 @@ def load_configuration(environment_option: str) -> DatabaseConfig:
 
 
 def become_libpq_environment(config: DatabaseConfig) -> None:
-    """Make the settings those of this process's libpq, which psycopg2 and pg_dump read (see
-    libpq_options, tool_environment): no secret is on a command line."""
+    """Make the settings those of libpq here and in pg_dump (see libpq_options, tool_environment):
+    no secret is on a command line."""
     for name in [name for name in os.environ if name.startswith("PG") and name != "PGCLUSTER"]:
         del os.environ[name]
     os.environ.update(config.libpq)
@@ -3346,9 +3247,7 @@ def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> Non
             f"Back it up by hand, which is not verified: {by_hand}",
             "Then upgrade the server: PostgreSQL's project mends that version no more",
         )
-    if pg_dump.major < major:
-        because = f"too old for the server, which is version {major}"
-        raise older_tool_failure(pg_dump, major, because)
+    check_version(pg_dump, major, f"too old for the server, which is version {major}")
     begin_read_only(session)
     check_privileges(session)
 
@@ -3420,9 +3319,7 @@ def load_metadata(dump: Path) -> Metadata:
     raise Failure(ExitCode.VERIFICATION, detail, *steps)
 
 
-# ---------------------------------------------------------------------------------------------
-# Reports: what a person reads
-# ---------------------------------------------------------------------------------------------
+# -- Reports: what a person reads -----------------------------------------------------------------
 
 
 def write_lines(stream: IO[str] | None, lines: Iterable[str]) -> str:
@@ -3502,8 +3399,7 @@ def list_lines(
     present = [backup for backup in backups if backup.timestamp <= latest]
     yield from series_lines(present, now)
     if future := [backup.dump.name for backup in backups if backup.timestamp > latest]:
-        count = len(future)
-        yield f"{count} dated in the future, left alone by BACKUP_KEEP: {list_names(future)}"
+        yield f"{len(future)} dated in the future, left alone by BACKUP_KEEP: {list_names(future)}"
     if orphans:
         command = shell_words("rm", "--", *map(display_path, orphans[:MOST_NAMES]))
         yield f"{len(orphans)} metadata without a dump; remove what is not coming back: {command}"
@@ -3578,9 +3474,7 @@ def failure_lines(headline: str, failure: Failure) -> list[str]:
     return lines
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# -- Command line ---------------------------------------------------------------------------------
 
 
 class Mode(NamedTuple):
@@ -3733,7 +3627,6 @@ def run_listing(directory: Path, _progress: Progress) -> None:
                 f"there is no directory {display_path(directory)}",
                 "See the usual one: python3 backup_db.py --list",
                 "Or name the one that has the backups: --output-dir DIR",
-                "Or make the first backup: python3 backup_db.py",
             ) from None
     write_result(list_lines(backups, orphans, directory, datetime.now(timezone.utc)))
 
