@@ -1249,10 +1249,10 @@ def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check
             if error.errno in NO_ROOM:
                 raise
             return invalid(f"{display_path(dump.path)} cannot be read: {error.strerror}")
-        if hashing.done_bytes == size_bytes and digest == (checksum or digest):
-            return Check(f"✓ Match ({digest[:12]}...)")
-        difference = f"expected {size_bytes} bytes, read {hashing.done_bytes}"
-        if checksum:
+        difference = f"expected {size_bytes} bytes, read {hashing.done_bytes} of {dump.size_bytes}"
+        if hashing.done_bytes == dump.size_bytes == size_bytes:
+            if digest == (checksum or digest):
+                return Check(f"✓ Match ({digest[:12]}...)")
             difference = f"expected {checksum[:12]}..., found {digest[:12]}..."
     problem = f"This file has changed since it was written: {difference}"
     if checksum and not expected.describes(dump.path):

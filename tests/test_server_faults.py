@@ -272,7 +272,9 @@ def test_catalog_that_is_locked_is_not_waited_for_without_an_end(
     standing.rewrite({"STALL_SECONDS": 1})
     with transaction(standing_database, "LOCK TABLE pg_largeobject_metadata"):
         result: Result = standing.run().failed_with(7, "Backup creation error")
-    assert "gave up after 1 second: while reading the catalog" in result.stderr, result
+    assert "Error: while reading the catalog: ERROR: canceling statement" in result.stderr, result
+    (look,) = re.findall(r"1\. See who waits for whom, in that database: (.*)", result.stderr)
+    assert standing_database.psql(look)
     wait_until(lambda: not processes_in(standing.directory))
 
 
