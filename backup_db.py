@@ -1176,7 +1176,7 @@ def invalid(problem: str) -> Check:
 
 
 def format_complaint(file: Path) -> str:
-    """What is wrong where it begins otherwise; another format's toc.dat does in the last byte."""
+    """What is wrong with any other file; another format's toc.dat differs in the last byte."""
     with contextlib.suppress(OSError), file.open("rb") as opened:
         if not re.match(rb"PGDMP.{5}\x01", opened.read(11), re.DOTALL):
             return "it is no custom-format archive of pg_dump\n"
@@ -1904,8 +1904,8 @@ def restore_commands(metadata: Metadata) -> list[str]:
 
 
 def comment_lines(metadata: Metadata) -> Iterator[str]:
-    """What a person has to know, and to prepare, as the words of a shell command: for one an
-    interactive zsh takes a pasted comment."""
+    """What a person has to know and to prepare. (An interactive zsh takes a pasted comment for a
+    command: so they read as the words of one.)"""
     file = shell_words(str(metadata_path(Path(metadata.backup_file))))
     code = "import json, sys; print(*json.load(open(sys.argv[1]))[sys.argv[2]], sep=chr(10))"
     yield f"# These lines as they are to be typed: jq -r '.restore[]' {file}"
@@ -2152,7 +2152,7 @@ class RunContext(NamedTuple):
 
 
 LOCK_NOT_AVAILABLE = "55P03"
-# The others: query_canceled (by an administrator), deadlock_detected, undefined_table and _schema.
+# Also query_canceled (an administrator's), deadlock_detected, undefined_table, invalid_schema_name.
 LOCK_RETRY_SQLSTATES = {LOCK_NOT_AVAILABLE, "57014", "40P01", "42P01", "3F000"}
 
 LARGE_OBJECTS = 2613  # the oid of pg_largeobject, which holds them
@@ -2317,8 +2317,8 @@ def dump_snapshot(run: RunContext, snapshot: Snapshot) -> tuple[list[int], str]:
     return counts, warnings
 
 
-# undefined_table, _schema, wrong_object_type, undefined_column; for a view in a table's place
-# object_not_in_prerequisite_state
+# undefined_table, invalid_schema_name, wrong_object_type, undefined_column; for a view in a table's
+# place object_not_in_prerequisite_state
 SLIPPED_IN_SQLSTATES = {"42P01", "3F000", "42809", "42703", "55000"}
 
 
@@ -2534,7 +2534,7 @@ OUTPUT_FILE_ERROR = re.compile(
 
 
 def check_dump_file(run: RunContext, failed: DumpFailed) -> None:
-    """Raise OSError where pg_dump's file, whose errno's text it tells, or the disk is the cause."""
+    """Raise OSError where pg_dump's own file (it tells the errno's text), or the disk, is why."""
     directory, text = str(run.partial.directory), failed.stderr_text
     if match := OUTPUT_FILE_ERROR.search(text):
         number = next((number for number in errno.errorcode if os.strerror(number) == match[1]), 0)
