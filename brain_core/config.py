@@ -252,25 +252,26 @@ def load_config(choice: str, settings: Settings) -> DatabaseConfig:
     """
     environment = detect_environment(settings) if choice == "auto" else Environment(choice)
     prefix = environment.variable_prefix
-    locations: dict[str, str] = {}
+    # By field, the variable that sets it, or is to set it.
+    variables = {"name": f"{prefix}DB_NAME", "compress": "BACKUP_COMPRESS"}
 
     def lookup(field_name: str, *libpq_names: str) -> str:
         """DEV_DB_X, then DB_X, then libpq's own variable."""
         name = f"DB_{field_name.upper()}"
         found = settings.first(*dict.fromkeys([prefix + name, name]), *libpq_names)
-        locations[field_name] = settings.location(found[0] if found else prefix + name)
+        variables[field_name] = found[0] if found else prefix + name
         if found and field_name != "password":
             _require_plain(settings, *found)
         return found[1] if found else ""
 
-    locations["name"] = settings.location(f"{prefix}DB_NAME")
     name = _database_name(settings, environment)
-    locations["compress"] = settings.location("BACKUP_COMPRESS")
     host = lookup("host", "PGHOST") or DEFAULT_HOST
-    port = _parse_port(lookup("port", "PGPORT"), locations["port"])
+    port_text = lookup("port", "PGPORT")
     user = lookup("user", "PGUSER")
     password = lookup("password", "PGPASSWORD")
-    line = settings.lines.get(locations["password"].rpartition(": ")[2], "")
+    locations = {key: settings.location(variable) for key, variable in variables.items()}
+    port = _parse_port(port_text, locations["port"])
+    line = settings.lines.get(variables["password"], "")
     mistake = _find_mistake(password) or _find_mistake(line, AMBIGUOUS)
     hint = f"The password {mistake[0]}. {mistake[1]} {locations['password']}" if mistake else ""
     own = {"PGHOST": host, "PGPORT": str(port), "PGDATABASE": name}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import pytest
+import values
 
 from backup_db import ArchiveError, Contents, Metadata, ScriptReader, compare_contents
 
@@ -102,6 +104,26 @@ def test_statement_without_end_does_not_fill_the_memory(start: bytes) -> None:
     reader.feed(start.ljust(reader.LONGEST_STATEMENT_BYTES, b"-"))
     with pytest.raises(ArchiveError, match="does not end"):
         reader.feed(b"-")
+
+
+@pytest.mark.parametrize("line", [b"\\later a 'word'\n", b"SET later_setting = 1;\n"])
+def test_rehearsal_passes_over_what_a_later_release_adds(line: bytes) -> None:
+    contents = values.Contents({}, {})
+    assert contents.read(io.BytesIO(line + HOSTILE)) == ""
+    assert [rows.count for rows in contents.tables.values()] == HOSTILE_ROWS
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"SELECT pg_catalog.lo_put(1, 0, '\\x00');\n",
+        b"INSERT INTO public.t VALUES (1);\n",
+        b"COPY public.t (a) FROM later;\n",
+    ],
+)
+def test_rehearsal_names_what_may_bring_a_value_and_is_not_compared(line: bytes) -> None:
+    stopped_at = values.Contents({}, {}).read(io.BytesIO(line + HOSTILE))
+    assert stopped_at.startswith(line[:-1].decode())
 
 
 OTHER_NUMBERS = "the tables in the dump have other numbers of rows than were counted"
