@@ -14,16 +14,20 @@ README.md, "Restore", has every other way.
 """
 
 # Where to look for what:
-#   what happens, in order                create_backup; within it dump_database
-#   why this exit code, and what to do    search the message's words: a failure stands where it is
-#                                         met; by cause: CONNECTION_REMEDIES (a wrong password),
-#                                         FILE_REMEDIES (a full disk), SERVER_REMEDIES
-#   what programs are run, and how        "Programs"; find_tools, dump_snapshot, run_pg_restore
+#   what happens, in order                main, run_creation, create_backup; in it dump_database
+#   where a setting comes from            brain_core/config.py; become_libpq_environment
+#   why this exit code, and what to do    search the message's words, or ExitCode.NAME; by cause:
+#                                         CONNECTION_REMEDIES (a wrong password), SERVER_REMEDIES,
+#                                         FILE_REMEDIES (by errno; a full disk: search ENOSPC)
+#   what programs are run, and how        tool_environment; search "with Program(", run_pg_restore(
 #   can half a file be seen               "The directory": PartialBackup.publish
 #   what the server is asked              begin_read_only; the SQL of "The catalog", "The snapshot"
-#   how a wait ends                       "Waiting": Background.wait, check_signals, Patience
-#   what verified means                   examine_dump, compare_contents, compare_hash
-#   what is removed, and when             PartialBackup.begin and .close, retire_backups
+#   how a wait ends                       Background.wait, Program.wait, Session._call; ten minutes
+#                                         without movement: Patience, run_pg_restore
+#   what verified means                   examine_dump, compare_contents, compare_hash; in a list:
+#                                         Status
+#   what is removed, and when             PartialBackup: begin, close, publish; retire_backups
+#   what a restore will type              "The restore": restore_commands
 #   what is printed                       "Reports"; the progress line: Progress
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ if __name__ == "__main__" and sys.version_info < (3, 10):
 
 if __name__ == "__main__":
     if sys.getfilesystemencoding() != "utf-8":
-        # Names and passwords are UTF-8 in any locale, as from Python 3.15 on; the output is not.
+        # Names and passwords are UTF-8 in any locale, as from Python 3.15 on; output is as before.
         os.environ.setdefault("PYTHONIOENCODING", locale.getpreferredencoding(False))
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -112,6 +116,7 @@ METADATA_MAX_BYTES = 256 * 1024 * 1024
 NEED_OF_LAST_BACKUP = 0.8
 NEED_OF_DATABASE = 0.03
 EXPECTED_OF_DATABASE = 0.2  # for the progress line
+DUMP_SHARE = 0.8  # of the whole run, for the progress line; the rest is the read-back
 FULL_DISK_BYTES = 64 * 1024
 # The space on the disk that is kept free for others: the lesser of these two.
 RESERVE_BYTES = 256 * 1024 * 1024
@@ -125,7 +130,7 @@ MOST_NAMES = 10  # in a message, which gives the number of the others
 
 
 class ExitCode(enum.IntEnum):
-    """The exit codes of the contract, with their words; 0 is success, and a signal is its own."""
+    """The contract's exit codes and categories; 0 is success, and a signal ends a run by itself."""
 
     category: str
 
@@ -145,9 +150,9 @@ class ExitCode(enum.IntEnum):
 
 
 class Failure(Exception):
-    """What a user, a server or a disk can cause; any other exception but OSError is a bug. `detail`
-    says what happened, in the words of the tool that met it, `steps` what to do next, and `report`
-    what was found before."""
+    """What a user, a server or a disk can cause. (Of what reaches `main` all else is a bug, but
+    OSError, MemoryError and Interrupted.) `detail` says what happened, in the words of the tool
+    that met it, `steps` what to do next, and `report` what was found before."""
 
     def __init__(
         self, code: ExitCode, detail: str, *steps: str, report: Sequence[str] = ()
@@ -202,8 +207,8 @@ class DumpFailed(Exception):
         self.stderr_text = stderr_text
 
 
-# The errnos by which a machine, or a limit on this process, says that there is no room.
-NO_ROOM = {errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
+# The errnos by which a machine, or a limit on this process, says so.
+OUT_OF_RESOURCES = {errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 
 # What follows the last ": " of a step is to be typed: shell commands, SQL (it ends in ";"), an
 # option (--…), or a setting. The remedies stand in the section of what fails: tools, connection
@@ -309,7 +314,7 @@ class Patience:
 
     def has_moved(self, **seen: object) -> bool:
         """Record the values; return True if any changed."""
-        if seen.items() <= self._seen.items():
+        if seen.items() <= self._seen.items():  # all as they were
             return False
         self._seen |= seen
         self._moved_at = time.monotonic()
@@ -332,7 +337,7 @@ def pause(progress: Progress, waits_for: str, seconds: float = LOCK_RETRY_SECOND
 class Progress:
     """One line on a terminal's stderr, redrawn in place; silent where stderr is no terminal."""
 
-    backs_up = ""  # what, and where, in a run that makes a backup
+    backs_up = ""  # what, and where, in a run that makes a backup: for main's last line
 
     def __init__(self, stream: IO[str] | None) -> None:
         self._terminal = stream if stream is not None and stream.isatty() else None
@@ -491,7 +496,7 @@ DUMP_SUFFIX = ".dump"
 METADATA_SUFFIX = ".metadata.json"
 PARTIAL_SUFFIX = ".partial"
 LOCK_SUFFIX = ".lock"
-# A published file's: PartialBackup.begin makes them.
+# A published file's name, as PartialBackup.begin makes it.
 FILE_NAME = re.compile(
     r"(?P<prefix>[^.].*?(?:_(?P<environment>dev|prod))?)"
     r"_(?P<date>\d{4}-\d\d-\d\d)T(?P<hour>\d\d)-(?P<minute>\d\d)-(?P<second>\d\d)Z"
@@ -545,17 +550,17 @@ def is_utc_time(value: object) -> bool:
         return False
 
 
-def test_for(annotation: Any) -> Callable[[Any], object]:
-    """A function that tells whether a value from JSON fits the annotation of its field; every int
-    is a number of something, which fits into PostgreSQL's bigint."""
+def predicate_for(annotation: Any) -> Callable[[Any], object]:
+    """A function that tells whether a value from JSON fits the annotation of its field. Every int
+    is a count, a size or an oid: not negative, within PostgreSQL's bigint."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if type(None) in parts:
-        return test_for(parts[0])
+        return predicate_for(parts[0])
     if origin is Mapping:
-        fits = test_for(parts[1])
+        fits = predicate_for(parts[1])
         return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
     if origin is Sequence:
-        fits = test_for(parts[0])
+        fits = predicate_for(parts[0])
         return lambda value: isinstance(value, list) and all(map(fits, value))
     if annotation is int:
         return lambda value: type(value) is int and 0 <= value < 2**63
@@ -632,8 +637,7 @@ class Metadata(NamedTuple):
     restore: Sequence[str] | None = None
 
     def to_json(self) -> str:
-        """The text of the file. In Python a byte of a name that is not UTF-8 is a lone surrogate;
-        backslashreplace writes it as JSON's own escape."""
+        """The text of the file; a lone surrogate in a name becomes JSON's own escape."""
         text = json.dumps(self._asdict(), indent=2, ensure_ascii=False) + "\n"
         return text.encode(errors="backslashreplace").decode()
 
@@ -657,7 +661,7 @@ class Metadata(NamedTuple):
 
 
 REQUIRED_KEYS = [key for key in Metadata._fields if key not in Metadata._field_defaults]
-FITS = {key: test_for(hint) for key, hint in typing.get_type_hints(Metadata).items()} | {
+FITS = {key: predicate_for(hint) for key, hint in typing.get_type_hints(Metadata).items()} | {
     "backup_timestamp": is_utc_time,
     "checksum_sha256": lambda value: re.fullmatch("[0-9a-f]{64}", str(value)),
 }
@@ -667,11 +671,9 @@ FITS = {key: test_for(hint) for key, hint in typing.get_type_hints(Metadata).ite
 
 
 class OpenFile(NamedTuple):
-    """A file held open: it stays the same file, whatever becomes of its name.
-
-    A program gets it as /dev/fd/N, which is seekable (tested on Linux with 15 to 18; on macOS it
-    shares our offset). N is 100 or more, or at least 10: programs use the lower ones themselves.
-    """
+    """A file held open: it stays the same file, whatever becomes of its name. A program gets it as
+    /dev/fd/N, which is seekable (tested on Linux with 15 to 18; on macOS it shares our offset): 100
+    or more, or at least 10, since programs use the lower ones themselves."""
 
     path: Path
     descriptor: int
@@ -782,10 +784,10 @@ class Tool(NamedTuple):
     major: int
 
 
-def tool_environment(*settings: str) -> dict[str, str]:
-    """This process's environment, with messages in English, without connection settings and
-    secrets; of them are kept `settings`, and what Debian's wrapper chooses its tools by."""
-    kept = ("PGCLUSTER", "PGHOST", "PGPORT", *settings)
+def tool_environment(*prefixes: str) -> dict[str, str]:
+    """This process's environment, in English, without connection settings and secrets; kept is what
+    begins with one of the prefixes, and what Debian's wrapper chooses its tools by."""
+    kept = ("PGCLUSTER", "PGHOST", "PGPORT", *prefixes)
     return {
         name: value
         for name, value in os.environ.items()
@@ -884,8 +886,8 @@ def wrapper_failure(tool: Tool, problem: str, stderr_text: str) -> Failure:
 
 
 def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
-    """The program called `name`, in the folder or on PATH, asked for its version; `major` is the
-    one that is needed, if known. Raises Failure."""
+    """The program called `name`, in the folder or on PATH, asked for its version. `major` is only
+    for the steps where it is missing: see check_version. Raises Failure."""
     import shutil
 
     path = shutil.which(name, path=folder) or shutil.which(name)
@@ -910,7 +912,7 @@ def find_tool(name: str, folder: str | None = None, major: int = 0) -> Tool:
                 shown = program.stderr_text or printable(answer.strip()) or "no output"
                 problem = f"does not answer with a version: {shown}"
     except OSError as error:
-        if error.errno in NO_ROOM:
+        if error.errno in OUT_OF_RESOURCES:
             raise
         problem = f"cannot be run: {error.strerror}"
     raise Failure(
@@ -1044,7 +1046,7 @@ class ScriptReader:
                         raise ArchiveError(f"its table of contents {listed}, it holds more")
                     self.blocks.append(0)
                     self._is_in_data = True
-                    position -= 1  # the newline before the first row ends the statement, too
+                    position -= 1  # its newline counts for the last row's, which END_OF_DATA has
                 elif statement["large_object"]:
                     self.large_objects += 1
             else:
@@ -1101,8 +1103,7 @@ def run_pg_restore(
 
 
 def list_data_entries(pg_restore: Tool, dump: OpenFile) -> dict[bytes, int]:
-    """The table's oid by dump id, in the archive's order; 0 for large objects, whose data belongs
-    to no object. Raises ArchiveError."""
+    """By dump id, in the archive's order: the table's oid, or 0 for large objects."""
     listing: list[bytes] = []
     run_pg_restore(pg_restore, dump, "--list", on_block=listing.append)
     # Dump id; oid of the catalog, oid of the object, kind.
@@ -1176,7 +1177,8 @@ def invalid(problem: str) -> Check:
 
 
 def format_complaint(file: Path) -> str:
-    """What is wrong with any other file; another format's toc.dat differs in the last byte."""
+    """A line for a file that is no custom-format archive, whose 11th byte is the format, else
+    nothing."""
     with contextlib.suppress(OSError), file.open("rb") as opened:
         if not re.match(rb"PGDMP.{5}\x01", opened.read(11), re.DOTALL):
             return "it is no custom-format archive of pg_dump\n"
@@ -1200,8 +1202,8 @@ class Examination(NamedTuple):
 def examine_dump(
     pg_restore: Tool, dump: OpenFile, expected: Metadata, progress: Progress, begin: float = 0.0
 ) -> Examination:
-    """Check that a dump is the file, and holds the rows, that its metadata describes; at creation
-    that has no checksum yet. `begin` is the fraction of the whole run that came before.
+    """Compare a dump with its metadata: the bytes, the table of contents, the rows. At creation
+    there is no checksum yet. `begin` is the fraction of the whole run that came before.
 
     The hash and the contents are read at the same time. Once the checksum is known to differ, no
     more is read. Raises Failure where pg_restore is not up to this archive, Interrupted.
@@ -1246,12 +1248,12 @@ def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check
         try:
             digest = hashing.wait()
         except OSError as error:
-            if error.errno in NO_ROOM:
+            if error.errno in OUT_OF_RESOURCES:
                 raise
             return invalid(f"{display_path(dump.path)} cannot be read: {error.strerror}")
         difference = f"expected {size_bytes} bytes, read {hashing.done_bytes} of {dump.size_bytes}"
         if hashing.done_bytes == dump.size_bytes == size_bytes:
-            if digest == (checksum or digest):
+            if checksum in {"", digest}:
                 return Check(f"✓ Match ({digest[:12]}...)")
             difference = f"expected {checksum[:12]}..., found {digest[:12]}..."
     problem = f"This file has changed since it was written: {difference}"
@@ -1295,8 +1297,8 @@ class RowCounter:
     """Where the rows of one COPY after the other go: psycopg2 writes them one by one."""
 
     def __init__(self) -> None:
-        self.rows = 0  # of all
-        self.finished: list[int] = []  # the rows of each COPY that has ended
+        self.rows = 0  # of all so far: only to see that something moves
+        self.finished: list[int] = []  # the rows of each COPY that has ended, as the server says
 
     def write(self, _row: bytes) -> None:
         self.rows += 1
@@ -1328,7 +1330,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
             self._connection = self._call(self._open, limit)
         except ServerError as error:
             if time.monotonic() - started >= config.connect_seconds:
-                raise NoAnswer(error.text) from None
+                raise NoAnswer(error.text) from None  # libpq's timeout has no code of its own
             raise
         self.server_version = int(self._connection.server_version)  # 170010 for 17.10
         # As libpq knows it; a pooler hands out a number of its own.
@@ -1498,7 +1500,8 @@ def begin_read_only(session: Session, isolation: str = "READ COMMITTED") -> None
 
 # The first row whose pattern is in the error: libpq's own words, which are never translated, and
 # the server's in the C locale. In parentheses is what its catalog tells, the environment, or what
-# PGSSLMODE is. A place in capitals is a variable of libpq; {captured} is what the pattern captures.
+# PGSSLMODE is. A place in capitals is a variable of libpq; {captured} is what the pattern captures,
+# or of an option's name the place where it is set.
 CONNECTION_REMEDIES = {
     r"\(prod\)[\s\S]*(?:\(missing\)|database \".*\" does not exist)": """
 Verify database exists: psql -l {options}
@@ -1637,7 +1640,7 @@ def connection_failure(config: DatabaseConfig, error: ServerError) -> Failure:
         **{f"{name}_location": place for name, place in config.setting_locations.items()},
         **{variable: config.location(variable) for variable in re.findall(r"{(PG\w+)}", remedy)},
         captured=config.location(option) if captured.isidentifier() else captured,
-        list=shell_words("python3", *sys.argv, "--list"),
+        list=shell_words("python3", *sys.argv, "--list"),  # the directory is not known here
         host=shell_words(config.host),
         database=shell_words(config.name),
         sql_database=sql_identifier(config.name),
@@ -1689,8 +1692,8 @@ def check_no_pooler(session: Session, config: DatabaseConfig) -> None:
 
 # -- The catalog: what is in the database, and what this role may read of it ----------------------
 
-# The relations of the database, and whether pg_dump reads them: of an extension's only the
-# configuration tables (PostgreSQL documentation, "Extension Configuration Tables").
+# The relations of the database, and whether pg_dump reads them: of an extension's (objid) only the
+# configuration tables (extname; documentation, "Extension Configuration Tables").
 RELATIONS = """
 WITH rel AS (
   SELECT c.oid, c.relkind, c.relpersistence, n.oid AS nsoid, n.nspname, m.objid, x.extname,
@@ -1891,6 +1894,23 @@ ORDER BY 3
 """
 
 
+def read_facts(session: Session) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(session.query(DATABASE_FACTS)[0][0])
+    major, minor = divmod(session.server_version, 10000)
+    left_out: dict[str, list[str]] = {}
+    for what, name, _oid in session.query(NOT_INCLUDED):
+        left_out.setdefault(what, []).append(name)
+    return {
+        **facts,
+        "postgresql_version": f"{major}.{minor}",
+        "roles": list(facts["role_attributes"]),
+        "not_included": [f"{what} ({list_names(names)})" for what, names in left_out.items()],
+    }
+
+
+# -- The restore: the commands for it that the metadata carries -----------------------------------
+
+
 def least_major(metadata: Metadata) -> int:
     """The oldest major version whose server, psql and pg_restore can restore this backup."""
     versions = (metadata.postgresql_version, metadata.pg_dump_version)
@@ -2015,22 +2035,9 @@ def dbname_word(name: str) -> str:
     return shell_words(name)
 
 
-def describe_database(session: Session) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(session.query(DATABASE_FACTS)[0][0])
-    major, minor = divmod(session.server_version, 10000)
-    left_out: dict[str, list[str]] = {}
-    for what, name, _oid in session.query(NOT_INCLUDED):
-        left_out.setdefault(what, []).append(name)
-    return {
-        **facts,
-        "postgresql_version": f"{major}.{minor}",
-        "roles": list(facts["role_attributes"]),
-        "not_included": [f"{what} ({list_names(names)})" for what, names in left_out.items()],
-    }
-
-
 # -- The snapshot and the dump: locks first, then the snapshot, then pg_dump beside the counts ----
 
+LOCK_NOT_AVAILABLE = "55P03"
 # By SQLSTATE.
 SERVER_REMEDIES = {
     "42501": "Grant the role what it lacks, or back up as another role",  # insufficient_privilege
@@ -2038,8 +2045,7 @@ SERVER_REMEDIES = {
     "53200": "Raise max_locks_per_transaction in postgresql.conf, and restart the server",
     # serialization_failure: in a transaction that only reads, a standby's recovery conflict
     "40001": "On the standby raise max_standby_streaming_delay, or set hot_standby_feedback = on",
-    # lock_not_available
-    "55P03": "See who waits for whom, in that database: "
+    LOCK_NOT_AVAILABLE: "See who waits for whom, in that database: "
     "SELECT pid, pg_blocking_pids(pid), state, query FROM pg_stat_activity;",
 }
 
@@ -2108,8 +2114,7 @@ class Blocker(NamedTuple):
     gid: str | None
 
     def __str__(self) -> str:
-        """`session 4711 (alice, psql: ALTER TABLE …)`. Only the query's first words: there may be a
-        password in the others."""
+        """`session 4711 (alice, psql: ALTER TABLE …)`; in the other words may be a password."""
         if self.pid is None:
             return f"prepared transaction {shell_words(self.gid or '')}"
         command = re.match(r"\W*([A-Za-z]+(?:\s+[A-Za-z]+)?)", self.query or "")
@@ -2151,7 +2156,6 @@ class RunContext(NamedTuple):
     last: Backup | None  # the last one of this database and environment, of whatever server
 
 
-LOCK_NOT_AVAILABLE = "55P03"
 # Also query_canceled (an administrator's), deadlock_detected, undefined_table, invalid_schema_name.
 LOCK_RETRY_SQLSTATES = {LOCK_NOT_AVAILABLE, "57014", "40P01", "42P01", "3F000"}
 
@@ -2209,7 +2213,7 @@ def take_snapshot(run: RunContext) -> Snapshot:
         if len(tables) > room:
             detail = f"{len(tables)} tables to lock, and room for {room} in the server's lock table"
             raise Failure(ExitCode.CREATION, detail, SERVER_REMEDIES["53200"])
-        run.partial.begin()
+        run.partial.begin()  # before the locks: it may wait for the next second
         in_the_way = "the set of tables changes all the time"
         try:
             if snapshot := lock_and_export(session, tables):
@@ -2243,7 +2247,7 @@ def lock_and_export(session: Session, tables: list[Table]) -> Snapshot | None:
     if list_tables(session) != tables:
         return None
     session.query("SELECT pg_relation_size(%s)", LARGE_OBJECTS)  # pg_dump will wait for it, too
-    snapshot = Snapshot(identifier, pid, tables, read_names(session), describe_database(session))
+    snapshot = Snapshot(identifier, pid, tables, read_names(session), read_facts(session))
     session.query("SET LOCAL lock_timeout = 0")  # from here on Patience ends a wait
     return snapshot
 
@@ -2272,12 +2276,15 @@ def dump_database(run: RunContext) -> tuple[Snapshot, list[int], str]:
         except DumpFailed as failed:
             attempts += 1
             reason = diagnose_dump(run, snapshot, failed, is_last=attempts == DUMP_ATTEMPTS)
-        run.session.close()  # every lock goes
+        run.session.close()  # every lock goes; a count may still run, and only this ends it
         pause(run.progress, reason)  # the server frees a connection a moment late
         try:
             run.session.connect()
         except ServerError as error:  # whatever is in the way now, the connection is lost
             raise server_failure(ConnectionLost(error.text), "beginning again") from None
+
+
+WROTE_NOTHING = "wrote nothing into the dump"
 
 
 def dump_snapshot(run: RunContext, snapshot: Snapshot) -> tuple[list[int], str]:
@@ -2302,13 +2309,15 @@ def dump_snapshot(run: RunContext, snapshot: Snapshot) -> tuple[list[int], str]:
     environment = {**tool_environment("PG"), "PGTZ": "UTC"}
     environment["PGAPPNAME"] = f"backup_db {snapshot.id}"
     with Program(argv, environment, dump, run.lock) as pg_dump:
-        with with_filename(run.lock.path):  # see held_lock_failure
+        with with_filename(run.lock.path):  # for held_lock_failure to read
             os.write(run.lock.descriptor, f"pg_dump {pg_dump.process.pid}\n".encode())
         watch = DumpWatch(run, pg_dump, snapshot, expected_bytes)
+        # Our session stays free for `check` until pg_dump has its locks, and begins to copy.
         watch.wait(until=lambda: watch.is_copying)
         counts = count_rows(run.session, snapshot, watch)
         watch.wait()
         warnings = pg_dump.stderr_text
+    # That a disk is full is told by verify_new_dump.
     if not dump.size_bytes and not DiskRoom.of(run.partial.directory).is_full:
         raise wrapper_failure(tool, WROTE_NOTHING, warnings)
     if change := find_change(run, snapshot):
@@ -2323,8 +2332,7 @@ SLIPPED_IN_SQLSTATES = {"42P01", "3F000", "42809", "42703", "55000"}
 
 
 def count_rows(session: Session, snapshot: Snapshot, watch: DumpWatch) -> list[int]:
-    """The rows of every table with a COPY, in the session's snapshot: counts taken from the archive
-    alone would prove nothing of what the database held."""
+    """The rows of every table with a COPY, in our snapshot: the archive's own prove nothing."""
     tables, counter = snapshot.copied_tables, watch.counter
     while uncounted := tables[len(counter.finished) :]:
         copies = (table.copy for table in uncounted if table.copy)
@@ -2411,7 +2419,7 @@ def find_change(run: RunContext, snapshot: Snapshot) -> str:
                 return describe_change(snapshot.names, read_names(beside))
         except ServerError:  # the server frees a connection some milliseconds late
             pause(run.progress, "a second connection", TICK_SECONDS)
-    run.session.query("COMMIT")
+    run.session.query("COMMIT")  # every lock goes, for want of a second session
     begin_read_only(run.session)
     return describe_change(snapshot.names, read_names(run.session))
 
@@ -2454,7 +2462,7 @@ class DumpWatch:
         self._written = 0
         self._patience = Patience()
         self._blocker: Blocker | None = None
-        self._looked_at = time.monotonic()  # for what blocks pg_dump
+        self._next_look = time.monotonic() + STILL_SECONDS  # by a session beside ours
         self.is_copying = False
         self.counter = RowCounter()
 
@@ -2469,15 +2477,15 @@ class DumpWatch:
             raise DumpFailed(status, self._pg_dump.stderr_text)
 
     def check(self, session: Session | None = None) -> None:
-        """Check what can be seen from here and, unless pg_dump's file grows, ask our session, where
-        that is free, what pg_dump does and who blocks it. Raises DumpFailed, LetGo, Failure,
-        Interrupted, and OSError where the disk fills."""
+        """Look at pg_dump's end, its file, the disk and the count; while the file stands still also
+        at who blocks it, by our session, given where it is free, or by another. Raises DumpFailed,
+        LetGo, Failure, Interrupted, and OSError where the disk fills."""
         check_signals()
         self._check_status()
         run, patience, written = self._run, self._patience, self._run.partial.dump.size_bytes
         grown, self._written = written - self._written, written
         self.is_copying |= written > 0
-        if self._pg_dump.process.poll() is None:
+        if self._pg_dump.process.poll() is None:  # an ended one needs no more room
             why = f"kept free for others, and for the dump, now of {format_size(written)}"
             if run.last:
                 why += f"; the last backup had {format_size(run.last.size_bytes or 0)}"
@@ -2485,8 +2493,8 @@ class DumpWatch:
         if patience.has_moved(written=written, rows=self.counter.rows):
             self._blocker = None
         if session and not grown:
-            self._find_blocker(session)
-        elif min(patience.still_seconds, time.monotonic() - self._looked_at) > STILL_SECONDS:
+            self._ask(session)
+        elif patience.still_seconds > STILL_SECONDS and time.monotonic() > self._next_look:
             self._look_beside()
         if self._blocker is not None:
             blocks = f"{self._blocker} blocks"
@@ -2502,14 +2510,14 @@ class DumpWatch:
         try:
             with Session(self._run.config) as beside:
                 begin_read_only(beside)
-                self._find_blocker(beside)
+                self._ask(beside)
         except ServerError:
-            self._looked_at = float("inf")
+            self._next_look = float("inf")  # never again
 
-    def _find_blocker(self, session: Session) -> None:
+    def _ask(self, session: Session) -> None:
         """Look for what blocks pg_dump, or our count. Raises LetGo where somebody waits for our
         locks meanwhile."""
-        self._blocker, self._looked_at = None, time.monotonic()
+        self._blocker, self._next_look = None, time.monotonic() + STILL_SECONDS
         answer = session.query(ACTIVITY, self._snapshot.pid, self._snapshot.id)
         ((is_copying, activity, relation, others_wait),) = answer
         self.is_copying |= bool(is_copying)
@@ -2520,10 +2528,6 @@ class DumpWatch:
         if others_wait:
             raise LetGo(self._blocker)
 
-
-WROTE_NOTHING = "wrote nothing into the dump"
-
-DUMP_SHARE = 0.8  # of the whole run, as the progress line counts it; the rest is the read-back
 
 # All of pg_dump's messages about its own file (15 to 18); the server's come after "ERROR:".
 OUTPUT_FILE_ERROR = re.compile(
@@ -2552,14 +2556,12 @@ def diagnose_dump(run: RunContext, snapshot: Snapshot, failed: DumpFailed, is_la
     and the privileges; where another try is worth it, return why."""
     text = failed.stderr_text
     check_dump_file(run, failed)
-    look = "See whether the system ran out of memory: sudo dmesg | grep -i 'killed process'"
     if failed.status == -signal.SIGTERM or "terminated by user" in text:
-        look = "Somebody, or a shutdown, has ended pg_dump; nothing is wrong with the server"
-    elif failed.status > 0:
-        look = SERVER_LOG
-    unexplained = Failure(ExitCode.CREATION, text, look, AGAIN)
-    if look != SERVER_LOG:
-        raise unexplained
+        why = "Somebody, or a shutdown, has ended pg_dump; nothing is wrong with the server"
+        raise Failure(ExitCode.CREATION, text, why, AGAIN)
+    if failed.status < 0:
+        look = "See whether the system ran out of memory: sudo dmesg | grep -i 'killed process'"
+        raise Failure(ExitCode.CREATION, text, look, AGAIN)
     try:
         change = find_change(run, snapshot)
         run.session.query("COMMIT")  # Is the server there?
@@ -2577,8 +2579,10 @@ def diagnose_dump(run: RunContext, snapshot: Snapshot, failed: DumpFailed, is_la
     except Failure as failure:
         raise Failure(failure.code, f"{text}\n{failure.detail}", *failure.steps) from None
     except ServerError as error:
+        # Asked just now, it answers or is lost; only a lock may keep it.
         kind = ServerError if error.sqlstate == LOCK_NOT_AVAILABLE else ConnectionLost
         raise server_failure(kind(f"{text}\n{error.text}", error.sqlstate), "dumping") from None
+    # All else is in order, and no data is written: a name has changed, even if none shows it.
     if not is_last and (change or run.partial.dump.size_bytes == 0):
         return change or text
     if change:
@@ -2587,12 +2591,12 @@ def diagnose_dump(run: RunContext, snapshot: Snapshot, failed: DumpFailed, is_la
     if DAMAGE.search(text):  # after the other tries: a name may have these words
         table = COPIED_TABLE.search(text)
         raise damage_failure(text, table[1] if table else "")
-    raise unexplained
+    raise Failure(ExitCode.CREATION, text, SERVER_LOG, AGAIN)
 
 
 # -- The directory: its lock, partial files, how a backup is published, the room on the disk ------
 
-# The exit code, where it is always the same one, and the errnos; the last row is for all others.
+# By exit code (None: the operation's own) and errnos; the last row is for all others.
 FILE_REMEDIES: Mapping[tuple[ExitCode | None, tuple[int, ...]], str] = {
     (ExitCode.DISK_SPACE, (errno.ENOSPC, errno.EDQUOT)): """
 See what is full, blocks or inodes: df -h {path}; df -i {path}
@@ -2619,11 +2623,13 @@ def file_failure(error: OSError, default_code: ExitCode = ExitCode.CREATION) -> 
     detail = f"{display_path(path)}: " if error.filename else ""
     detail += error.strerror or str(error)
     rows = FILE_REMEDIES.items()
-    code, text = next((code, text) for (code, these), text in rows if number in these or not these)
+    code, text = next(
+        (code, text) for (code, numbers), text in rows if number in numbers or not numbers
+    )
     existing = next((place for place in (path, *path.parents) if os.path.lexists(place)), Path("."))
     is_dump = path.name.endswith(DUMP_SUFFIX)
     other = shell_words("--output-dir", str(path.parent)) if is_dump else "--output-dir DIR"
-    do = {ExitCode.CREATION: "use", ExitCode.GENERAL: "list"}.get(default_code)
+    verb = {ExitCode.CREATION: "use", ExitCode.GENERAL: "list"}.get(default_code)
     steps = fill_steps(
         f"{text}\n{{elsewhere}}",
         path=shell_words(str(existing)),
@@ -2631,7 +2637,7 @@ def file_failure(error: OSError, default_code: ExitCode = ExitCode.CREATION) -> 
         access=access_step(path, existing, default_code),
         list=list_command(existing if os.path.isdir(existing) else existing.parent),
         verify=f"To check that backup: {verify_command(str(path))}" if is_dump else "",
-        elsewhere=f"Or {do} another directory: {other}" if do else "",
+        elsewhere=f"Or {verb} another directory: {other}" if verb else "",
     )
     return Failure(code or default_code, detail, *steps)
 
@@ -2693,8 +2699,8 @@ def make_directory(directory: Path) -> None:
 
 @contextlib.contextmanager
 def database_lock(path: Path) -> Iterator[OpenFile]:
-    """Allows one run at a time per database and directory: flock() on a hidden file that is never
-    deleted. pg_dump inherits it: should this process be killed, that has to end, too."""
+    """One run at a time per database and directory: flock() on a hidden file that is never deleted.
+    pg_dump inherits it: where this process is killed, the lock lasts until pg_dump ends."""
     # Others may be able to write to this directory: a link, a pipe or a second name of another
     # file is not our lock, and must not be written to.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -2735,7 +2741,7 @@ class PartialBackup:
     def __init__(self, directory: Path, prefix: str) -> None:
         self.directory = directory
         self._prefix = prefix
-        self._names = [
+        self._hidden = [
             directory / f".{prefix}{suffix}{PARTIAL_SUFFIX}"
             for suffix in (DUMP_SUFFIX, METADATA_SUFFIX)
         ]
@@ -2745,11 +2751,10 @@ class PartialBackup:
         """Remove what was not published, the last attempt's or a killed run's."""
         while self._files:
             self._files.pop().close()
-        for name in self._names:
-            # A directory that is gone or read-only by now must not hide why the run failed; what
-            # stays is hidden, and the next run removes it.
+        for path in self._hidden:
+            # This must not hide why the run failed; what stays, the next run removes.
             with contextlib.suppress(OSError):
-                name.unlink()
+                path.unlink()
 
     def begin(self) -> None:
         """Create both files; they will have the name of this second, or of the next that is
@@ -2765,8 +2770,8 @@ class PartialBackup:
             check_signals()
             time.sleep(TICK_SECONDS)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        for name in self._names:
-            self._files.append(OpenFile.open(name, flags))
+        for path in self._hidden:
+            self._files.append(OpenFile.open(path, flags))
         self.dump, self._metadata = self._files
 
     def publish(self, metadata: Metadata) -> list[str]:
@@ -2777,9 +2782,9 @@ class PartialBackup:
                 file.write(metadata.to_json())
             Background(self._metadata.sync).wait()
         pairs = ((self._metadata, self._published_metadata), (self.dump, self.published_dump))
-        for partial, name in pairs:
-            if os.path.lexists(name):  # not of our making, since we hold the lock
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(name))
+        for partial, published in pairs:
+            if os.path.lexists(published):  # not of our making, since we hold the lock
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(published))
             if not os.path.samestat(os.fstat(partial.descriptor), os.lstat(partial.path)):
                 reason = "it was replaced by somebody else"
                 raise OSError(errno.EEXIST, reason, str(partial.path))
@@ -2812,6 +2817,8 @@ def sync_directory(directory: Path) -> str:
 
     try:
         Background(sync).wait()
+    except MemoryError as error:  # no room for the thread
+        return f"{display_path(directory)} could not be synced: {error}"
     except OSError as error:
         if error.errno == errno.EIO:
             return f"{display_path(directory)} could not be synced: {error.strerror}"
@@ -2902,7 +2909,8 @@ def find_backups(directory: Path) -> list[Backup]:
 
 
 def read_backup(directory: Path, name: str) -> Backup:
-    """The backup whose dump has this name, from its metadata and the size of its dump."""
+    """The backup whose dump has this name, from its metadata and the size of its dump. As text, and
+    without Metadata: a list has thousands."""
     dump, path = directory / name, f"{directory}/{name}"
     size_bytes: int | None = None
     with contextlib.suppress(OSError):  # unreadable, or a link to nowhere
@@ -2917,7 +2925,7 @@ def read_backup(directory: Path, name: str) -> Backup:
     except (OSError, MetadataError):
         status = Status.BAD_METADATA
     else:
-        return describe_backup(dump, size_bytes, values)
+        return described_backup(dump, size_bytes, values)
     timestamp, series = "-", Series("-", "-")
     if match := FILE_NAME.fullmatch(name):
         timestamp = "{date}T{hour}:{minute}:{second}Z".format_map(match.groupdict())
@@ -2925,7 +2933,7 @@ def read_backup(directory: Path, name: str) -> Backup:
     return Backup(dump, size_bytes, status, timestamp, series)
 
 
-def describe_backup(dump: Path, size_bytes: int | None, values: Mapping[str, Any]) -> Backup:
+def described_backup(dump: Path, size_bytes: int | None, values: Mapping[str, Any]) -> Backup:
     optional = {
         key: value
         for key in ("verification", "system_identifier", "database_size_bytes")
@@ -2968,7 +2976,8 @@ def latest_credible(now: datetime) -> str:
 
 
 def find_orphans(directory: Path) -> list[Path]:
-    """The metadata files whose dump is gone, but for those that a run may be publishing."""
+    """The metadata files whose dump is gone, but for those that a run may be publishing, and files
+    of others: each of ours has an environment in its name."""
     names = set(os.listdir(directory))
     return sorted(
         directory / name
@@ -3012,8 +3021,7 @@ def last_full_backup(backups: Sequence[Backup], kept: Collection[Backup]) -> Bac
 
 
 def read_recent(earlier: Sequence[Backup]) -> list[Metadata]:
-    """The metadata of the last of the earlier backups. Only of these few it is kept whole: there
-    may be hundreds, of thousands of tables each."""
+    """The metadata of the last earlier backups, whole; that of hundreds would fill the memory."""
     recent = []
     for backup in earlier[:RECENT_BACKUPS]:
         with contextlib.suppress(OSError, MetadataError):  # it was there a moment ago
@@ -3022,8 +3030,8 @@ def read_recent(earlier: Sequence[Backup]) -> list[Metadata]:
 
 
 def shrunk_tables(made: Metadata, recent: Sequence[Metadata]) -> list[tuple[str, int, int]]:
-    """The tables with fewer than half of the least rows that they had in the recent backups: rows
-    now, and that least; so each is reported once. The one that lost most comes first.
+    """The tables with less than half of the fewest rows that they had in the recent backups: rows
+    now, and that fewest; the greatest loss first. Next night it is the fewest, and not told again.
 
     One that is gone counts if every recent backup has it. Partitions are summed under their topmost
     table; what any backup records of them holds for all, since older ones record nothing.
@@ -3039,12 +3047,12 @@ def shrunk_tables(made: Metadata, recent: Sequence[Metadata]) -> list[tuple[str,
     now = sum_rows(made)
     had: dict[str, list[int]] = {}
     for metadata in recent:
-        for table, rows in sum_rows(metadata).items():
-            had.setdefault(table, []).append(rows)
+        for table, count in sum_rows(metadata).items():
+            had.setdefault(table, []).append(count)
     shrunk = [
-        (table, now[table], min(rows))
-        for table, rows in had.items()
-        if 2 * now[table] < min(rows) and (table in now or len(rows) == len(recent))
+        (table, now[table], min(counts))
+        for table, counts in had.items()
+        if 2 * now[table] < min(counts) and (table in now or len(counts) == len(recent))
     ]
     return sorted(shrunk, key=lambda table: table[2] - table[1], reverse=True)
 
@@ -3100,6 +3108,8 @@ def create_backup(
     with open_session(config) as session:  # first: a wrong password leaves no directory
         with on_server("reading the catalog"):
             check_server(session, config, tools.pg_dump)
+            begin_read_only(session)
+            check_privileges(session)
             series = identify_series(session, config)
             session.query("ROLLBACK")
         make_directory(output_dir)
@@ -3107,30 +3117,29 @@ def create_backup(
         partial = PartialBackup(output_dir, prefix)
         lock_file = output_dir / f".{prefix}{LOCK_SUFFIX}"
         with database_lock(lock_file) as lock, contextlib.closing(partial):
-            backups = find_backups(output_dir)
+            backups = find_backups(output_dir)  # now: nobody else writes, no table is locked
             earlier = verified_backups(backups, series)
             recent = read_recent(earlier)
-            last = next(iter(verified_backups(backups, series._replace(server=None))), None)
+            of_any_server = verified_backups(backups, series._replace(server=None))
+            last = next(iter(of_any_server), None)
             run = RunContext(config, tools, session, lock, partial, progress, last)
-            snapshot, counts, warning = dump_database(run)
+            snapshot, counts, dump_warnings = dump_database(run)
             session.close()  # nothing more is asked of the server
             Background(partial.dump.sync).wait()
             draft = draft_metadata(run, snapshot, counts, series)
-            metadata, hint = verify_new_dump(run, draft, started)
-            complaints = partial.publish(metadata)
+            metadata, hints = verify_new_dump(run, draft, started)
+            unsynced = partial.publish(metadata)
             made = read_backup(output_dir, partial.published_dump.name)
-            warnings = [warning, hint, *complaints, *shrinkage_lines(metadata, recent)]
+            warnings = [dump_warnings, hints, *unsynced, *shrinkage_lines(metadata, recent)]
             if not metadata.table_counts:
-                place = config.setting_locations["name"]
-                warnings.append(
-                    f"the database has no table; is it the right one? It is set {place}"
-                )
+                question = "the database has no table; is it the right one? It is set "
+                warnings.append(question + config.setting_locations["name"])
             announce(creation_lines(made.dump, metadata), warnings)
             # A name that may not be on the disk replaces no older backup.
-            if config.retention and not complaints:
-                removed, warnings = retire_backups(made, earlier, config.retention)
+            if config.retention and not unsynced:
+                removed, notes = retire_backups(made, earlier, config.retention)
                 paths = list_names(map(display_path, removed))
-                announce([f"Removed:     {paths}"] if removed else [], warnings)
+                announce([f"Removed:     {paths}"] if removed else [], notes)
 
 
 def verify_new_dump(run: RunContext, draft: Metadata, started: float) -> tuple[Metadata, str]:
@@ -3226,8 +3235,7 @@ def load_configuration(environment_option: str) -> DatabaseConfig:
 
 
 def become_libpq_environment(config: DatabaseConfig) -> None:
-    """Make the settings those of libpq here and in pg_dump (see libpq_options, tool_environment):
-    no secret is on a command line."""
+    """Make the settings those of libpq, here and in pg_dump: no secret is on a command line."""
     for name in [name for name in os.environ if name.startswith("PG") and name != "PGCLUSTER"]:
         del os.environ[name]
     os.environ.update(config.libpq)
@@ -3248,8 +3256,6 @@ def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> Non
             "Then upgrade the server: PostgreSQL's project mends that version no more",
         )
     check_version(pg_dump, major, f"too old for the server, which is version {major}")
-    begin_read_only(session)
-    check_privileges(session)
 
 
 def identify_series(session: Session, config: DatabaseConfig) -> Series:
@@ -3323,8 +3329,8 @@ def load_metadata(dump: Path) -> Metadata:
 
 
 def write_lines(stream: IO[str] | None, lines: Iterable[str]) -> str:
-    """Print. Returns what went wrong, unless the reader has left (`| head`) or the stream never was
-    open: it must not end the run."""
+    """Print. Returns why a stream failed, which must not end the run; a reader that has left
+    (`| head`), or a stream that never was open, is no failure."""
     if stream is None:
         return ""
     try:
@@ -3432,8 +3438,7 @@ def table_lines(backups: Sequence[Backup], folder: str) -> Iterator[str]:
 
 
 def series_lines(backups: Sequence[Backup], now: datetime) -> Iterator[str]:
-    """For each series the number of backups, their size, and the newest verified one. This shows
-    nightly backups that have stopped, and those that a move or an upgrade left behind."""
+    """A line for each series: it shows where nightly backups have stopped, or were left behind."""
     by_series: dict[Series, list[Backup]] = {}
     for backup in backups:
         if backup.is_described:
@@ -3479,7 +3484,7 @@ def failure_lines(headline: str, failure: Failure) -> list[str]:
 
 class Mode(NamedTuple):
     headline: str  # of a failure
-    default_code: ExitCode  # of an OSError that no remedy gives another
+    default_code: ExitCode  # of an OSError without one of its own; it tells the modes apart, too
     run: Callable[[Progress], None]
 
 
@@ -3589,8 +3594,7 @@ def write_result(lines: Iterable[str]) -> None:
 
 
 def run_verification(dump: Path, progress: Progress) -> None:
-    """Check a backup with nothing but its two files, and report it. Raises Failure where it is not
-    sound, or cannot be checked; OSError."""
+    """`--verify`, with nothing but the two files. Raises Failure where one is not sound; OSError."""
     with with_filename(dump):
         metadata = load_metadata(dump)
         pg_restore = find_tool("pg_restore", major=least_major(metadata))
@@ -3632,7 +3636,7 @@ def run_listing(directory: Path, _progress: Progress) -> None:
 
 
 def prepare_process() -> None:
-    """Make files private, standard streams exist and accept any character, and signals unwind."""
+    """Make files private, standard streams exist and accept any character, and signals be noted."""
     os.umask(0o077)
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # started with a standard stream closed: no file of ours may get its number
@@ -3648,10 +3652,10 @@ def as_failure(error: Failure | OSError | MemoryError, default_code: ExitCode) -
         return error
     words = str(error) or "out of memory"
     if isinstance(error, OSError):
-        if error.errno not in NO_ROOM:
+        if error.errno not in OUT_OF_RESOURCES:
             return file_failure(error, default_code)
         words = str(error.strerror)
-    # A dump is not damaged because it could not be read.
+    # What was not read for want of memory is not damaged.
     code = ExitCode.GENERAL if default_code == ExitCode.VERIFICATION else default_code
     detail = f"no room on this machine for memory, a process, a thread or an open file: {words}"
     return Failure(code, detail, "See what is left, and the limits here: free -m; ulimit -a")
