@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from cluster import USERS, Cluster
+from cluster import PLACE, USERS, Cluster
 from conftest import MakeProject
 from environment import TESTS
 from support import (
@@ -89,7 +89,7 @@ AFTER_THE_ROWS = "CREATE TABLE checked (i int); CREATE INDEX ON checked (called(
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A TMPDIR of its own that the server's user may enter; whatever is in it was left behind."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+    with tempfile.TemporaryDirectory(dir=os.environ.get(PLACE, "/tmp")) as name:
         Path(name).chmod(0o711)
         yield Path(name)
 
