@@ -65,7 +65,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"still not so after {seconds} seconds"
-        time.sleep(0.01)
+        time.sleep(0.02)
 
 
 # -- the script -----------------------------------------------------------------------------------
@@ -350,8 +350,10 @@ def readme_section(title: str) -> str:
 # -- databases, and whether a restored one is the same --------------------------------------------
 
 # A query for each table, materialized view, sequence and the large objects: name and contents.
-# `ROW(x.*)` whatever the columns are called; the rows in the order of their digests.
+# `ROW(x.*)` whatever the columns are called; the rows in the order of their digests. As the bytes
+# are: text of the encoding SQL_ASCII may be none in any other.
 CONTENTS = r"""
+SELECT set_config('client_encoding', getdatabaseencoding(), false) \gset
 SELECT format(CASE WHEN c.relkind = 'S' THEN 'SELECT %1$L, last_value, is_called FROM %2$I.%3$I'
                    ELSE 'SELECT %1$L, count(*), md5(string_agg(digest, '''' ORDER BY digest))'
                         ' FROM (SELECT md5(ROW(x.*)::text) AS digest FROM ONLY %2$I.%3$I AS x) r'
@@ -388,9 +390,7 @@ class Database:
 
     def contents(self) -> list[str]:
         """Every table's rows, as a digest, every sequence and every large object: a line each."""
-        # As the bytes are: text of the encoding SQL_ASCII may be none in any other.
-        encoding = f"SET client_encoding = '{self.encoding()}';"
-        return self.psql(encoding + CONTENTS).splitlines()
+        return self.psql(CONTENTS).splitlines()
 
     def schema(self) -> list[str]:
         """All that is not data, as pg_dump writes it."""
