@@ -100,6 +100,39 @@ class Result:
         return self
 
 
+def env_text(settings: Mapping[str, str]) -> str:
+    """An .env.local, in single quotes: any value stands for itself, newlines included."""
+    lines = []
+    for name, value in settings.items():
+        quoted = value.replace("\\", r"\\").replace("'", r"\'")
+        lines.append(f"{name}='{quoted}'\n")
+    return "".join(lines)
+
+
+# Prints the outcome of each run; it forks before each.
+RUN_EACH = """
+import json, os, sys, tempfile
+import backup_db
+outcomes = []
+for arguments, env_text in json.load(sys.stdin):
+    if env_text is not None:
+        with open(".env.local", "w", encoding="utf-8") as file:
+            file.write(env_text)
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        child = os.fork()
+        if not child:
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stderr.fileno(), 2)
+            code = backup_db.main(arguments)
+            sys.stdout.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        outputs = [os.pread(file.fileno(), 1 << 20, 0) for file in (stdout, stderr)]
+    outcomes.append([code, *(output.decode("utf-8", "backslashreplace") for output in outputs)])
+print(json.dumps(outcomes))
+"""
+
+
 @dataclass(frozen=True)
 class Project:
     """A private copy of the script, with settings and backups of its own.
@@ -124,12 +157,7 @@ class Project:
         return sorted(self.backups.glob("*.dump"))
 
     def configure(self, settings: Mapping[str, str]) -> None:
-        """Write .env.local, in single quotes: any value stands for itself, newlines included."""
-        lines = []
-        for name, value in settings.items():
-            quoted = value.replace("\\", r"\\").replace("'", r"\'")
-            lines.append(f"{name}='{quoted}'\n")
-        (self.directory / ".env.local").write_text("".join(lines), encoding="utf-8")
+        (self.directory / ".env.local").write_text(env_text(settings), encoding="utf-8")
 
     def rewrite(self, constants: Mapping[str, object]) -> None:
         """Give top-level constants of this copy other values.
@@ -184,6 +212,28 @@ class Project:
         prefix: Sequence[str] = (),
     ) -> Result:
         return finish(self.start(*arguments, env=env, cwd=cwd, prefix=prefix))
+
+    def run_each(
+        self, *runs: Sequence[str | Path], settings: Sequence[Mapping[str, str]] = ()
+    ) -> list[Result]:
+        """Run the script with each of these arguments, and each with settings of its own if such
+        are given: for many runs of which python's start is the most. They are processes all the
+        same, made by a python that has loaded the script."""
+        texts = list(map(env_text, settings)) if settings else [None] * len(runs)
+        typed = [[*map(str, arguments)] for arguments in runs]
+        done = subprocess.run(
+            [PYTHON, "-c", RUN_EACH],
+            cwd=self.directory,
+            env=self.environ,
+            input=json.dumps(list(zip(typed, texts, strict=True))),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        return [
+            Result(f"backup_db.py {' '.join(arguments)}", *outcome)
+            for arguments, outcome in zip(typed, json.loads(done.stdout), strict=True)
+        ]
 
     def back_up(self, *arguments: str | Path) -> Path:
         """The dump of a new backup in the usual place."""
