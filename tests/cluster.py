@@ -73,6 +73,9 @@ HBA = (
 ENVIRON = {"PATH": os.defpath, "LC_ALL": "C"}
 GUARDED = "PG_CLUSTER_ENVIRON"
 
+# A variable that may name another place for servers than the one for temporary files.
+PLACE = "PG_CLUSTER_PLACE"
+
 # Below the range from which systems take the ports of outgoing connections: those come and go
 # all the time, and a server that restarts must get its own port back.
 PORTS = range(20000, 32000)
@@ -469,7 +472,7 @@ def is_executable(path: Path, user: User | None) -> bool:
 
 def make_directory(user: User | None) -> Path:
     """A directory for the server's user alone, with a path short enough for a socket in it."""
-    for parent in (Path(tempfile.gettempdir()), Path("/tmp")):
+    for parent in (os.environ.get(PLACE) or tempfile.gettempdir(), "/tmp"):
         # It is 0700 from the first moment, and nothing changes that: HBA depends on it.
         directory = Path(tempfile.mkdtemp(prefix="pg-", dir=parent))
         give(directory, user)

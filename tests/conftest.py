@@ -13,13 +13,26 @@ from typing import Protocol
 
 import pytest
 import trustme
-from cluster import Cluster, installation
+from cluster import PLACE, Cluster, installation
 from environment import PROJECT
 from faults import WIDE
 from sample import DATABASE, load_sample
 from support import SERVERS, Database, Project, Result, metadata_path, new_database
 
 # -- servers and databases ------------------------------------------------------------------------
+
+# Each database is some 300 files. A disk takes longer to make and remove them than a test takes to
+# use them: so the servers live in memory, where there is plenty.
+MEMORY = Path("/dev/shm")
+PLENTY = 4 << 30
+
+
+def is_place_for_servers(directory: Path) -> bool:
+    """It may have to take a server's programs too (see `copy_installation`)."""
+    if not directory.is_dir():
+        return False
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize > PLENTY and not status.f_flag & os.ST_NOEXEC
 
 
 @pytest.fixture(scope="session")
@@ -291,6 +304,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if is_place_for_servers(MEMORY):
+        os.environ[PLACE] = str(MEMORY)
     config.addinivalue_line(
         "markers",
         "servers(*versions): runs where BACKUP_TEST_SERVERS names these versions. That of 15, which"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cluster import Cluster
-from support import Database, Project, contents_of, finish, program, wait_until
+from support import Database, Project, connect, contents_of, finish, program, wait_until
 
 # A stub's way to be seen and to stay: a mark in the home directory, then nothing for a long time.
 # `exec`, so that it is one process.
@@ -68,12 +68,16 @@ def processes_in(directory: Path) -> dict[int, str]:
 
 def sessions_on(database: Database, condition: str = "true") -> list[str]:
     """The sessions of the script and its pg_dump on the server, a line each."""
-    return database.cluster.psql(
-        "SELECT pid, application_name, state, wait_event_type, translate(query, E'\\n', ' ')"
-        " FROM pg_stat_activity"
-        f" WHERE datname = '{database.name}' AND application_name LIKE 'backup\\_db%'"
-        f" AND {condition}"
-    ).splitlines()
+    # Without psql: tests poll, and to start a program takes longer than the look.
+    postgres = Database(database.cluster, "postgres")
+    with contextlib.closing(connect(postgres)) as session, session.cursor() as cursor:
+        cursor.execute(
+            "SELECT concat_ws('|', pid, application_name, state, wait_event_type,"
+            " translate(query, E'\\n', ' ')) FROM pg_stat_activity"
+            f" WHERE datname = '{database.name}' AND application_name LIKE 'backup\\_db%'"
+            f" AND {condition}"
+        )
+        return [line for (line,) in cursor]
 
 
 def backend_of(database: Database, application_name: str) -> int:

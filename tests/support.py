@@ -65,7 +65,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"still not so after {seconds} seconds"
-        time.sleep(0.01)
+        time.sleep(0.02)
 
 
 # -- the script -----------------------------------------------------------------------------------
@@ -100,6 +100,39 @@ class Result:
         return self
 
 
+def env_text(settings: Mapping[str, str]) -> str:
+    """An .env.local, in single quotes: any value stands for itself, newlines included."""
+    lines = []
+    for name, value in settings.items():
+        quoted = value.replace("\\", r"\\").replace("'", r"\'")
+        lines.append(f"{name}='{quoted}'\n")
+    return "".join(lines)
+
+
+# Prints the outcome of each run; it forks before each.
+RUN_EACH = """
+import json, os, sys, tempfile
+import backup_db
+outcomes = []
+for arguments, env_text in json.load(sys.stdin):
+    if env_text is not None:
+        with open(".env.local", "w", encoding="utf-8") as file:
+            file.write(env_text)
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        child = os.fork()
+        if not child:
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stderr.fileno(), 2)
+            code = backup_db.main(arguments)
+            sys.stdout.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        outputs = [os.pread(file.fileno(), 1 << 20, 0) for file in (stdout, stderr)]
+    outcomes.append([code, *(output.decode("utf-8", "backslashreplace") for output in outputs)])
+print(json.dumps(outcomes))
+"""
+
+
 @dataclass(frozen=True)
 class Project:
     """A private copy of the script, with settings and backups of its own.
@@ -124,12 +157,7 @@ class Project:
         return sorted(self.backups.glob("*.dump"))
 
     def configure(self, settings: Mapping[str, str]) -> None:
-        """Write .env.local, in single quotes: any value stands for itself, newlines included."""
-        lines = []
-        for name, value in settings.items():
-            quoted = value.replace("\\", r"\\").replace("'", r"\'")
-            lines.append(f"{name}='{quoted}'\n")
-        (self.directory / ".env.local").write_text("".join(lines), encoding="utf-8")
+        (self.directory / ".env.local").write_text(env_text(settings), encoding="utf-8")
 
     def rewrite(self, constants: Mapping[str, object]) -> None:
         """Give top-level constants of this copy other values.
@@ -184,6 +212,28 @@ class Project:
         prefix: Sequence[str] = (),
     ) -> Result:
         return finish(self.start(*arguments, env=env, cwd=cwd, prefix=prefix))
+
+    def run_each(
+        self, *runs: Sequence[str | Path], settings: Sequence[Mapping[str, str]] = ()
+    ) -> list[Result]:
+        """Run the script with each of these arguments, and each with settings of its own if such
+        are given: for many runs of which python's start is the most. They are processes all the
+        same, made by a python that has loaded the script."""
+        texts = list(map(env_text, settings)) if settings else [None] * len(runs)
+        typed = [[*map(str, arguments)] for arguments in runs]
+        done = subprocess.run(
+            [PYTHON, "-c", RUN_EACH],
+            cwd=self.directory,
+            env=self.environ,
+            input=json.dumps(list(zip(typed, texts, strict=True))),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        return [
+            Result(f"backup_db.py {' '.join(arguments)}", *outcome)
+            for arguments, outcome in zip(typed, json.loads(done.stdout), strict=True)
+        ]
 
     def back_up(self, *arguments: str | Path) -> Path:
         """The dump of a new backup in the usual place."""
@@ -350,8 +400,10 @@ def readme_section(title: str) -> str:
 # -- databases, and whether a restored one is the same --------------------------------------------
 
 # A query for each table, materialized view, sequence and the large objects: name and contents.
-# `ROW(x.*)` whatever the columns are called; the rows in the order of their digests.
+# `ROW(x.*)` whatever the columns are called; the rows in the order of their digests. As the bytes
+# are: text of the encoding SQL_ASCII may be none in any other.
 CONTENTS = r"""
+SELECT set_config('client_encoding', getdatabaseencoding(), false) \gset
 SELECT format(CASE WHEN c.relkind = 'S' THEN 'SELECT %1$L, last_value, is_called FROM %2$I.%3$I'
                    ELSE 'SELECT %1$L, count(*), md5(string_agg(digest, '''' ORDER BY digest))'
                         ' FROM (SELECT md5(ROW(x.*)::text) AS digest FROM ONLY %2$I.%3$I AS x) r'
@@ -388,9 +440,7 @@ class Database:
 
     def contents(self) -> list[str]:
         """Every table's rows, as a digest, every sequence and every large object: a line each."""
-        # As the bytes are: text of the encoding SQL_ASCII may be none in any other.
-        encoding = f"SET client_encoding = '{self.encoding()}';"
-        return self.psql(encoding + CONTENTS).splitlines()
+        return self.psql(CONTENTS).splitlines()
 
     def schema(self) -> list[str]:
         """All that is not data, as pg_dump writes it."""
@@ -416,7 +466,8 @@ def connect(database: Database) -> Connection:
 @contextlib.contextmanager
 def new_database(cluster: Cluster, *createdb_options: str) -> Iterator[Database]:
     name = f"chat_{uuid.uuid4().hex[:12]}"
-    cluster.create_database(name, *createdb_options)
+    # Copied file by file: the other strategy writes every page into the WAL too.
+    cluster.create_database(name, "--strategy=file_copy", *createdb_options)
     try:
         yield Database(cluster, name)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -233,24 +234,25 @@ def damaged(standing: Project) -> Path:
 
 
 def test_list_and_verify_name_bad_metadata(standing: Project, damaged: Path) -> None:
-    metadata = metadata_path(damaged)
-    original = metadata.read_bytes()
-    for name, (damage, words) in BAD_METADATA.items():
-        damage(metadata)
-        listed = standing.run("--list").succeeded()
-        (line,) = (line for line in listed.stdout.splitlines() if "✗ Bad metadata (" in line)
-        assert line.startswith("20"), (name, line)  # the file name tells the rest
-        result = standing.run("--verify", damaged)
+    pairs = {}
+    for year, (name, (damage, _words)) in enumerate(BAD_METADATA.items(), 1950):
+        dump = damaged.with_name(re.sub(r"_\d{4}(?=-\d\d-\d\dT)", f"_{year}", damaged.name))
+        shutil.copy(damaged, dump)
+        values = {**read_metadata(damaged), "backup_file": dump.name}
+        metadata_path(dump).write_text(json.dumps(values), encoding="utf-8")
+        damage(metadata_path(dump))
+        pairs[name] = dump
+    listed = standing.run("--list").succeeded().stdout.splitlines()
+    # The file name tells the rest.
+    bad = [line[:4] for line in listed if "✗ Bad metadata (" in line]
+    assert sorted(bad) == [str(1950 + i) for i in range(len(pairs))]
+    verify = standing.run_each(*(("--verify", dump) for dump in pairs.values()))
+    for (name, dump), result in zip(pairs.items(), verify, strict=True):
         assert result.returncode in (4, 8), f"{name}: {result}"
         assert "Traceback" not in result.stderr, f"{name}: {result}"
         assert "✗ Backup verification failed" in result.stderr, f"{name}: {result}"
-        assert metadata.name in result.stderr, f"{name}: {result}"
-        assert words in result.stderr, f"{name}: {result}"
-        if metadata.is_dir() and not metadata.is_symlink():
-            metadata.rmdir()
-        else:
-            metadata.unlink()
-        metadata.write_bytes(original)
+        assert metadata_path(dump).name in result.stderr, f"{name}: {result}"
+        assert BAD_METADATA[name][1] in result.stderr, f"{name}: {result}"
     standing.run("--verify", damaged).succeeded()
 
 

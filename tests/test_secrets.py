@@ -149,18 +149,19 @@ PIECES = {
 def test_address_with_a_password_in_it_is_not_shown(
     variable: str, standing_database: Database, make_project: MakeProject
 ) -> None:
-    for pasted in (*PASTED, *PIECES[variable[-4:]]):
-        settings = standing_database.settings(prefix=variable.partition("DB_")[0])
-        settings[variable] = pasted
-        project = make_project(settings=settings)
-        result = project.run().failed_with(2, "Configuration error")
+    right = standing_database.settings(prefix=variable.partition("DB_")[0])
+    wrong = [{**right, variable: pasted} for pasted in (*PASTED, *PIECES[variable[-4:]])]
+    project = make_project()
+    results = project.run_each(*[()] * len(wrong), settings=wrong)
+    for result in results:
+        result.failed_with(2, "Configuration error")
         assert re.search(rf"\b{variable}\b", result.stderr), result
-        (project.directory / ".env.local").unlink()
-        files = [path for path in project.directory.rglob("*") if "fakes" not in str(path)]
-        texts = [path.read_text(errors="replace") for path in files if path.is_file()]
-        for text in (result.stdout, result.stderr, *map(str, files), *texts):
-            assert "s3cret" not in text, text
-        assert not project.backups.exists()
+    (project.directory / ".env.local").unlink()
+    files = [path for path in project.directory.rglob("*") if "fakes" not in str(path)]
+    texts = [path.read_text(errors="replace") for path in files if path.is_file()]
+    for text in (*map(str, results), *map(str, files), *texts):
+        assert "s3cret" not in text, text
+    assert not project.backups.exists()
 
 
 # -- what another session does --------------------------------------------------------------------

@@ -366,9 +366,13 @@ def test_required_key_that_is_missing_or_ill_typed_is_named(key: str, backup: Ba
     values = backup.read_metadata()
     broken = [{**values, key: value} for value in ILL_TYPED[key]]
     del values[key]
-    for metadata in [values, *broken]:
-        backup.metadata.write_text(json.dumps(metadata), encoding="utf-8")
-        result = backup.verify().failed_with(8)
+    dumps = []
+    for number, metadata in enumerate([values, *broken]):
+        copy = backup.copy_to(backup.dump.parent / str(number))
+        copy.metadata.write_text(json.dumps(metadata), encoding="utf-8")
+        dumps.append(copy.dump)
+    for result in backup.project.run_each(*(("--verify", dump) for dump in dumps)):
+        result.failed_with(8)
         assert f'.metadata.json cannot be used: the key "{key}" ' in result.stderr, result
 
 
@@ -386,34 +390,6 @@ def test_missing_metadata_fails(backup: Backup) -> None:
 def test_unknown_keys_are_ignored(backup: Backup) -> None:
     backup.edit(colour="green", duration_seconds="long", roles=3)
     backup.verify().succeeded()
-
-
-# One process for many runs of the command line: it forks before each.
-VERIFY_MANY = """
-import json, os, sys
-import backup_db
-codes = {}
-for path in sys.argv[1:]:
-    child = os.fork()
-    if not child:
-        os._exit(backup_db.main(["--verify", path]))
-    codes[path] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-print(json.dumps(codes))
-"""
-
-
-def verify_many(project: Project, dumps: list[Path]) -> dict[str, int]:
-    """The file names, and the exit code for each."""
-    done = subprocess.run(
-        [sys.executable, "-c", VERIFY_MANY, *dumps],
-        cwd=project.directory,
-        env=project.environ,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    codes = json.loads(done.stdout.splitlines()[-1])
-    return {Path(path).name: code for path, code in codes.items()}
 
 
 @pytest.mark.parametrize("compression", ["gzip:4", "zstd:3"])
@@ -444,10 +420,10 @@ def test_random_damage_never_passes(
         vouching = {"backup_size_bytes": length, "checksum_sha256": sha256(part).hexdigest()}
         damaged.append(put(f"cut-{length}", part))
         damaged.append(put(f"forged-cut-{length}", part, **vouching))
-    codes = verify_many(original.project, [intact, *damaged])
-    assert codes.pop(intact.name) == 0
-    assert len(codes) == 240
-    passed = {name: code for name, code in codes.items() if code != 8}
+    verify = original.project.run_each(*(("--verify", dump) for dump in [intact, *damaged]))
+    assert verify[0].returncode == 0
+    assert len(damaged) == 240
+    passed = [str(result) for result in verify[1:] if result.returncode != 8]
     assert not passed, f"of {len(content)} bytes, with the seed {SEED}"
 
 
