@@ -103,16 +103,13 @@ LOCK_TIMEOUT_MS = 500
 DUMP_LOCK_TIMEOUT = "10s"
 DUMP_ATTEMPTS = 3
 
-# A large pipe lets pg_restore run ahead. Reads of 128 KiB take a third less of our time than reads
-# of 1 MiB, for which malloc maps memory each time (0.9 s against 1.4 s for 1 GB).
-PIPE_BYTES = 1024 * 1024
-READ_BYTES = 128 * 1024
+PIPE_BYTES = 1024 * 1024  # lets pg_restore run ahead
+READ_BYTES = 128 * 1024  # take a third less time than 1 MiB, for which malloc maps memory each time
 HASH_BLOCK_BYTES = 1024 * 1024
 STDERR_TAIL_BYTES = 64 * 1024
 METADATA_MAX_BYTES = 256 * 1024 * 1024
 
-# The least that a dump can be expected to need: a share of the last backup or, without one, of
-# the database. Text compresses to 0.15 to 0.3 of its table; indexes are not in a dump.
+# The least that a dump needs: a share of the last backup or, without one, of the database.
 NEED_OF_LAST_BACKUP = 0.8
 NEED_OF_DATABASE = 0.03
 EXPECTED_OF_DATABASE = 0.2  # for the progress line
@@ -122,6 +119,7 @@ FULL_DISK_BYTES = 64 * 1024
 RESERVE_BYTES = 256 * 1024 * 1024
 RESERVE_SHARE = 0.02
 
+CLOCK_TOLERANCE = timedelta(days=1)  # a backup that is dated later is from the future
 RECENT_BACKUPS = 7  # in which the tables' rows are compared with those of a new one
 MOST_NAMES = 10  # in a message, which gives the number of the others
 
@@ -150,9 +148,8 @@ class ExitCode(enum.IntEnum):
 
 
 class Failure(Exception):
-    """What a user, a server or a disk can cause. (Of what reaches `main` all else is a bug, but
-    OSError, MemoryError and Interrupted.) `detail` says what happened, in the words of the tool
-    that met it, `steps` what to do next, and `report` what was found before."""
+    """What a user, a server or a disk can cause: `detail` says what happened, in the words of the
+    tool that met it, `steps` what to do next, and `report` what was found before."""
 
     def __init__(
         self, code: ExitCode, detail: str, *steps: str, report: Sequence[str] = ()
@@ -211,8 +208,7 @@ class DumpFailed(Exception):
 OUT_OF_RESOURCES = {errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 
 # What follows the last ": " of a step is to be typed: shell commands, SQL (it ends in ";"), an
-# option (--…), or a setting. The remedies stand in the section of what fails: tools, connection
-# (CONNECTION_REMEDIES), server, files (FILE_REMEDIES: the only way from an errno to an exit code).
+# option (--…), or a setting. The remedies stand in the section of what fails.
 
 AGAIN = "Run the backup again; earlier backups are untouched"
 CALM_HOUR = "Run the backup again, at an hour without migrations"
@@ -394,10 +390,12 @@ class Progress:
 def printable(text: str) -> str:
     """`text` on one line: what a terminal would not show as itself is escaped."""
 
+    def escape(c: str) -> str:  # a byte that is not UTF-8 is the surrogate \udcXX
+        return c.encode("unicode_escape").decode().replace(r"\udc", r"\x")
+
     if text.isprintable():  # as nearly all are: a list has thousands
         return text
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "".join(shown).replace(r"\udc", r"\x")  # a byte that is not UTF-8: surrogate \udcXX
+    return "".join(c if c.isprintable() else escape(c) for c in text)
 
 
 def printable_lines(text: str) -> str:
@@ -835,15 +833,14 @@ def tool_steps(name: str, major: int = 0) -> list[str]:
     ]
 
 
-# By a system's package manager: what installs the client tools, of a version where it is known.
+# By a system's package manager: what installs the client tools, of a version where it has several.
 INSTALL = {
-    "apt-get": "sudo apt-get install postgresql-client{dash}{major}",
+    "apt-get": "sudo apt-get install postgresql-client",
     "dnf": "sudo dnf install postgresql{major}",
     "apk": "apk add postgresql{major}-client",
     "brew": "brew install libpq",
 }
-# PostgreSQL's own repository for Debian and Ubuntu (https://wiki.postgresql.org/wiki/Apt); the one
-# for Red Hat is in README.md.
+# PostgreSQL's own for Debian and Ubuntu (wiki.postgresql.org/wiki/Apt); README.md has Red Hat's.
 APT_REPOSITORY = """\
 sudo apt-get install -y postgresql-common ca-certificates && \
 sudo /usr/share/postgresql-common/pgdg/apt.postgresql.org.sh -y"""
@@ -855,16 +852,16 @@ def install_steps(major: int) -> list[str]:
 
     folders = "/usr/bin:/sbin:/opt/homebrew/bin:/usr/local/bin"
     manager = next((name for name in INSTALL if shutil.which(name, path=folders)), "apt-get")
-    command = INSTALL[manager].format(dash="-" if major else "", major=major or "")
     version = f"version {major} or newer" if major else "of the server's version or newer"
+    command = INSTALL[manager].format(major=major or "")
     steps = [f"Install PostgreSQL's client tools, {version}: {command}"]
     if major and manager == "apt-get":
-        steps.append(f"Where there is no such package, first: {APT_REPOSITORY}")
+        steps.append(f"Where that is older than {major}, first: {APT_REPOSITORY}")
     return steps
 
 
 def check_version(tool: Tool, major: int, because: str) -> None:
-    """Raise Failure where the tool is older than that."""
+    """Raise Failure where the tool is older than `major`; `because` ends the sentence."""
     if tool.major < major:
         detail = f"{printable(tool.path)} is version {tool.version}, {because}"
         raise Failure(ExitCode.TOOL, detail, *tool_steps(os.path.basename(tool.path), major))
@@ -872,15 +869,15 @@ def check_version(tool: Tool, major: int, because: str) -> None:
 
 def wrapper_failure(tool: Tool, problem: str, stderr_text: str) -> Failure:
     """A tool that does not reach our file, which it inherits as /dev/fd/N."""
-    why = "is it a wrapper that runs on another machine, in a container or by sudo?"
-    steps = [
-        f"See what it is: file -L {shell_words(tool.path)}",
-        *tool_steps(os.path.basename(tool.path), tool.major),
-        "Or put the folder of PostgreSQL's own tools first on PATH",
-    ]
-    if not os.path.exists("/dev/fd"):  # a chroot of a rescue system
-        why = "/dev/fd is missing"
-        steps = ["Mount what it leads to: sudo mount -t proc proc /proc"]
+    why = "/dev/fd is missing"  # in a chroot of a rescue system
+    steps = ["Mount what it leads to: sudo mount -t proc proc /proc"]
+    if os.path.exists("/dev/fd"):
+        why = "is it a wrapper that runs on another machine, in a container or by sudo?"
+        steps = [
+            f"See what it is: file -L {shell_words(tool.path)}",
+            *tool_steps(os.path.basename(tool.path), tool.major),
+            "Or put the folder of PostgreSQL's own tools first on PATH",
+        ]
     detail = f"{printable(tool.path)} {problem}: {why}\n{stderr_text}".rstrip()
     return Failure(ExitCode.TOOL, detail, *steps)
 
@@ -940,8 +937,7 @@ def find_tools(config: DatabaseConfig) -> Tools:
     check_version(pg_dump, OLDEST_MAJOR, because)
     # The one beside it is nearly always built with the same compressions.
     pg_restore = find_tool("pg_restore", os.path.dirname(pg_dump.path))
-    because = f"too old for the archives of pg_dump {pg_dump.version}"
-    check_version(pg_restore, pg_dump.major, because)
+    check_version(pg_restore, pg_dump.major, f"too old for archives of pg_dump {pg_dump.version}")
     wanted = config.compress or ("zstd:3" if pg_dump.major >= 16 else "gzip:4")
     if wanted.isdigit():
         wanted = "none" if wanted == "0" else f"gzip:{wanted}"
@@ -1251,8 +1247,9 @@ def compare_hash(dump: OpenFile, hashing: FileHash, expected: Metadata) -> Check
             if error.errno in OUT_OF_RESOURCES:
                 raise
             return invalid(f"{display_path(dump.path)} cannot be read: {error.strerror}")
-        difference = f"expected {size_bytes} bytes, read {hashing.done_bytes} of {dump.size_bytes}"
-        if hashing.done_bytes == dump.size_bytes == size_bytes:
+        found_bytes = dump.size_bytes  # it may have grown meanwhile
+        difference = f"expected {size_bytes} bytes, read {hashing.done_bytes} of {found_bytes}"
+        if hashing.done_bytes == found_bytes == size_bytes:
             if checksum in {"", digest}:
                 return Check(f"✓ Match ({digest[:12]}...)")
             difference = f"expected {checksum[:12]}..., found {digest[:12]}..."
@@ -1309,8 +1306,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
 
     Each call that waits is made in a thread, one at a time: only libpq's own blocking calls cope
     with slow handshakes, lost packets and lists of hosts. (psycopg2's set_wait_callback is global,
-    and an exception in it closes the connection.) Once a signal, or what `on_tick` raised, has
-    broken off a wait, only `close` may be called.
+    and an exception in it closes the connection.) See `is_busy` for a wait that is broken off.
     """
 
     def __init__(self, config: DatabaseConfig, database: str | None = None) -> None:
@@ -1356,7 +1352,6 @@ class Session(contextlib.AbstractContextManager["Session"]):
         self, call: Callable[[], T], seconds: float, on_tick: Callable[[], object] = lambda: None
     ) -> T:
         psycopg2 = import_psycopg2()
-        assert self._running is None, "one call at a time"
         self._running = Background(call)
         try:
             result: T = self._running.wait(on_tick, seconds)
@@ -1406,8 +1401,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
         self, statements: Iterable[str], counter: RowCounter, on_tick: Callable[[], None]
     ) -> None:
         """Run a `COPY … TO STDOUT` after the other, at least one, until a tick has passed: a thread
-        for each would take longer than the COPY of a small table. `counter` counts the rows, and
-        tells which one failed."""
+        for each would take longer than that of a small table. `counter` tells which has failed."""
 
         def copy() -> None:
             # psycopg2 prints a FATAL that ends a COPY by sys.excepthook, and raises it as well.
@@ -1424,6 +1418,11 @@ class Session(contextlib.AbstractContextManager["Session"]):
                 sys.excepthook = hook
 
         self._call(copy, float("inf"), on_tick)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call goes on whose wait was broken off: then only `close` is left."""
+        return self._running is not None
 
     def close(self) -> None:
         """Close the connection: its locks, its snapshot and a query that runs end at once."""
@@ -1733,10 +1732,12 @@ ORDER BY 1, 3
 """
 
 GRANTS = {
-    "schema": "Or only the schemas{more}, {who}: GRANT USAGE ON SCHEMA {names} TO {role};",
-    "table": "Or only the tables{more}, {who}: GRANT SELECT ON TABLE {names} TO {role};",
-    "sequence": "Or only the sequences{more}, {who}: GRANT SELECT ON SEQUENCE {names} TO {role};",
-    "large object": "Let it read these, {who}: GRANT SELECT ON LARGE OBJECT {names} TO {role};",
+    "schema": "Or let it use the schemas{more}, {who}: GRANT USAGE ON SCHEMA {names} TO {role};",
+    "table": "Or let it read the tables{more}, {who}: GRANT SELECT ON TABLE {names} TO {role};",
+    "sequence": "Or let it read the sequences{more}, {who}: GRANT SELECT ON SEQUENCE {names} "
+    "TO {role};",
+    "large object": "Let it read large objects, {who}: GRANT SELECT ON LARGE OBJECT {names} "
+    "TO {role};",
     "large objects": "Let it read and write every large object, {who}: "
     "ALTER ROLE {role} SET lo_compat_privileges = on;",
     "row security": "Let it see every row, {who}: ALTER ROLE {role} BYPASSRLS;",
@@ -2045,8 +2046,8 @@ SERVER_REMEDIES = {
     "53200": "Raise max_locks_per_transaction in postgresql.conf, and restart the server",
     # serialization_failure: in a transaction that only reads, a standby's recovery conflict
     "40001": "On the standby raise max_standby_streaming_delay, or set hot_standby_feedback = on",
-    LOCK_NOT_AVAILABLE: "See who waits for whom, in that database: "
-    "SELECT pid, pg_blocking_pids(pid), state, query FROM pg_stat_activity;",
+    LOCK_NOT_AVAILABLE: "See what waits, and for whom, in the database backed up: "
+    "SELECT pid, pg_blocking_pids(pid), state, wait_event, query FROM pg_stat_activity;",
 }
 
 
@@ -2419,6 +2420,8 @@ def find_change(run: RunContext, snapshot: Snapshot) -> str:
                 return describe_change(snapshot.names, read_names(beside))
         except ServerError:  # the server frees a connection some milliseconds late
             pause(run.progress, "a second connection", TICK_SECONDS)
+    if run.session.is_busy:
+        return ""
     run.session.query("COMMIT")  # every lock goes, for want of a second session
     begin_read_only(run.session)
     return describe_change(snapshot.names, read_names(run.session))
@@ -2538,7 +2541,8 @@ OUTPUT_FILE_ERROR = re.compile(
 
 
 def check_dump_file(run: RunContext, failed: DumpFailed) -> None:
-    """Raise OSError where pg_dump's own file (it tells the errno's text), or the disk, is why."""
+    """Raise OSError where pg_dump's own file, or the disk, is why. (LC_ALL=C: it tells the errno's
+    text in English.)"""
     directory, text = str(run.partial.directory), failed.stderr_text
     if match := OUTPUT_FILE_ERROR.search(text):
         number = next((number for number in errno.errorcode if os.strerror(number) == match[1]), 0)
@@ -2564,12 +2568,14 @@ def diagnose_dump(run: RunContext, snapshot: Snapshot, failed: DumpFailed, is_la
         raise Failure(ExitCode.CREATION, text, look, AGAIN)
     try:
         change = find_change(run, snapshot)
-        run.session.query("COMMIT")  # Is the server there?
-        # Without its own words: in any language the server's that does not know it has its name.
+        if not run.session.is_busy:  # with a count that nothing has ended
+            run.session.query("COMMIT")  # Is the server there?
+        # pg_dump's own statement names the snapshot. Where the server's answer does, in whatever
+        # language, that server does not know it.
         if snapshot.id in re.sub(".*SET TRANSACTION SNAPSHOT.*", "", text):
             raise Failure(
                 ExitCode.CONFIGURATION,
-                "two servers answer at this address: pg_dump has reached another one than we",
+                "two servers answer at this address: pg_dump has reached another one than we have",
                 "Name one server, no address that balances between several: set the host "
                 f"{run.config.setting_locations['host']}",
             )
@@ -2701,8 +2707,7 @@ def make_directory(directory: Path) -> None:
 def database_lock(path: Path) -> Iterator[OpenFile]:
     """One run at a time per database and directory: flock() on a hidden file that is never deleted.
     pg_dump inherits it: where this process is killed, the lock lasts until pg_dump ends."""
-    # Others may be able to write to this directory: a link, a pipe or a second name of another
-    # file is not our lock, and must not be written to.
+    # Others may have put a link, a pipe or a second name here: that must not be written to.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     with contextlib.closing(OpenFile.open(path, flags)) as file:
         status = os.fstat(file.descriptor)
@@ -2757,8 +2762,7 @@ class PartialBackup:
                 path.unlink()
 
     def begin(self) -> None:
-        """Create both files; they will have the name of this second, or of the next that is
-        free."""
+        """Create both files, to be named by this second, or by the next that is free."""
         self.close()
         while True:
             self.moment = datetime.now(timezone.utc).replace(microsecond=0)
@@ -2771,6 +2775,7 @@ class PartialBackup:
             time.sleep(TICK_SECONDS)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         for path in self._hidden:
+            path.unlink(missing_ok=True)  # where it could not be removed, this says why
             self._files.append(OpenFile.open(path, flags))
         self.dump, self._metadata = self._files
 
@@ -2880,7 +2885,7 @@ class Status(str, enum.Enum):
 
 
 class Backup(NamedTuple):
-    """A `.dump` in a directory, and what its metadata or its name tells, `-` for nothing."""
+    """A `.dump` in a directory, and what its metadata, or its name, tells; `-` for the rest."""
 
     dump: Path
     size_bytes: int | None
@@ -2970,14 +2975,8 @@ def newest_verified(backups: Iterable[Backup]) -> Backup | None:
     return next((backup for backup in backups if backup.status is Status.VERIFIED), None)
 
 
-def latest_credible(now: datetime) -> str:
-    """The timestamp beyond which a backup is from the future: a clock was wrong."""
-    return iso_timestamp(now + timedelta(days=1))
-
-
 def find_orphans(directory: Path) -> list[Path]:
-    """The metadata files whose dump is gone, but for those that a run may be publishing, and files
-    of others: each of ours has an environment in its name."""
+    """Our metadata files whose dump is gone, but for those that a run may be publishing."""
     names = set(os.listdir(directory))
     return sorted(
         directory / name
@@ -3034,7 +3033,7 @@ def shrunk_tables(made: Metadata, recent: Sequence[Metadata]) -> list[tuple[str,
     now, and that fewest; the greatest loss first. Next night it is the fewest, and not told again.
 
     One that is gone counts if every recent backup has it. Partitions are summed under their topmost
-    table; what any backup records of them holds for all, since older ones record nothing.
+    table; what the newest that records one says holds for all, since older ones record nothing.
     """
     topmost = ChainMap(*(dict(metadata.partition_of or {}) for metadata in (made, *recent)))
 
@@ -3064,7 +3063,7 @@ def retire_backups(
     those from the future. Returns the removed dumps, and warnings."""
     removed: list[Path] = []
     warnings: list[str] = []
-    latest = latest_credible(datetime.now(timezone.utc))
+    latest = iso_timestamp(datetime.now(timezone.utc) + CLOCK_TOLERANCE)
     backups = [made, *(backup for backup in earlier if backup.timestamp <= latest)]
     kept = backups_to_keep(backups, retention)
     if full := last_full_backup(backups, kept):
@@ -3076,7 +3075,7 @@ def retire_backups(
             f"newer ones at most {most}. "
             f"If those rows were deleted on purpose: {shell_words('rm', '--', *files)}"
         )
-    for backup in backups:
+    for backup in backups[1:]:
         if backup in kept or backup == full:
             continue
         try:
@@ -3247,12 +3246,12 @@ def check_server(session: Session, config: DatabaseConfig, pg_dump: Tool) -> Non
     check_no_pooler(session, config)
     major = session.server_version // 10000
     if major < OLDEST_MAJOR:
-        by_hand = f"pg_dump {libpq_options()} --format=custom --file=by_hand.dump"
         raise Failure(
             ExitCode.TOOL,
             f"the server is version {major}, and {OLDEST_MAJOR} is the oldest that this works "
             "with: before it a long dump cannot be watched",
-            f"Back it up by hand, which is not verified: {by_hand}",
+            f"Back it up by hand, which is not verified: pg_dump {libpq_options()} --format=custom "
+            "--file=by_hand.dump",
             "Then upgrade the server: PostgreSQL's project mends that version no more",
         )
     check_version(pg_dump, major, f"too old for the server, which is version {major}")
@@ -3401,7 +3400,7 @@ def list_lines(
         yield f"No backups yet in {folder}"
         if os.path.abspath(directory) != str(DEFAULT_OUTPUT_DIR):
             yield f"The usual directory: {list_command(DEFAULT_OUTPUT_DIR)}"
-    latest = latest_credible(now)
+    latest = iso_timestamp(now + CLOCK_TOLERANCE)
     present = [backup for backup in backups if backup.timestamp <= latest]
     yield from series_lines(present, now)
     if future := [backup.dump.name for backup in backups if backup.timestamp > latest]:
@@ -3594,7 +3593,7 @@ def write_result(lines: Iterable[str]) -> None:
 
 
 def run_verification(dump: Path, progress: Progress) -> None:
-    """`--verify`, with nothing but the two files. Raises Failure where one is not sound; OSError."""
+    """`--verify`, with nothing but the two files. Raises Failure where one is unsound; OSError."""
     with with_filename(dump):
         metadata = load_metadata(dump)
         pg_restore = find_tool("pg_restore", major=least_major(metadata))
@@ -3677,7 +3676,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_said = failure.code == mode.default_code == ExitCode.VERIFICATION
         category = "" if is_said else f": {failure.code.category}"
         lines = failure_lines(mode.headline + category, failure)
-        if progress.backs_up:  # in a log of many nights
+        if progress.backs_up:  # for the log: when, and what
             lines += ["", f"{iso_timestamp(datetime.now(timezone.utc))} {progress.backs_up}"]
         write_lines(sys.stderr, lines)
         return failure.code

@@ -273,7 +273,7 @@ def test_catalog_that_is_locked_is_not_waited_for_without_an_end(
     with transaction(standing_database, "LOCK TABLE pg_largeobject_metadata"):
         result: Result = standing.run().failed_with(7, "Backup creation error")
     assert "Error: while reading the catalog: ERROR: canceling statement" in result.stderr, result
-    (look,) = re.findall(r"1\. See who waits for whom, in that database: (.*)", result.stderr)
+    (look,) = re.findall(r"1\. See what waits, and for whom, .*: (SELECT .*)", result.stderr)
     assert standing_database.psql(look)
     wait_until(lambda: not processes_in(standing.directory))
 

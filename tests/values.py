@@ -92,7 +92,8 @@ class Contents:
         self._large_object = hashlib.sha256()
 
     def read(self, script: IO[bytes]) -> str:
-        """Read the script to its end. Returns a statement that it does not know, if one comes."""
+        """Read the script to its end. Returns a statement that may bring a value, and that it does
+        not know, if one comes."""
         statement = b""
         for line in script:
             statement += line
