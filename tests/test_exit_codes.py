@@ -659,7 +659,7 @@ def file_size_is_limited(stage: Stage) -> Result:
     return stage.project().run(prefix=("prlimit", "--fsize=100000"))
 
 
-@situation(ExitCode.CREATION, ": File name too long", "", "--output-dir DIR")
+@situation(ExitCode.CREATION, ": File name too long", "--output-dir DIR", "shorter path")
 def directory_name_is_too_long(stage: Stage) -> Result:
     return stage.project().run("--output-dir", "x" * 300)
 
