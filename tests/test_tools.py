@@ -137,7 +137,7 @@ def test_tool_that_does_not_tell_a_fit_version(
         ("pg_dump", "9.6.24", "and 14 is the oldest with which a backup can be verified"),
         ("pg_dump", "13.23", "and 14 is the oldest with which a backup can be verified"),
         ("pg_dump", "14.20", "too old for the server, which is version 17"),
-        ("pg_restore", "9.6.24", "too old for the archives of pg_dump 17."),
+        ("pg_restore", "9.6.24", "too old for archives of pg_dump 17."),
     ],
 )
 def test_tool_that_is_too_old(tool: str, version: str, words: str, standing: Project) -> None:
