@@ -53,8 +53,8 @@ def test_memory_that_is_used_up(standing: Project) -> None:
     (dump,) = standing.dumps()
     path = metadata_path(dump)
     values = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**values, "more": "x" * 200_000_000}), encoding="utf-8")
-    little = ["prlimit", f"--as={300 * 1024 * 1024}"]
+    path.write_text(json.dumps({**values, "more": "x" * 160_000_000}), encoding="utf-8")
+    little = ["prlimit", f"--as={250 * 1024 * 1024}"]
     with untouched(standing):
         made = standing.run(prefix=little)
         verified = standing.run("--verify", dump, prefix=little)

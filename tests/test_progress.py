@@ -43,7 +43,7 @@ def large(make_project: MakeProject, large_database: Database) -> Project:
 @pytest.fixture
 def slow(large: Project, large_database: Database) -> Project:
     """The same, and pg_dump takes its time."""
-    large.configure({**large_database.settings(), "BACKUP_COMPRESS": "gzip:9"})
+    large.configure({**large_database.settings(), "BACKUP_COMPRESS": "gzip:6"})
     return large
 
 
