@@ -2427,9 +2427,9 @@ def find_change(run: RunContext, snapshot: Snapshot) -> str:
     return describe_change(snapshot.names, read_names(run.session))
 
 
-# What pg_dump's backend does (without it, `a` is null); on which relation it or ours waits for a
-# lock, and whether anyone waits for them meanwhile. Within a transaction pg_stat_activity is frozen
-# until pg_stat_clear_snapshot.
+# What pg_dump's backend does (none of its parallel workers; without it `a` is null), on which
+# relation it or ours waits for a lock, and whether anyone waits for them meanwhile. Within a
+# transaction pg_stat_activity is frozen until pg_stat_clear_snapshot.
 ACTIVITY = """
 SELECT pg_stat_clear_snapshot();
 SELECT starts_with(a.query, 'COPY '),
@@ -2440,8 +2440,8 @@ SELECT starts_with(a.query, 'COPY '),
        AND EXISTS (SELECT FROM pg_locks w WHERE NOT w.granted
                       AND pg_blocking_pids(w.pid) && ARRAY[a.pid, ours.pid])
   FROM (SELECT %s) AS ours (pid) LEFT JOIN pg_stat_activity a
-    ON a.usename = session_user AND a.application_name = 'backup_db ' || %s
-  LEFT JOIN pg_stat_progress_copy p ON p.pid = a.pid
+    ON a.usename = session_user AND a.application_name = 'backup_db ' || %s AND a.leader_pid IS NULL
+  LEFT JOIN pg_stat_progress_copy p ON p.pid = a.pid LIMIT 1
 """
 
 

@@ -144,6 +144,22 @@ def test_rebuilt_index_of_wide_values_is_waited_for(
     assert_restores(project.dumps()[0], waits)
 
 
+def test_parallel_worker_of_pg_dump_is_not_taken_for_it(
+    database: Database, make_project: MakeProject
+) -> None:
+    """It has the same name; on a large catalog pg_dump's queries have some."""
+    database.psql(f"ALTER DATABASE {database.name} SET debug_parallel_query = on")
+    project = make_project(database)
+    sleep = """"$(dirname "$real")/psql" -qc 'SELECT pg_sleep(2)' >&2"""
+    fake_call(project, *DUMP, f'{sleep}; exec "$real" "$@"')
+    process = project.start()
+    wait_until(lambda: len(sessions_on(database, f"application_name LIKE '{PG_DUMPS}'")) == 2)
+    now = database.psql("SELECT clock_timestamp()")
+    asked = f"application_name LIKE '{OURS}' AND query_start > '{now}'"
+    wait_until(lambda: sessions_on(database, asked))
+    finish(process).succeeded()
+
+
 def test_locked_large_objects_are_named(waits: Database, patient: Project) -> None:
     """pg_dump comes to them last; we are through with our counts then."""
     run = hold_pg_dump(patient)
