@@ -204,7 +204,7 @@ class DumpFailed(Exception):
         self.stderr_text = stderr_text
 
 
-# The errnos by which a machine, or a limit on this process, says so.
+# The errnos of a machine, or of a limit on this process, that has no room left.
 OUT_OF_RESOURCES = {errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 
 # What follows the last ": " of a step is to be typed: shell commands, SQL (it ends in ";"), an

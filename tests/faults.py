@@ -300,6 +300,8 @@ def fake_call(project: Project, program: str, option: str, script: str) -> None:
 
 # The one call of each program that does the work; others only ask what it can.
 DUMP = ("pg_dump", "--snapshot")
+# In a script in its place: the output file that it is called with, as "$file".
+FILE = 'for word; do case "$word" in --file=*) file="${word#--file=}" ;; esac; done'
 TABLE_OF_CONTENTS = ("pg_restore", "--list /")
 CONTENTS = ("pg_restore", "--data-only")
 

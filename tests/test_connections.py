@@ -12,7 +12,7 @@ import pytest
 import trustme
 from cluster import Cluster
 from conftest import MakeProject
-from faults import DUMP, fake_call, let_go, paused
+from faults import DUMP, FILE, fake_call, let_go, paused, sessions_on
 from sample import PASSWORD, USER
 from support import Database, assert_restores, finish, new_database, read_metadata, wait_until
 from test_counts import KINDS, KINDS_COUNTS
@@ -158,18 +158,17 @@ def test_standby_that_ends_its_readers(
 ) -> None:
     """The server has removed rows that the backup's snapshot still sees."""
     arrived(standby, cluster)
-    project = make_project(Database(standby, sample_database.name))
+    on_standby = Database(standby, sample_database.name)
+    project = make_project(on_standby)
     # What a retry cannot mend: the dump is written, and pg_dump not yet gone. While its file grows,
     # nothing is asked: a question to the session that just ends would lose the server's words.
-    grow = "for option; do case $option in --file=*) file=${option#--file=};; esac; done; "
-    grow += 'until [ -e "$HOME/go" ]; do printf x >>"$file"; sleep 0.02; done'
-    fake_call(project, *DUMP, f'"$real" "$@"; touch "$HOME/paused"; {grow}')
+    grow = 'until [ -e "$HOME/go" ]; do printf x >>"$file"; sleep 0.02; done'
+    fake_call(project, *DUMP, f'{FILE}; "$real" "$@"; touch "$HOME/paused"; {grow}')
     process = project.start()
     wait_until(lambda: paused(project))
     sample_database.psql("DELETE FROM messages")
     sample_database.psql("VACUUM messages")
-    ours = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'backup_db'"
-    wait_until(lambda: standby.psql(ours) == "0")
+    wait_until(lambda: not sessions_on(on_standby, "application_name = 'backup_db'"))
     let_go(project)
     result = finish(process).failed_with(7, "Backup creation error")
     assert "conflict with recovery" in result.stderr, result

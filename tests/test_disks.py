@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MakeProject
-from faults import CONTENTS, DUMP, HOLD, fake_call, let_go, paused, published, untouched
+from faults import CONTENTS, DUMP, FILE, HOLD, fake_call, let_go, paused, published, untouched
 from support import (
     UNPRIVILEGED,
     Backup,
@@ -141,7 +141,7 @@ def allocate(path: Path, size: int) -> None:
 # step with the ticks of the run, which must not stop it before the test has seen the growth.
 STEP_MB = 8
 GROWING = f"""
-for word; do case "$word" in --file=*) file="${{word#--file=}}" ;; esac; done
+{FILE}
 for step in $(seq 0 {STEP_MB} {SHARED_MB}); do
     fallocate --offset "${{step}}MiB" --length {STEP_MB}MiB "$file" || exit 1
     sleep 0.55

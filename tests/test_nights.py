@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MakeProject, Stage
-from faults import DUMP, HOLD, fake_call, let_go, paused
+from faults import DUMP, FILE, HOLD, fake_call, let_go, paused
 from support import (
     MOUNTING,
     Database,
@@ -236,7 +236,7 @@ def failing_dump(project: Project, folder: Path) -> Result:
 
 
 def damaged_dump(project: Project, folder: Path) -> Result:
-    cut = 'for a; do case $a in --file=*) truncate -s -9 "${a#--file=}"; esac; done'
+    cut = f'{FILE}; truncate -s -9 "$file"'
     project.fake("pg_dump", f'{DUMPING} "$real" "$@"; {cut}; exit ;; esac; {AS_USUAL}')
     return project.run("--output-dir", folder).failed_with(8)
 

@@ -18,6 +18,7 @@ from conftest import MakeProject
 from faults import (
     CONTENTS,
     DUMP,
+    FILE,
     HOLD,
     TABLE_OF_CONTENTS,
     Proxy,
@@ -280,7 +281,6 @@ OWN_FILE = [
     ("could not set seek position in archive file", "Illegal seek", 7),
     ("could not determine seek position in archive file", "Stale file handle", 7),
 ]
-FILE = 'for word; do case "$word" in --file=*) file="${word#--file=}" ;; esac; done'
 
 NO_SUCH_FILE = (
     'echo "pg_dump: error: could not open output file \\"$file\\": No such file or directory" >&2;'

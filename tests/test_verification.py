@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, installation
 from conftest import MakeProject, project_maker
+from faults import FILE, fake_call
 from support import Backup, Database, Project, Result, contents_of, finish, new_database
 
 from backup_db import Metadata
@@ -473,15 +474,8 @@ FAILING_RESTORES = {
 
 
 def fake_at_work(project: Project, program: str, option: str, script: str) -> None:
-    """Replace a program where it is called with `option`; elsewhere it is itself."""
-    project.fake(
-        program,
-        f"""
-        for argument; do case $argument in --file=*) file=${{argument#--file=}} ;; esac; done
-        case $* in *{option}*) ;; *) exec "$real" "$@" ;; esac
-        {script}
-        """,
-    )
+    """As fake_call does, with the output file as "$file"."""
+    fake_call(project, program, option, f"{FILE}\n{script}")
 
 
 @pytest.mark.parametrize("lie", LYING_DUMPS)

@@ -124,10 +124,7 @@ def test_pg_dump_that_fails_while_a_count_waits(waits: Database, patient: Projec
     """Our session is not to be asked then; the cause is sought without it."""
     patient.rewrite({"STALL_SECONDS": 60})
     with counting(patient, waits) as process:
-        waits.psql(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            f" WHERE application_name LIKE '{PG_DUMPS}'"
-        )
+        waits.psql(f"SELECT pg_terminate_backend({backend_of(waits, PG_DUMPS)})")
         result = finish(process, ENDED_SECONDS).failed_with(7, "Backup creation error")
     assert "terminating connection due to administrator command" in result.stderr, result
     assert_nothing_runs(patient, waits)
