@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 from conftest import Stage
 from environment import PROJECT
-from faults import fake_call, transaction
+from faults import FILE, fake_call, transaction
 from sample import DATABASE, PASSWORD, USER
 from support import (
     UNPRIVILEGED,
@@ -340,9 +340,7 @@ def missing_file(database: Database) -> None:
 
 
 # In the place of pg_dump: it begins to write, and comes no further before the count does.
-BEGIN_ALONE = """
-for file; do case "$file" in --file=*) printf x > "${file#--file=}"; exec sleep 100 ;; esac; done
-"""
+BEGIN_ALONE = f'{FILE}; printf x >"$file"; exec sleep 100'
 
 
 @pytest.mark.parametrize("damage", [invalid_page, missing_file, missing_chunk])
